@@ -1,0 +1,321 @@
+"""The sweeps as operators: exact identities, float64 formulas, registration, bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import zo_fused
+from zo_fused import dispatch, noise
+
+KEY = noise.derive_key(0, noise.Purpose.DENSE)
+KEYS = [noise.derive_key(0, noise.Purpose.DENSE, step) for step in range(3)]
+KEY_U = noise.derive_key(0, noise.Purpose.U)
+KEY_V = noise.derive_key(0, noise.Purpose.V)
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+@pytest.fixture(autouse=True, params=["reference", "cpu", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test of this file runs on every backend that serves CPU tensors here."""
+    reason = dispatch.why_not(request.param, "cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    previous = zo_fused.set_backend(request.param)
+    yield request.param
+    zo_fused.set_backend(previous)
+
+
+def weights(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).mul(0.02).to(dtype)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal bits (so -0.0 differs from 0.0)."""
+    integer = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(
+        a.contiguous().view(integer), b.contiguous().view(integer)
+    )
+
+
+# ---- dense --------------------------------------------------------------------------------------
+
+
+def test_perturbing_zeros_at_scale_one_gives_the_noise() -> None:
+    params = [torch.zeros(7), torch.zeros(3, 5), torch.zeros(())]
+    zo_fused.perturb_(params, KEY, 1.0)
+    for i, p in enumerate(params):
+        assert torch.equal(p.flatten(), noise.normal(p.numel(), KEY, id=i))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_update_is_one_rounding_of_the_float64_formula(dtype: torch.dtype) -> None:
+    """float32 arithmetic of K = 3 terms, then one rounding to the weight's dtype.
+
+    Each of the four float32 operations is off by at most 2**-24 of the running sum, itself below
+    0.2; the last rounding by half a unit in the last place of the dtype.
+    """
+    p = weights(1000, dtype=dtype)
+    coeffs, decay = [1e-2, -3e-3, 2e-2], 0.9
+    exact = decay * p.double()
+    for key, c in zip(KEYS, coeffs, strict=True):
+        exact += c * noise.normal(1000, key, id=4).double()
+    zo_fused.update_([p], KEYS, coeffs, decay, ids=[4])
+    half_ulp = torch.finfo(dtype).eps / 2 * exact.abs() + torch.finfo(dtype).tiny
+    assert ((p.double() - exact).abs() <= half_ulp + 4 * 2.0**-24 * 0.2).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_plus_then_minus_returns_within_two_roundings(dtype: torch.dtype) -> None:
+    p = weights(4096, dtype=dtype)
+    before = p.clone()
+    zo_fused.perturb_([p], KEY, 1e-3)
+    assert not torch.equal(p, before)
+    largest = torch.maximum(before.abs(), p.abs()).double()
+    zo_fused.perturb_([p], KEY, -1e-3)
+    # Two roundings of half an ulp each, at the larger of the two magnitudes.
+    assert ((p - before).double().abs() <= torch.finfo(dtype).eps * largest).all()
+
+
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=1, max_size=4),
+    dtype=st.sampled_from(DTYPES),
+    order=st.randoms(use_true_random=False),
+)
+def test_order_and_company_of_parameters_do_not_matter(shapes, dtype, order) -> None:  # type: ignore[no-untyped-def]
+    together = [weights(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+    alone = [p.clone() for p in together]
+    positions = list(range(len(together)))
+    order.shuffle(positions)
+    zo_fused.perturb_([together[i] for i in positions], KEY, 0.5, ids=positions)
+    for i, p in enumerate(alone):
+        zo_fused.perturb_([p], KEY, 0.5, ids=[i])
+    assert all(same(a, b) for a, b in zip(together, alone, strict=True))
+
+
+@given(
+    numel=st.integers(1, 300),
+    cut=st.integers(0, 300),
+    start=st.sampled_from([0, 1, 6, 2**34 - 7]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_shards_equal_the_whole(numel: int, cut: int, start: int, dtype: torch.dtype) -> None:
+    whole = weights(numel, dtype=dtype)
+    cut = min(cut, numel)
+    shards = [whole[:cut].clone(), whole[cut:].clone()]
+    zo_fused.update_([whole], KEYS, [0.1, 0.2, 0.3], 0.99, ids=[9], offsets=[start])
+    for shard, offset in zip(shards, (start, start + cut), strict=True):
+        zo_fused.update_([shard], KEYS, [0.1, 0.2, 0.3], 0.99, ids=[9], offsets=[offset])
+    assert same(whole, torch.cat(shards))
+
+
+def test_noise_does_not_depend_on_the_dtype_of_the_weights() -> None:
+    z = noise.normal(50, KEY)
+    for dtype in DTYPES:
+        p = torch.zeros(50, dtype=dtype)
+        zo_fused.perturb_([p], KEY, 1.0)
+        assert same(p, z.to(dtype))
+
+
+def test_neighbouring_memory_is_not_touched() -> None:
+    memory = torch.full((64,), 7.0, dtype=torch.float16)
+    zo_fused.perturb_([memory[5:38]], KEY, 1.0)
+    assert (memory[:5] == 7).all()
+    assert (memory[38:] == 7).all()
+    assert (memory[5:38] != 7).all()
+
+
+def test_permuted_parameter_gets_noise_by_logical_index() -> None:
+    p = torch.zeros(3, 4).t()
+    zo_fused.perturb_([p], KEY, 1.0)
+    assert torch.equal(p.reshape(-1), noise.normal(12, KEY))
+
+
+def test_coefficients_per_parameter_and_as_tensors() -> None:
+    a, b = torch.zeros(6), torch.zeros(6)
+    zo_fused.update_([a, b], KEYS[:1], torch.tensor([[1.0], [2.0]]), [1.0, 1.0], ids=[0, 1])
+    assert torch.equal(a, noise.normal(6, KEYS[0], id=0))
+    assert torch.equal(b, 2 * noise.normal(6, KEYS[0], id=1))
+    c = torch.zeros(6)
+    zo_fused.perturb_([c], KEYS[0], torch.tensor(2.0), ids=[1])
+    assert torch.equal(b, c)
+
+
+# ---- low rank -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (6,), (4, 3, 2, 2), (1, 9), (9, 1), ()])
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_lowrank_direction_is_u_times_v(shape: tuple[int, ...], rank: int) -> None:
+    p = torch.zeros(shape)
+    m = shape[0] if shape else 1
+    n = p.numel() // m
+    u = noise.normal(m * rank, KEY_U, id=3).view(m, rank).double()
+    v = noise.normal(n * rank, KEY_V, id=3).view(n, rank).double()
+    zo_fused.lowrank_perturb_([p], KEY_U, KEY_V, 1.0, rank=rank, ids=[3])
+    # An fma chain of `rank` terms: each rounding is 2**-24 of a partial sum.
+    bound = rank * 2.0**-24 * (u.abs() @ v.abs().T).view(shape)
+    assert ((p.double() - (u @ v.T).view(shape)).abs() <= bound).all()
+    assert (p != 0).all()
+
+
+def test_given_factors_equal_regenerated_ones() -> None:
+    p, q = weights(6, 5), weights(6, 5)
+    us = [noise.normal(12, KEY_U).view(6, 2)]
+    vs = [noise.normal(10, KEY_V).view(5, 2)]
+    zo_fused.lowrank_update_([p], us, vs, -0.1, 0.9)
+    zo_fused.lowrank_update_([q], KEY_U, KEY_V, -0.1, 0.9, rank=2)
+    assert same(p, q)
+    assert not torch.equal(p, weights(6, 5))
+
+
+def test_concatenated_factors_are_several_directions() -> None:
+    us = [torch.randn(6, 2), torch.randn(6, 3)]
+    vs = [torch.randn(5, 2), torch.randn(5, 3)]
+    p = torch.zeros(6, 5)
+    zo_fused.lowrank_update_([p], [torch.cat(us, 1)], [torch.cat(vs, 1)], 2.0)
+    exact = 2 * sum(u.double() @ v.double().T for u, v in zip(us, vs, strict=True))
+    torch.testing.assert_close(p.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_momentum_in_the_factor() -> None:
+    p, n = weights(6, 5), torch.randn(6, 2)
+    u, v = torch.randn(6, 2), torch.randn(5, 2)
+    n_exact = 0.9 * n.double() + 0.1 * 3.0 * u.double()
+    a = 1e-3 * u.double() - 0.01 * n_exact
+    p_exact = 0.99 * p.double() + a @ v.double().T
+    zo_fused.lowrank_momentum_(
+        [p], [n], [u], [v], grad=3.0, lr=0.01, beta=0.9, restore=1e-3, decay=0.99
+    )
+    torch.testing.assert_close(n.double(), n_exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(p.double(), p_exact, rtol=1e-6, atol=1e-7)
+
+
+# ---- registration -------------------------------------------------------------------------------
+
+
+def operator_calls() -> dict[str, tuple]:
+    p = [weights(4, 6), weights(5, dtype=torch.float16)]
+    i64 = torch.tensor([0, 1])
+    zeros = torch.zeros(2, dtype=torch.int64)
+    us = [torch.randn(4, 2), torch.randn(5, 2)]
+    vs = [torch.randn(6, 2), torch.randn(1, 2)]
+    one = torch.ones(2)
+    moments = [torch.randn(4, 2), torch.randn(5, 2)]
+    words = [torch.empty(9, dtype=torch.int64), torch.empty(2, dtype=torch.int64)]
+    return {
+        "bits_": (words, i64, zeros, i64),
+        "normal_": ([torch.empty(9), torch.empty(2, 3)], i64, zeros, i64),
+        "dense_": (p, i64, zeros, torch.tensor([1, 2, 3]), torch.randn(2, 3), one),
+        "lowrank_": (p, us, vs, torch.randn(2), one),
+        "lowrank_momentum_": (p, moments, us, vs, torch.randn(2, 4), one),
+    }
+
+
+@pytest.mark.parametrize("name", list(operator_calls()))
+def test_opcheck(name: str) -> None:
+    operator = getattr(torch.ops.zo_fused, name).default
+    torch.library.opcheck(operator, operator_calls()[name])
+
+
+def test_compiles_without_graph_breaks() -> None:
+    def sweep(p: Tensor) -> Tensor:
+        ids = torch.zeros(1, dtype=torch.int64)
+        one = torch.ones(1)
+        torch.ops.zo_fused.dense_([p], ids, ids, torch.tensor([5]), one[:, None], one)
+        return p * 2
+
+    compiled = torch.compile(sweep, fullgraph=True, backend="aot_eager")
+    a, b = weights(10), weights(10)
+    assert torch.equal(compiled(a), sweep(b))
+    assert torch.equal(a, b)
+
+
+# ---- bad input leaves weights as they were ------------------------------------------------------
+
+
+BAD: dict[str, tuple[type[Exception], str, Callable[[Tensor], None]]] = {
+    "float64": (
+        TypeError,
+        "float64",
+        lambda p: zo_fused.perturb_([p, torch.zeros(2, dtype=torch.float64)], KEY, 1.0),
+    ),
+    "integer": (
+        TypeError,
+        "int64",
+        lambda p: zo_fused.perturb_([p, torch.zeros(2, dtype=torch.int64)], KEY, 1.0),
+    ),
+    "same id": (
+        ValueError,
+        "same id",
+        lambda p: zo_fused.perturb_([p, torch.zeros(2)], KEY, 1.0, ids=[5, 5]),
+    ),
+    "too few ids": (
+        ValueError,
+        "ids",
+        lambda p: zo_fused.perturb_([p, torch.zeros(2)], KEY, 1.0, ids=[5]),
+    ),
+    "negative offset": (
+        ValueError,
+        "negative",
+        lambda p: zo_fused.perturb_([p], KEY, 1.0, offsets=[-1]),
+    ),
+    "shared elements": (
+        ValueError,
+        "share memory",
+        lambda p: zo_fused.perturb_([p, torch.zeros(1).expand(4)], KEY, 1.0),
+    ),
+    "factor shape": (
+        ValueError,
+        r"us\[0\] must be \(3, rank\)",
+        lambda p: zo_fused.lowrank_update_([p], [torch.zeros(4, 2)], [torch.zeros(4, 2)], 1.0),
+    ),
+    "factor dtype": (
+        TypeError,
+        "us",
+        lambda p: zo_fused.lowrank_update_(
+            [p], [torch.zeros(3, 2).half()], [torch.zeros(4, 2)], 1.0
+        ),
+    ),
+    "no rank": (
+        ValueError,
+        "rank",
+        lambda p: zo_fused.lowrank_perturb_([p], KEY_U, KEY_V, 1.0),
+    ),
+    "moment shape": (
+        ValueError,
+        "moments",
+        lambda p: zo_fused.lowrank_momentum_(
+            [p], [torch.zeros(3, 1)], KEY_U, KEY_V, 1.0, 1.0, 0.9, rank=2
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD))
+def test_bad_input_is_refused_before_anything_is_written(name: str) -> None:
+    error, message, call = BAD[name]
+    p = weights(3, 4)
+    before = p.clone()
+    with pytest.raises(error, match=message):
+        call(p)
+    assert torch.equal(p, before)
+
+
+def test_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown backend 'gpu'"):
+        zo_fused.set_backend("gpu")
+
+
+def test_set_backend_and_backend_of() -> None:
+    previous = zo_fused.set_backend("reference")
+    try:
+        assert zo_fused.backend_of(torch.zeros(1)) == "reference"
+    finally:
+        assert zo_fused.set_backend(previous) == "reference"

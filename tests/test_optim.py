@@ -1,0 +1,640 @@
+"""The optimizers' behaviour: torch.optim's contract, guards, groups, tied and frozen parameters."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import math
+import os
+import pickle
+import signal
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zo_fused
+from zo_fused import noise
+from zo_fused.noise import Purpose, derive_key, parameter_id
+from zo_fused.optim.base import ZerothOrderOptimizer
+
+Make = Callable[..., ZerothOrderOptimizer]
+
+METHODS: dict[str, Make] = {
+    "MeZO": lambda params, **kw: zo_fused.MeZO(params, **{"lr": 1e-3, "seed": 3, **kw}),
+    "LOZO": lambda params, **kw: zo_fused.LOZO(
+        params, **{"lr": 1e-3, "seed": 3, "rank": 2, "interval": 3, **kw}
+    ),
+    "LOZO-M": lambda params, **kw: zo_fused.LOZO(
+        params, **{"lr": 1e-3, "seed": 3, "rank": 2, "interval": 3, "momentum": 0.9, **kw}
+    ),
+}
+
+
+@pytest.fixture(params=list(METHODS))
+def make(request: pytest.FixtureRequest) -> Make:
+    return METHODS[request.param]
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+
+
+def loss_of(model: nn.Module) -> Callable[[], Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(10, 6, generator=generator)
+    dtype = next(model.parameters()).dtype
+    return lambda: model(x.to(dtype)).float().square().mean()
+
+
+def snapshot(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def within_rounding(now: list[Tensor], before: list[Tensor], eps: float, sweeps: int) -> bool:
+    """Half an ulp a sweep, at the largest magnitude that a weight passes through (8 sigma)."""
+    return all(
+        ((x - y).double().abs() <= sweeps * half_ulp * (y.double().abs() + 16 * eps)).all()
+        for x, y in zip(now, before, strict=True)
+        for half_ulp in (torch.finfo(x.dtype).eps / 2,)
+    )
+
+
+# ---- the step -----------------------------------------------------------------------------------
+
+
+def test_step_is_what_the_contract_says() -> None:
+    """One MeZO step by hand: names to ids, seed and step to keys, three sweeps of the functions."""
+    model, twin = network(), network()
+    opt = zo_fused.MeZO(model.named_parameters(), lr=1e-2, eps=1e-3, seed=9)
+    params = [p.detach() for p in twin.parameters()]
+    ids = [parameter_id(name) for name, _ in twin.named_parameters()]
+    for step in range(3):
+        returned = opt.step(loss_of(model))
+        key = derive_key(9, Purpose.DENSE, step)
+        zo_fused.perturb_(params, key, 1e-3, ids)
+        plus = loss_of(twin)()
+        zo_fused.perturb_(params, key, -2e-3, ids)
+        minus = loss_of(twin)()
+        g = ((plus.double() - minus.double()) / 2e-3).float()
+        zo_fused.update_(params, [key], [(1e-3 - 1e-2 * g.double()).float().item()], 1.0, ids)
+        assert torch.equal(opt.projected_grad, g)
+        torch.testing.assert_close(returned, (plus + minus) / 2)
+    assert same(snapshot(model), params)
+
+
+def test_three_calls_of_the_sweep_operator_a_step(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Param groups, several dtypes and many parameters still make one call a sweep."""
+    from zo_fused import _ops
+
+    model = nn.ModuleList([network(), network(torch.float16)])
+    groups = [{"params": list(m.named_parameters(f"part{i}"))} for i, m in enumerate(model)]
+    groups = [
+        {"params": [(f"part{i}.{n}", p) for n, p in m.named_parameters()], "lr": 10.0**-i}
+        for i, m in enumerate(model)
+    ]
+    calls = []
+    for name in ("dense_", "lowrank_", "lowrank_momentum_"):
+        operator = getattr(_ops, name)
+        monkeypatch.setattr(
+            _ops, name, lambda *args, f=operator, n=name: (calls.append(n), f(*args))
+        )
+    opt = make(groups)
+    opt.step(lambda: loss_of(model[0])() + loss_of(model[1])())
+    assert len(calls) == 3
+
+
+def test_both_evaluations_see_plus_and_minus_eps(make: Make) -> None:
+    model = network()
+    opt = make(model.named_parameters(), eps=1e-2)
+    start, seen = snapshot(model), []
+
+    def closure() -> Tensor:
+        seen.append(snapshot(model))
+        assert not torch.is_grad_enabled()
+        return loss_of(model)()
+
+    opt.step(closure)
+    assert len(seen) == 2
+    for theta, plus, minus in zip(start, *seen, strict=True):
+        z = (plus.double() - theta.double()) / 1e-2
+        torch.testing.assert_close((theta.double() - minus.double()) / 1e-2, z, rtol=0, atol=1e-4)
+        assert z.std() > 0.3 or z.numel() < 4
+
+
+def test_weights_and_state_are_never_half_moved_when_lr_is_zero(make: Make) -> None:
+    model = network()
+    opt = make(model.named_parameters(), lr=0.0)
+    start = snapshot(model)
+    for _ in range(4):
+        opt.step(loss_of(model))
+    assert within_rounding(snapshot(model), start, 1e-3, 3 * 4)
+
+
+def test_losses_from_perturbed_blocks(make: Make) -> None:
+    """The split form moves the weights like the closure form, up to two more roundings."""
+    one, two = network(), network()
+    a, b = make(one.named_parameters()), make(two.named_parameters())
+    for _ in range(5):
+        a.step(loss_of(one))
+        with b.perturbed(+1), torch.no_grad():
+            plus = loss_of(two)()
+        with b.perturbed(-1), torch.no_grad():
+            minus = loss_of(two)()
+        b.step(loss_plus=plus, loss_minus=minus)
+        torch.testing.assert_close(a.projected_grad, b.projected_grad, rtol=1e-2, atol=2e-3)
+    for x, y in zip(snapshot(one), snapshot(two), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+
+
+def test_perturb_and_step_with_losses_equal_the_closure_form_bit_for_bit(make: Make) -> None:
+    one, two = network(), network()
+    a, b = make(one.named_parameters()), make(two.named_parameters())
+    for _ in range(4):
+        a.step(loss_of(one))
+        losses = []
+        for sign in (1, -1):
+            b.perturb(sign)
+            losses.append(loss_of(two)().item())
+        b.step(loss_plus=losses[0], loss_minus=losses[1])
+    assert same(snapshot(one), snapshot(two))
+
+
+def test_python_floats_are_losses() -> None:
+    w = nn.Parameter(torch.ones(3))
+    opt = zo_fused.MeZO([w], lr=1e-2)
+    opt.step(lambda: float(w.double().square().sum()))
+    assert not torch.equal(w, torch.ones(3))
+
+
+@pytest.mark.parametrize("bad", [None, "0.3", torch.ones(2), [1.0], torch.tensor(1j)])
+def test_what_is_no_scalar_loss_is_refused(make: Make, bad: object) -> None:
+    model = network()
+    opt = make(model.named_parameters())
+    start = snapshot(model)
+    with pytest.raises(TypeError, match="scalar loss"):
+        opt.step(lambda: bad)  # type: ignore[arg-type, return-value]
+    assert within_rounding(snapshot(model), start, 1e-3, 2)
+    assert opt.step_count == 0
+
+
+def test_step_without_anything_is_an_error() -> None:
+    opt = zo_fused.MeZO([nn.Parameter(torch.ones(2))])
+    with pytest.raises(TypeError, match="needs a closure"):
+        opt.step()
+    with pytest.raises(TypeError, match="not both"):
+        opt.step(lambda: 1.0, loss_plus=1.0, loss_minus=1.0)
+
+
+# ---- guards -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", [0, 1])
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
+def test_closure_that_raises_leaves_theta(make: Make, call: int, error: BaseException) -> None:
+    model = network()
+    opt = make(model.named_parameters())
+    opt.step(loss_of(model))
+    start, state = snapshot(model), copy.deepcopy(opt.state_dict()["state"])
+    calls = iter(range(10))
+
+    def closure() -> Tensor:
+        if next(calls) == call:
+            raise error
+        return loss_of(model)()
+
+    with pytest.raises(type(error)):
+        opt.step(closure)
+    assert within_rounding(snapshot(model), start, 1e-3, 3)
+    assert opt.step_count == 1
+    after = opt.state_dict()["state"]
+    assert all(torch.equal(after[i][k], v) for i, s in state.items() for k, v in s.items())
+    opt.step(loss_of(model))  # and the run goes on
+    assert opt.step_count == 2
+
+
+def test_interrupt_during_a_sweep_waits_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    from zo_fused import _ops
+
+    model = network()
+    opt = zo_fused.MeZO(model.named_parameters())
+    start, sweep = snapshot(model), _ops.dense_
+
+    def interrupted(*args: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        sweep(*args)
+
+    monkeypatch.setattr(_ops, "dense_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(loss_of(model))
+    assert within_rounding(snapshot(model), start, 1e-3, 2)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("call", [0, 1])
+def test_non_finite_loss_is_skipped_counted_and_reported(
+    make: Make, value: float, call: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = network()
+    opt = make(model.named_parameters(), weight_decay=0.1)
+    opt.step(loss_of(model))
+    start, state = snapshot(model), copy.deepcopy(opt.state_dict()["state"])
+    calls = iter(range(10))
+    with caplog.at_level(logging.WARNING, "zo_fused"):
+        opt.step(lambda: value if next(calls) == call else loss_of(model)())
+    assert within_rounding(snapshot(model), start, 1e-3, 3)
+    assert (opt.skipped_steps, opt.step_count) == (1, 2)
+    assert "not finite" in caplog.text
+    after = opt.state_dict()["state"]
+    assert all(torch.equal(after[i][k], v) for i, s in state.items() for k, v in s.items())
+    opt.step(loss_of(model))
+    assert (opt.skipped_steps, opt.step_count) == (1, 3)
+
+
+def test_global_generators_are_untouched(make: Make) -> None:
+    model = network()
+    opt = make(model.named_parameters())
+    before = torch.get_rng_state()
+    opt.step(loss_of(model))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dropout_is_the_same_in_both_evaluations_and_moves_on() -> None:
+    model = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5))
+    opt = zo_fused.MeZO(model.named_parameters(), lr=0.0, eps=1e-4)
+    masks: list[Tensor] = []
+
+    def closure() -> Tensor:
+        out = model(torch.ones(1, 4))
+        masks.append(out == 0)
+        return out.mean()
+
+    for _ in range(2):
+        opt.step(closure)
+    assert model.training
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[2], masks[3])
+    assert not torch.equal(masks[0], masks[2])
+
+
+# ---- which parameters move ----------------------------------------------------------------------
+
+
+def test_frozen_parameters_stay_and_are_looked_up_every_step(make: Make) -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    opt = make(model.named_parameters())
+    start = snapshot(model)
+    opt.step(loss_of(model))
+    assert same(snapshot(model)[:2], start[:2])
+    assert not same(snapshot(model)[2:], start[2:])
+    model[0].requires_grad_(True)
+    opt.step(loss_of(model))
+    assert not torch.equal(model[0].weight, start[0])
+
+
+def test_freezing_does_not_change_the_noise_of_the_others() -> None:
+    one, two = network(), network()
+    two[0].requires_grad_(False)
+    seen = []
+    for model in (one, two):
+        opt = zo_fused.MeZO(model.named_parameters(), lr=0.0)
+        with opt.perturbed(1):
+            seen.append(model[2].weight.detach().clone())
+    assert torch.equal(*seen)
+
+
+def test_tied_parameters_move_once(make: Make) -> None:
+    weight = nn.Parameter(torch.randn(5, 5))
+    alone = nn.Parameter(weight.detach().clone())
+    alias = nn.Parameter(weight.data)  # another Parameter over the same memory
+    opt = make([("weight", weight), ("alias", alias)], lr=0.0)
+    other = make([("weight", alone)], lr=0.0)
+    with opt.perturbed(1), other.perturbed(1):
+        assert torch.equal(weight, alone)
+        assert torch.equal(weight, alias)
+
+
+def test_nothing_to_tune_is_an_error() -> None:
+    model = network().requires_grad_(False)
+    opt = zo_fused.MeZO(model.parameters())
+    with pytest.raises(ValueError, match="nothing to tune"):
+        opt.step(loss_of(model))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "error", "message"),
+    [
+        (torch.zeros(2, dtype=torch.float64), TypeError, "float64"),
+        (torch.zeros(2, device="meta"), ValueError, "meta device"),
+    ],
+)
+def test_unsupported_parameters_are_refused_with_their_name(
+    tensor: Tensor, error: type[Exception], message: str
+) -> None:
+    good = nn.Parameter(torch.zeros(2))
+    opt = zo_fused.MeZO([("good", good), ("bad.weight", nn.Parameter(tensor))])
+    with pytest.raises(error, match=f"bad.weight.*{message}"):
+        opt.step(lambda: good.sum())
+    assert torch.equal(good, torch.zeros(2))
+
+
+def test_rebound_memory_is_noticed(make: Make) -> None:
+    """`p.data = ...` between steps (accelerate, PEFT do it) must not leave stale pointers."""
+    model = network()
+    opt = make(model.named_parameters())
+    opt.step(loss_of(model))
+    old = model[0].weight.data
+    kept = old.clone()
+    model[0].weight.data = old.clone()
+    opt.step(loss_of(model))
+    assert torch.equal(old, kept)
+    assert not torch.equal(model[0].weight, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_all_weight_dtypes_learn(make: Make, dtype: torch.dtype) -> None:
+    model = network(dtype)
+    opt = make(model.named_parameters(), lr=3e-3)
+    first = loss_of(model)().item()
+    for _ in range(150):
+        opt.step(loss_of(model))
+    assert loss_of(model)().item() < 0.7 * first
+
+
+@pytest.mark.gpu
+def test_parameters_on_several_devices() -> None:
+    one, two = network(), network()
+    two[2].cuda()
+    a = zo_fused.MeZO(one.named_parameters(), lr=0.0)
+    b = zo_fused.MeZO(two.named_parameters(), lr=0.0)
+    with a.perturbed(1), b.perturbed(1):
+        assert same(snapshot(one), [p.cpu() for p in snapshot(two)])
+
+
+# ---- ids, names, seeds --------------------------------------------------------------------------
+
+
+def perturbation(params: object, method: Make = METHODS["MeZO"], **kw: object) -> list[Tensor]:
+    opt = method(params, eps=1.0, **kw)
+    tensors = [p for group in opt.param_groups for p in group["params"]]
+    with torch.no_grad():
+        for p in tensors:
+            p.zero_()
+    with opt.perturbed(1):
+        return [p.detach().clone() for p in tensors]
+
+
+def test_names_not_order_make_the_noise() -> None:
+    named = list(network().named_parameters())
+    straight = perturbation(named)
+    backwards = perturbation(list(network().named_parameters())[::-1])
+    assert same(straight, backwards[::-1])
+    key = derive_key(3, Purpose.DENSE, 0)
+    first = noise.normal(48, key, parameter_id("0.weight")).view(8, 6)
+    assert torch.equal(straight[0], first)
+
+
+def test_a_module_is_its_named_parameters() -> None:
+    assert same(perturbation(network()), perturbation(network().named_parameters()))
+
+
+def test_positions_are_ids_without_names() -> None:
+    z = perturbation(network().parameters())
+    assert torch.equal(z[1], noise.normal(8, derive_key(3, Purpose.DENSE, 0), 1))
+
+
+def test_lozo_draws_u_v_and_vectors_from_their_own_streams() -> None:
+    z = perturbation(network().named_parameters(), METHODS["LOZO"])
+    id_ = parameter_id("0.weight")
+    u = noise.normal(16, derive_key(3, Purpose.U, 0), id_).view(8, 2)
+    v = noise.normal(12, derive_key(3, Purpose.V, 0), id_).view(6, 2)
+    torch.testing.assert_close(z[0], u @ v.T, rtol=1e-5, atol=1e-6)
+    assert torch.equal(
+        z[1], noise.normal(8, derive_key(3, Purpose.DENSE, 0), parameter_id("0.bias"))
+    )
+
+
+def test_lozo_keeps_v_for_a_window_and_u_for_a_step() -> None:
+    """Rows of z = U V^T span the rows of V^T: equal spans within a window, other ones after it."""
+    model = network()
+    opt = METHODS["LOZO"](model.named_parameters(), lr=0.0, eps=1.0)
+    directions = []
+    for _ in range(5):
+        before = model[0].weight.detach().clone()
+        with opt.perturbed(1):
+            directions.append(model[0].weight.detach() - before)
+        opt.step(loss_plus=0.0, loss_minus=0.0)
+
+    def rank(a: Tensor, b: Tensor) -> int:
+        return int(torch.linalg.matrix_rank(torch.cat([a, b]), rtol=1e-3))
+
+    assert rank(directions[0], directions[2]) == 2
+    assert rank(directions[2], directions[3]) == 4
+    assert rank(directions[3], directions[4]) == 2
+    assert not torch.allclose(directions[0], directions[1], atol=1e-2)
+
+
+def test_the_u_of_the_query_is_the_u_of_the_update() -> None:
+    """The released LOZO code fails this at every new V (methods: generator desync)."""
+    model = network()
+    opt = METHODS["LOZO"](model.named_parameters(), lr=1.0, eps=1.0)
+    for _ in range(7):
+        before = snapshot(model)
+        with opt.perturbed(1):
+            z = [x - y for x, y in zip(snapshot(model), before, strict=True)]
+        opt.step(loss_plus=2e-3, loss_minus=0.0)
+        for x, y, direction in zip(before, snapshot(model), z, strict=True):
+            torch.testing.assert_close((x - y) / 1e-3, direction, rtol=0, atol=2e-3)
+
+
+def test_same_name_twice_is_an_error() -> None:
+    pair = [("w", nn.Parameter(torch.zeros(2))), ("w", nn.Parameter(torch.zeros(2)))]
+    with pytest.raises(ValueError, match="same name"):
+        zo_fused.MeZO([{"params": pair[:1]}, {"params": pair[1:]}])
+
+
+def test_seeds_and_steps_change_the_noise_and_nothing_repeats() -> None:
+    a = perturbation(network().named_parameters(), seed=1)
+    b = perturbation(network().named_parameters(), seed=2)
+    assert not torch.equal(a[0], b[0])
+
+
+# ---- param groups, schedulers -------------------------------------------------------------------
+
+
+def test_groups_have_their_own_lr_decay_and_eps() -> None:
+    """theta' = theta - lr_i (g_i z + wd_i theta) with g_i = (L+ - L-) / (2 eps_i)."""
+    a, b = nn.Parameter(torch.ones(50)), nn.Parameter(torch.ones(50))
+    opt = zo_fused.MeZO(
+        [
+            {"params": [("a", a)], "lr": 0.1, "eps": 1e-3, "weight_decay": 0.0},
+            {"params": [("b", b)], "lr": 0.2, "eps": 2e-3, "weight_decay": 0.5},
+        ],
+        seed=4,
+    )
+    opt.step(loss_plus=3e-3, loss_minus=1e-3)
+    key = derive_key(4, Purpose.DENSE, 0)
+    z = {name: noise.normal(50, key, parameter_id(name)).double() for name in "ab"}
+    torch.testing.assert_close(a.double(), 1 - 0.1 * 1.0 * z["a"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(b.double(), 0.9 - 0.2 * 0.5 * z["b"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"lr": -1.0}, {"lr": math.nan}, {"eps": 0.0}, {"weight_decay": -0.1}, {"seed": -1}],
+)
+def test_bad_hyperparameters_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        zo_fused.MeZO([nn.Parameter(torch.zeros(2))], **bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [{"rank": 0}, {"interval": 0}, {"rank": 1.5}, {"momentum": 1.0}])
+def test_bad_lozo_hyperparameters_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        zo_fused.LOZO([nn.Parameter(torch.zeros(2))], **bad)  # type: ignore[arg-type]
+
+
+def test_lr_scheduler_and_tensor_lr(make: Make) -> None:
+    one, two = network(), network()
+    a = make(one.named_parameters(), lr=1e-2)
+    b = make(two.named_parameters(), lr=torch.tensor(1e-2, dtype=torch.float64))
+    scheduler = torch.optim.lr_scheduler.StepLR(a, 1, gamma=0.5)
+    for i in range(4):
+        b.param_groups[0]["lr"] = torch.tensor(1e-2 * 0.5**i, dtype=torch.float64)
+        a.step(loss_of(one))
+        b.step(loss_of(two))
+        scheduler.step()
+    assert a.param_groups[0]["lr"] == 1e-2 / 16
+    assert same(snapshot(one), snapshot(two))
+
+
+def test_hooks_run_around_step() -> None:
+    w = nn.Parameter(torch.ones(2))
+    opt = zo_fused.MeZO([w])
+    calls: list[str] = []
+    opt.register_step_pre_hook(lambda *_: calls.append("pre"))
+    opt.register_step_post_hook(lambda *_: calls.append("post"))
+    opt.step(lambda: w.sum())
+    assert calls == ["pre", "post"]
+
+
+# ---- state --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("cut", [1, 4])
+def test_resume_is_bit_exact(make: Make, dtype: torch.dtype, cut: int) -> None:
+    model = network(dtype)
+    opt = make(model.named_parameters())
+    for _ in range(cut):
+        opt.step(loss_of(model))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file)
+    for _ in range(6):
+        opt.step(loss_of(model))
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = network(dtype)
+    resumed.load_state_dict(saved["model"])
+    again = make(resumed.named_parameters(), lr=99.0, seed=0)
+    again.load_state_dict(saved["opt"])
+    for _ in range(6):
+        again.step(loss_of(resumed))
+    assert same(snapshot(model), snapshot(resumed))
+    assert (again.step_count, again.seed) == (cut + 6, 3)
+
+
+def test_momentum_state_is_float32_of_factor_size(make: Make) -> None:
+    model = network(torch.float16)
+    opt = make(model.named_parameters())
+    opt.step(loss_of(model))
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    shapes = [tuple(t.shape) for s in opt.state.values() for t in s.values()]
+    if isinstance(opt, zo_fused.LOZO) and opt.defaults["momentum"]:
+        assert shapes == [(8, 2), (8, 1), (3, 2), (3, 1)]
+        assert all(t.dtype == torch.float32 for s in opt.state.values() for t in s.values())
+    else:
+        assert shapes == []
+
+
+def test_state_dict_puts_perturbed_weights_back(make: Make) -> None:
+    model = network()
+    opt = make(model.named_parameters())
+    start = snapshot(model)
+    opt.perturb(1)
+    opt.state_dict()
+    assert within_rounding(snapshot(model), start, 1e-3, 2)
+
+
+def test_state_of_another_contract_is_refused() -> None:
+    opt = zo_fused.MeZO([nn.Parameter(torch.ones(2))])
+    state = opt.state_dict()
+    state["param_groups"][0]["contract"] = 0
+    with pytest.raises(ValueError, match="contract"):
+        opt.load_state_dict(state)
+
+
+def test_load_state_hooks_still_work(make: Make) -> None:
+    model = network()
+    opt = make(model.named_parameters())
+    opt.step(loss_of(model))
+
+    def change(_: object, state: dict) -> dict:  # type: ignore[type-arg]
+        state["param_groups"][0]["lr"] = 0.5
+        return state
+
+    opt.register_load_state_dict_pre_hook(change)
+    opt.load_state_dict(opt.state_dict())
+    assert opt.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_and_pickles_go_on_alike(make: Make, clone: Callable) -> None:  # type: ignore[type-arg]
+    model = network()
+    opt = make(model.named_parameters())
+    opt.step(loss_of(model))
+    twin_model, twin = clone((model, opt))
+    for m, o in ((model, opt), (twin_model, twin)):
+        for _ in range(4):
+            o.step(loss_of(m))
+    assert same(snapshot(model), snapshot(twin_model))
+
+
+def test_added_group_joins_the_run() -> None:
+    model = network()
+    opt = zo_fused.MeZO([{"params": list(model[0].named_parameters("x"))}], lr=1e-3)
+    opt.step(loss_of(model))
+    opt.add_param_group({"params": [("y", model[2].weight)]})
+    opt.step(loss_of(model))
+    assert [g["step"] for g in opt.param_groups] == [2, 2]
+    assert opt.step_count == 2
+
+
+def test_timings_add_up() -> None:
+    model = network()
+    opt = zo_fused.MeZO(model.named_parameters())
+    opt.timings = {}
+    opt.step(loss_of(model))
+    assert set(opt.timings) == {"perturb", "forward", "update"}
+    assert all(seconds > 0 for seconds in opt.timings.values())
+
+
+@pytest.fixture(autouse=True)
+def _few_threads() -> Iterator[None]:
+    """Tiny networks: threads only cost."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

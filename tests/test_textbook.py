@@ -1,0 +1,246 @@
+"""The mathematics: float32 runs follow float64 textbook implementations fed with the same noise.
+
+The textbooks below are written from the formulas of the papers, in float64, whole tensors at a
+time, and share nothing with the package but `zo_fused.noise.normal`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import zo_fused
+from zo_fused.noise import Purpose, derive_key, normal, parameter_id
+
+Weights = dict[str, Tensor]
+STEPS, SEED, EPS = 50, 11, 1e-2
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unsqueeze(1).chunk(3, dim=-1)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.squeeze(1))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class SmallTransformer(nn.Module):
+    """Two blocks with tied embeddings."""
+
+    def __init__(self, vocabulary: int = 31, width: int = 16) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList([Block(width), Block(width)])
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return nn.functional.cross_entropy(
+            self.head(x[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+        )
+
+
+def model_and_tokens() -> tuple[SmallTransformer, Tensor]:
+    torch.manual_seed(0)
+    return SmallTransformer(), torch.randint(0, 31, (4, 12))
+
+
+def float64_loss(model: nn.Module, tokens: Tensor) -> Callable[[Weights], Tensor]:
+    """The loss as a function of named weights, in float64: its rounding plays no part below."""
+
+    def loss(weights: Weights) -> Tensor:
+        doubles = {name: w.detach().double() for name, w in weights.items()}
+        return functional_call(model, doubles, (tokens,))
+
+    return loss
+
+
+def dense(name: str, w: Tensor, step: int) -> Tensor:
+    key = derive_key(SEED, Purpose.DENSE, step)
+    return normal(w.numel(), key, parameter_id(name)).double().view(w.shape)
+
+
+def factor(name: str, rows: int, rank: int, purpose: Purpose, step: int) -> Tensor:
+    key = derive_key(SEED, purpose, step)
+    return normal(rows * rank, key, parameter_id(name)).double().view(rows, rank)
+
+
+def u_and_v(name: str, w: Tensor, step: int, rank: int, interval: int) -> tuple[Tensor, Tensor]:
+    m, n = w.shape[0], w[0].numel()
+    u = factor(name, m, rank, Purpose.U, step)
+    return u, factor(name, n, rank, Purpose.V, step // interval)
+
+
+def two_sided(loss: Callable[[Weights], Tensor], theta: Weights, z: Weights) -> float:
+    plus = loss({k: w + EPS * z[k] for k, w in theta.items()})
+    minus = loss({k: w - EPS * z[k] for k, w in theta.items()})
+    return float(plus - minus) / (2 * EPS)
+
+
+def textbook_mezo(loss, theta: Weights, lr: float, wd: float) -> list[float]:  # type: ignore[no-untyped-def]
+    grads = []
+    for t in range(STEPS):
+        z = {k: dense(k, w, t) for k, w in theta.items()}
+        g = two_sided(loss, theta, z)
+        for k, w in theta.items():
+            theta[k] = w - lr * (g * z[k] + wd * w)
+        grads.append(g)
+    return grads
+
+
+def textbook_lozo(  # type: ignore[no-untyped-def]
+    loss, theta: Weights, lr: float, wd: float, rank: int, interval: int, divide: bool
+) -> list[float]:
+    grads = []
+    for t in range(STEPS):
+        z = {}
+        for k, w in theta.items():
+            if w.dim() < 2:
+                z[k] = dense(k, w, t)
+            else:
+                u, v = u_and_v(k, w, t, rank, interval)
+                z[k] = (u @ v.T).view(w.shape)
+        g = two_sided(loss, theta, z)
+        for k, w in theta.items():
+            scale = 1 / rank if divide and w.dim() >= 2 else 1.0
+            theta[k] = w - lr * (g * scale * z[k] + wd * w)
+        grads.append(g)
+    return grads
+
+
+def textbook_lozo_m(  # type: ignore[no-untyped-def]
+    loss, theta: Weights, lr: float, wd: float, rank: int, interval: int, beta: float
+) -> list[float]:
+    grads = []
+    momentum: Weights = {}
+    for t in range(STEPS):
+        us, vs, z = {}, {}, {}
+        for k, w in theta.items():
+            if w.dim() < 2:
+                us[k], vs[k] = dense(k, w, t)[:, None], torch.ones(1, 1).double()
+            else:
+                us[k], vs[k] = u_and_v(k, w, t, rank, interval)
+            z[k] = (us[k] @ vs[k].T).view(w.shape)
+            if t and t % interval == 0 and w.dim() >= 2:
+                _, v_old = u_and_v(k, w, t - 1, rank, interval)
+                momentum[k] = momentum[k] @ v_old.T @ vs[k] / vs[k].shape[0]
+        g = two_sided(loss, theta, z)
+        for k, w in theta.items():
+            momentum[k] = beta * momentum.get(k, 0.0) + (1 - beta) * g * us[k]
+            theta[k] = w - lr * ((momentum[k] @ vs[k].T).view(w.shape) + wd * w)
+        grads.append(g)
+    return grads
+
+
+CASES = {
+    "MeZO": (zo_fused.MeZO, textbook_mezo, {"lr": 3e-4}, {}),
+    "MeZO with decay": (zo_fused.MeZO, textbook_mezo, {"lr": 3e-4, "weight_decay": 0.5}, {}),
+    "LOZO": (
+        zo_fused.LOZO, textbook_lozo, {"lr": 3e-4}, {"rank": 2, "interval": 20, "divide": False},
+    ),
+    "LOZO, paper's 1/r": (
+        zo_fused.LOZO, textbook_lozo, {"lr": 3e-4}, {"rank": 3, "interval": 7, "divide": True},
+    ),
+    "LOZO-M": (
+        zo_fused.LOZO, textbook_lozo_m, {"lr": 3e-4}, {"rank": 2, "interval": 20, "beta": 0.9},
+    ),
+    "LOZO-M with decay, interval 1": (
+        zo_fused.LOZO, textbook_lozo_m, {"lr": 3e-4, "weight_decay": 0.5},
+        {"rank": 2, "interval": 1, "beta": 0.5},
+    ),
+}  # fmt: skip
+
+NAMES = {"beta": "momentum", "divide": "divide_by_rank"}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_fifty_float32_steps_follow_the_float64_textbook(case: str) -> None:
+    """Tolerances. A step rounds every weight three times, each by at most 2**-24 |w| with |w| < 4.
+    Rounding is random in sign, so after 50 steps the rms error is below
+    sqrt(150 / 3) * 2**-24 * rms(w) < 5e-7 for rms(w) <= 1. It enters g divided by 2 eps = 0.02 and
+    weighted with the gradient (norm about 1): 1e-4 at the worst, against |g| of about 1; and
+    through g the weights again, times lr = 3e-4.
+    """
+    method, textbook, common, extra = CASES[case]
+    model, tokens = model_and_tokens()
+    loss = float64_loss(model, tokens)
+    theta = {k: p.detach().double() for k, p in model.named_parameters()}
+    start = {k: w.clone() for k, w in theta.items()}
+    expected = textbook(loss, theta, common["lr"], common.get("weight_decay", 0.0), **extra)
+
+    options = {NAMES.get(k, k): v for k, v in extra.items()}
+    opt = method(model.named_parameters(), eps=EPS, seed=SEED, **common, **options)
+    grads = []
+    for _ in range(STEPS):
+        opt.step(lambda: loss(dict(model.named_parameters())))
+        grads.append(opt.projected_grad.item())
+
+    torch.testing.assert_close(torch.tensor(grads), torch.tensor(expected), rtol=0, atol=2e-4)
+    moved = math.sqrt(sum((theta[k] - w).square().sum() for k, w in start.items()))
+    off = math.sqrt(
+        sum((p.detach() - theta[k]).square().sum() for k, p in model.named_parameters())
+    )
+    elements = sum(w.numel() for w in start.values())
+    assert moved > 0.05
+    assert off < 1e-6 * math.sqrt(elements)
+
+
+def test_estimate_is_unbiased() -> None:
+    """E[g z] = gradient of a smooth loss, up to O(eps^2): here a cubic, so there is a remainder.
+
+    Sampling error of the mean of N products g z_i in dimension d: sqrt((d + 1) / N) |gradient|.
+    """
+    d, n = 20, 4000
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(d, dtype=torch.float32))
+    a, c = torch.randn(d).double(), torch.randn(d).double()
+
+    def loss() -> Tensor:
+        x = w.double()
+        return (a * x).sum() + (c * x**2).sum() / 2 + 0.1 * (x**3).sum()
+
+    exact = a + c * w.detach().double() + 0.3 * w.detach().double() ** 2
+    opt = zo_fused.MeZO([w], lr=0.0, eps=1e-3, seed=5)
+    estimate = torch.zeros(d, dtype=torch.float64)
+    for step in range(n):
+        opt.step(loss)
+        z = normal(d, derive_key(5, Purpose.DENSE, step), 0).double()
+        estimate += opt.projected_grad.double() * z / n
+    sigma = math.sqrt((d + 1) / n / d) * exact.norm()  # of one component
+    assert ((estimate - exact).abs() < 4.5 * sigma).all()
+    assert (estimate - exact).norm() < 1.5 * sigma * math.sqrt(d)
+
+
+@pytest.mark.parametrize(
+    ("method", "lr", "options"),
+    [
+        (zo_fused.MeZO, 1e-2, {}),
+        (zo_fused.LOZO, 3e-3, {"rank": 2, "interval": 10}),
+        (zo_fused.LOZO, 3e-3, {"rank": 2, "interval": 10, "momentum": 0.9}),
+    ],
+)
+def test_loss_falls_on_a_quadratic(method, lr: float, options: dict) -> None:  # type: ignore[no-untyped-def, type-arg]
+    torch.manual_seed(0)
+    w, target = nn.Parameter(torch.zeros(8, 6)), torch.randn(8, 6)
+    opt = method([w], lr=lr, eps=1e-3, **options)
+    first = ((w - target) ** 2).sum().item()
+    for _ in range(600):
+        opt.step(lambda: ((w - target) ** 2).sum())
+    # E[loss] falls by 1 - 2 lr * 2 + O(lr^2 d) a step.
+    assert ((w - target) ** 2).sum().item() < 0.05 * first

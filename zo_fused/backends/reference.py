@@ -1,0 +1,12 @@
+"""The reference backend: `zo_fused.reference` on any device, in bounded scratch memory. Floor 2."""
+
+from zo_fused.reference import bits_, dense_, lowrank_, lowrank_momentum_, normal_
+
+__all__ = ["bits_", "dense_", "lowrank_", "lowrank_momentum_", "normal_", "why_not"]
+
+
+def why_not(device_type: str) -> str | None:
+    """None: the reference serves every device (float64 arithmetic included)."""
+    if device_type in ("mps", "meta"):
+        return f"the reference needs float64 arithmetic, which {device_type!r} tensors lack"
+    return None

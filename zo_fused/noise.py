@@ -1,0 +1,52 @@
+"""The noise itself, for inspection, tests and other engines. Floor 6. Contract: docs/noise.md."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zo_fused import _ops
+from zo_fused.ops import int64_tensor
+from zo_fused.streams import CONTRACT_VERSION, Purpose, derive_key, parameter_id
+
+__all__ = [
+    "CONTRACT_VERSION",
+    "Purpose",
+    "derive_key",
+    "normal",
+    "parameter_id",
+    "random_bits",
+]
+
+
+def _fill(op, dtype, numel: int, key: int, id: int, offset: int, device) -> Tensor:  # type: ignore[no-untyped-def]
+    if numel < 0 or not 0 <= offset < 1 << 62:
+        raise ValueError(f"need numel >= 0 and 0 <= offset < 2**62, got {numel} and {offset}")
+    out = torch.empty(numel, dtype=dtype, device=device)
+    op([out], int64_tensor([id]), int64_tensor([offset]), int64_tensor([key], out.device))
+    return out
+
+
+def normal(
+    numel: int, key: int, id: int = 0, offset: int = 0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Standard normals of elements ``offset .. offset + numel`` of parameter ``id``.
+
+    Args:
+        numel: how many.
+        key: 64-bit stream key, used as it is (`derive_key` makes them).
+        id: 64-bit parameter id.
+        offset: index of the first element in the full parameter, below ``2**62``.
+        device: where to make them; the values don't depend on it.
+
+    Returns:
+        float32 tensor [numel].
+    """
+    return _fill(_ops.normal_, torch.float32, numel, key, id, offset, device)
+
+
+def random_bits(
+    numel: int, key: int, id: int = 0, offset: int = 0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The raw Philox words behind `normal`, in element order: int64 [numel], below ``2**32``."""
+    return _fill(_ops.bits_, torch.int64, numel, key, id, offset, device)

@@ -1,0 +1,223 @@
+"""The fused sweeps as functions on lists of tensors. Floor 5.
+
+For optimizers, other engines (vLLM workers, Ray actors, federated clients) and anyone who wants the
+kernels alone. Stream keys are used as they are; `zo_fused.noise.derive_key` makes them. Weights are
+float16, bfloat16 or float32 tensors of any shape, changed in place: read once, computed in float32,
+rounded once to nearest, written once. Nothing here records gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zo_fused import _ops
+from zo_fused.streams import as_int64
+
+Scalar = float | Tensor
+Factor = int | Sequence[Tensor]
+
+
+def int64_tensor(values: Sequence[int] | Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Unsigned or signed 64-bit integers as an int64 tensor of the same bits."""
+    if isinstance(values, Tensor):
+        return values.to(device=device, dtype=torch.int64)
+    return torch.tensor([as_int64(int(v)) for v in values], dtype=torch.int64, device=device)
+
+
+def _rows(value: Scalar | Sequence[float], like: Sequence[Tensor], *shape: int) -> Tensor:
+    """A float32 table of the given shape from a number, a sequence or a tensor that broadcasts."""
+    device = like[0].device if like else None
+    table = torch.as_tensor(value, dtype=torch.float32, device=device)
+    return table.expand(*shape).contiguous()
+
+
+def _streams(
+    params: Sequence[Tensor], ids: Sequence[int] | Tensor | None, offsets: Sequence[int] | None
+) -> tuple[Tensor, Tensor]:
+    table = int64_tensor(range(len(params)) if ids is None else ids)
+    if len(table) != len(params):
+        raise ValueError(f"zo_fused: {len(params)} parameters but {len(table)} ids")
+    if offsets is None and len(table.unique()) != len(table):
+        raise ValueError(
+            "zo_fused: two parameters have the same id and would get the same noise; "
+            "shards of one parameter need `offsets`"
+        )
+    starts = int64_tensor([0] * len(params) if offsets is None else offsets)
+    if len(starts) != len(params):
+        raise ValueError(f"zo_fused: {len(params)} parameters but {len(starts)} offsets")
+    if len(starts) and int(starts.min()) < 0:
+        raise ValueError("zo_fused: offsets must not be negative")
+    return table, starts
+
+
+@torch.no_grad()
+def update_(
+    params: Sequence[Tensor],
+    keys: Sequence[int] | Tensor,
+    coeffs: Sequence[float] | Tensor,
+    decay: Scalar | Sequence[float] = 1.0,
+    ids: Sequence[int] | Tensor | None = None,
+    *,
+    offsets: Sequence[int] | None = None,
+) -> None:
+    """``p = decay * p + sum_k coeffs[k] * z_k`` for every parameter, in one sweep.
+
+    z_k is the dense Gaussian of stream ``keys[k]``, regenerated in registers. Equivalent to, for
+    each parameter p with id i, in float32: ``decay * p + sum(c * noise.normal(p.numel(), k, i))``.
+
+    Args:
+        params: tensors on one device.
+        keys: K 64-bit stream keys.
+        coeffs: K numbers, or a float32 tensor [K] or [len(params), K] on the parameters' device.
+        decay: a number, or one per parameter.
+        ids: 64-bit parameter ids; None: positions in the list.
+        offsets: index of each tensor's first element in its full parameter, for shards.
+
+    Raises:
+        TypeError: a parameter is not float16, bfloat16 or float32.
+        ValueError: lengths or devices differ, or two parameters share an id.
+    """
+    params = list(params)
+    table, starts = _streams(params, ids, offsets)
+    device = params[0].device if params else "cpu"
+    key_row = int64_tensor(keys, device)
+    _ops.dense_(
+        params,
+        table,
+        starts,
+        key_row,
+        _rows(coeffs, params, len(params), len(key_row)),
+        _rows(decay, params, len(params)),
+    )
+
+
+def perturb_(
+    params: Sequence[Tensor],
+    key: int,
+    scale: Scalar,
+    ids: Sequence[int] | Tensor | None = None,
+    *,
+    offsets: Sequence[int] | None = None,
+) -> None:
+    """``p += scale * z`` with z the dense Gaussian of stream ``key``. Arguments as in `update_`."""
+    coeffs = scale.reshape(1) if isinstance(scale, Tensor) else [scale]
+    update_(params, [key], coeffs, 1.0, ids, offsets=offsets)
+
+
+@torch.no_grad()
+def factors(
+    params: Sequence[Tensor],
+    u: Factor,
+    v: Factor,
+    rank: int | None = None,
+    ids: Sequence[int] | Tensor | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The factors U (m, rank) and V (n, rank), float32, of parameters seen as (m, n).
+
+    A factor given as a 64-bit key is drawn from that stream in row-major order; one given as a
+    list of tensors is returned as it is.
+    """
+    params = list(params)
+    table, starts = _streams(params, ids, None)
+    made = []
+    for side, factor in enumerate((u, v)):
+        if not isinstance(factor, int):
+            made.append(list(factor))
+            continue
+        if rank is None or rank < 1:
+            raise ValueError(f"zo_fused: factors from keys need rank >= 1, got {rank}")
+        outs = [
+            torch.empty(_ops.matrix_shape(p)[side], rank, dtype=torch.float32, device=p.device)
+            for p in params
+        ]
+        key_row = int64_tensor([factor] * len(params), params[0].device if params else "cpu")
+        _ops.normal_(outs, table, starts, key_row)
+        made.append(outs)
+    return made[0], made[1]
+
+
+@torch.no_grad()
+def lowrank_update_(
+    params: Sequence[Tensor],
+    u: Factor,
+    v: Factor,
+    coeff: Scalar | Sequence[float],
+    decay: Scalar | Sequence[float] = 1.0,
+    *,
+    rank: int | None = None,
+    ids: Sequence[int] | Tensor | None = None,
+) -> None:
+    """``p = decay * p + coeff * U @ V.T`` for every parameter, in one sweep.
+
+    A parameter is seen as ``(m, n) = (size(0), numel / size(0))``; the m x n product is never
+    stored. Several directions in one sweep: concatenate their factors along the rank.
+
+    Args:
+        params: tensors on one device.
+        u, v: 64-bit stream keys (then `rank` is needed), or lists of contiguous float32 tensors
+            (m, r) and (n, r).
+        coeff, decay: a number, or one per parameter.
+        rank: columns of factors drawn from keys.
+        ids: as in `update_`.
+
+    Raises:
+        TypeError, ValueError: as `update_`; also for factors of a wrong shape.
+    """
+    params = list(params)
+    us, vs = factors(params, u, v, rank, ids)
+    rows = [_rows(x, params, len(params)) for x in (coeff, decay)]
+    _ops.lowrank_(params, us, vs, *rows)
+
+
+def lowrank_perturb_(
+    params: Sequence[Tensor],
+    u: Factor,
+    v: Factor,
+    scale: Scalar,
+    *,
+    rank: int | None = None,
+    ids: Sequence[int] | Tensor | None = None,
+) -> None:
+    """``p += scale * U @ V.T``. Arguments as in `lowrank_update_`."""
+    lowrank_update_(params, u, v, scale, 1.0, rank=rank, ids=ids)
+
+
+@torch.no_grad()
+def lowrank_momentum_(
+    params: Sequence[Tensor],
+    moments: Sequence[Tensor],
+    u: Factor,
+    v: Factor,
+    grad: Scalar,
+    lr: Scalar,
+    beta: Scalar,
+    restore: Scalar = 0.0,
+    decay: Scalar | Sequence[float] = 1.0,
+    *,
+    rank: int | None = None,
+    ids: Sequence[int] | Tensor | None = None,
+) -> None:
+    """Momentum in the factor (LOZO-M, arXiv 2410.07698), in one sweep:
+
+    ``N = beta * N + (1 - beta) * grad * U``, then
+    ``p = decay * p + (restore * U - lr * N) @ V.T``.
+
+    Args:
+        params: tensors on one device.
+        moments: the N of each parameter, float32 (m, r), changed in place.
+        u, v, rank, ids: as in `lowrank_update_`.
+        grad: projected gradient.
+        lr: learning rate.
+        beta: momentum coefficient in [0, 1).
+        restore: coefficient of ``U @ V.T`` that takes back a perturbation.
+        decay: a number, or one per parameter.
+    """
+    params = list(params)
+    us, vs = factors(params, u, v, rank, ids)
+    b, g, a, s = (torch.as_tensor(x, dtype=torch.float64) for x in (beta, grad, restore, lr))
+    columns = [x.to(torch.float32) for x in (b, (1 - b) * g, a, -s)]
+    table = torch.stack([_rows(x, params, len(params)) for x in columns], dim=-1)
+    _ops.lowrank_momentum_(params, list(moments), us, vs, table, _rows(decay, params, len(params)))

@@ -1,0 +1,1 @@
+"""Optimizers. Import them from `zo_fused` itself."""

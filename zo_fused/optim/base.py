@@ -1,0 +1,497 @@
+"""The step that all zeroth-order optimizers share. Floor 8.
+
+A method is a direction (`zo_fused.directions`: how z is made) and an update rule (`zo_fused.rules`:
+what a projected gradient does). This file perturbs, evaluates, restores, guards and records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_fused import replay_log
+from zo_fused.directions import Direction
+from zo_fused.interrupts import uninterrupted
+from zo_fused.parameters import Bucket, make_buckets, parameter_ids, signature
+from zo_fused.rules import Rule, Update
+from zo_fused.streams import CONTRACT_VERSION
+
+logger = logging.getLogger("zo_fused")
+
+Loss = Tensor | float
+Closure = Callable[[], Loss]
+
+# Kept in every param group, where `state_dict` leaves integers as they are.
+_COUNTERS = ("seed", "step", "restores", "contract")
+
+
+class ZerothOrderOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers: two-sided estimates along one direction a step, three sweeps.
+
+    ``g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)`` (SPSA; Spall 1992), where z belongs to
+    the step: it is drawn anew in every sweep from (seed, step, parameter id, element index).
+
+    The sweeps of a step are ``+eps``, ``-2 eps``, and restore together with the update. In 16 bits
+    a restore is exact only up to the rounding of the dtype (docs/noise.md, "Rounding").
+
+    Args:
+        params: ``model.named_parameters()`` (best: noise is tied to names), ``model.parameters()``
+            (noise is tied to positions), param groups, or the module itself. Only parameters that
+            require gradients move; this is looked up at every step.
+        defaults: hyper-parameters of the groups.
+        direction, rule: see above.
+        seed: base seed of the run, ``0 <= seed < 2**64``. The global generators are never used.
+        options: hyper-parameters outside the groups, recorded in the replay log.
+
+    Attributes:
+        projected_grad: g of the last step, float32 tensor [] on the device of the first parameter.
+        timings: None, or a dict to which `step` adds seconds under "perturb", "forward", "update"
+            (on GPUs this waits for the device).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        direction: Direction,
+        rule: Rule,
+        seed: int,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed must lie in [0, 2**64), got {seed}")
+        if isinstance(params, nn.Module):
+            params = params.named_parameters()
+        self._direction = direction
+        self._rule = rule
+        self._options = options or {}
+        self._reset()
+        counters = {"seed": seed, "step": 0, "restores": 0, "contract": CONTRACT_VERSION}
+        super().__init__(params, {**defaults, **counters})
+        parameter_ids(self.param_groups)
+
+    def _reset(self) -> None:
+        self.projected_grad: Tensor | None = None
+        self.timings: dict[str, float] | None = None
+        self._skipped: int | Tensor = 0
+        self._displacement = 0.0  # where the weights are, in units of eps
+        self._path: list[float] = []  # displacements since the last update or restore
+        self._buckets: list[Bucket] = []
+        self._signature: tuple[Any, ...] | None = None
+        self._log: replay_log.Writer | None = None
+        self._trainable_override: set[int] | None = None
+
+    # ---- param groups and state -----------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its counters are those of the run.
+
+        Raises:
+            ValueError: a hyper-parameter is out of range, or two parameters share a name.
+        """
+        if self.param_groups:
+            param_group |= {name: self.param_groups[0][name] for name in _COUNTERS}
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        self._check_group(group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for name, positive in (("lr", False), ("eps", True), ("weight_decay", False)):
+            value = float(group[name])
+            if not math.isfinite(value) or value < 0 or (positive and value == 0):
+                bound = "> 0" if positive else ">= 0"
+                raise ValueError(f"{name} must be a finite number {bound}, got {group[name]}")
+
+    @property
+    def seed(self) -> int:
+        """Base seed of the run."""
+        return int(self.param_groups[0]["seed"])
+
+    @property
+    def step_count(self) -> int:
+        """Steps taken, skipped ones included."""
+        return int(self.param_groups[0]["step"])
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were not applied because a loss was not finite (waits for the device)."""
+        return int(self._skipped)
+
+    def _count(self, **counters: int) -> None:
+        for group in self.param_groups:
+            group.update(counters)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("_direction", "_rule", "_options")}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_direction" in state:  # unpickled, not loaded from a state_dict
+            self._reset()
+        super().__setstate__(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, bit for bit, with weights at rest (an open perturbation is taken back)."""
+        self.restore()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state. Unlike the base class, tensors keep the dtype in which they were saved.
+
+        Raises:
+            ValueError: the state was written under another version of the noise contract.
+        """
+        self.restore()
+        for group in state_dict["param_groups"]:
+            if group.get("contract") != CONTRACT_VERSION:
+                raise ValueError(
+                    f"the state was saved with noise contract {group.get('contract')}, "
+                    f"this zo_fused has {CONTRACT_VERSION}"
+                )
+        loaded: dict[str, Any] = {}
+        # Registered last, so it sees what the user's own hooks made of the state.
+        hook = self.register_load_state_dict_pre_hook(lambda _, state: loaded.update(state))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        params = [p for group in self.param_groups for p in group["params"]]
+        saved = [i for group in loaded["param_groups"] for i in group["params"]]
+        for index, p in zip(saved, params, strict=True):
+            for name, value in loaded["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][name] = value.detach().to(p.device, copy=True)
+        self._signature = None
+
+    # ---- perturbations --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def perturb(self, sign: float) -> None:
+        """Put the weights at ``theta + sign * eps * z`` of the coming step, from wherever they are.
+
+        One sweep. `step` with losses merges the way back with the update; `restore` goes back.
+        """
+        if sign == self._displacement:
+            return
+        with self._timed("perturb"), uninterrupted():
+            self._refresh()
+            move = torch.tensor(
+                [(sign - self._displacement) * float(g["eps"]) for g in self.param_groups],
+                dtype=torch.float64,
+            )
+            for bucket in self._buckets:
+                coeffs = bucket.rows(move).to(torch.float32)
+                self._direction.sweep(
+                    bucket,
+                    self.param_groups,
+                    self.seed,
+                    self.step_count,
+                    coeffs,
+                    torch.ones_like(coeffs),
+                )
+            self._displacement = sign
+            self._path.append(sign)
+
+    def restore(self) -> None:
+        """Put perturbed weights back to theta (up to rounding), without an update."""
+        if self._displacement == 0.0 and not self._path:
+            return
+        with uninterrupted():
+            self.perturb(0.0)
+            path, self._path = self._path, []
+            if self._log is not None:
+                self._log.restore(self.step_count, path, *self._settings())
+            self._count(restores=self.param_groups[0]["restores"] + 1)
+
+    @contextmanager
+    def perturbed(self, sign: float) -> Iterator[None]:
+        """``with opt.perturbed(+1): loss_plus = f()``, for loops that own their forward pass.
+
+        The weights are back at theta after the block, so two blocks and a step cost five sweeps;
+        `step` with a closure costs three.
+        """
+        self.perturb(sign)
+        try:
+            yield
+        finally:
+            self.perturb(0.0)
+
+    def _refresh(self) -> None:
+        """Look again at the parameters: what requires gradients, where it lies."""
+        if self._displacement != 0.0:
+            return  # the way back goes over the parameters that were perturbed
+        now = signature(self.param_groups)
+        if now != self._signature:
+            self._buckets = make_buckets(self.param_groups, self._trainable_override)
+            self._signature = now
+        if not self._buckets:
+            raise ValueError("zo_fused: no parameter requires gradients; there is nothing to tune")
+
+    # ---- the step -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Closure | None = None,
+        *,
+        loss_plus: Loss | None = None,
+        loss_minus: Loss | None = None,
+    ) -> Tensor:
+        """One step, from a closure or from two losses.
+
+        Args:
+            closure: computes the loss, any scalar, without a backward pass. Called twice, at
+                ``theta + eps z`` and ``theta - eps z``, under `torch.no_grad`, with the same state
+                of torch's global generators, so dropout masks agree; these generators end where one
+                call leaves them. The model's train or eval mode is yours.
+            loss_plus, loss_minus: the two losses, from `perturb` or `perturbed`.
+
+        Returns:
+            The mean of the two losses, float32 tensor [].
+
+        Raises:
+            TypeError: the loss is not a scalar.
+            Whatever the closure raises; the weights are then back at theta.
+
+        If a loss is not finite, the weights go back to theta, the step is counted in
+        `skipped_steps` and nothing is applied.
+        """
+        if closure is not None:
+            if loss_plus is not None or loss_minus is not None:
+                raise TypeError("step() takes a closure or two losses, not both")
+            loss_plus, loss_minus = self._evaluate_both(closure)
+        if loss_plus is None or loss_minus is None:
+            raise TypeError("step() needs a closure, or loss_plus and loss_minus")
+        try:
+            plus, minus = self._scalar(loss_plus), self._scalar(loss_minus)
+        except BaseException:
+            self.restore()
+            raise
+        with self._timed("update"):
+            eps = float(self.param_groups[0]["eps"])
+            projected_grad = ((plus - minus) / (2 * eps)).to(torch.float32)
+            self._update(projected_grad)
+        return ((plus + minus) / 2).to(torch.float32)
+
+    def _evaluate_both(self, closure: Closure) -> tuple[Loss, Loss]:
+        try:
+            self._refresh()
+            generators = _GeneratorStates([b.device for b in self._buckets])
+            self.perturb(1.0)
+            with self._timed("forward"):
+                plus = self._scalar(closure())
+            generators.rewind()
+            self.perturb(-1.0)
+            with self._timed("forward"):
+                minus = self._scalar(closure())
+            return plus, minus
+        except BaseException:
+            self.restore()
+            raise
+
+    def _scalar(self, loss: Any) -> Tensor:
+        """A loss as float64 tensor [] on the device of the first parameter."""
+        if not isinstance(loss, Tensor | float | int):
+            raise TypeError(f"the closure must return a scalar loss, got {type(loss).__name__}")
+        value = (
+            loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
+        )
+        if value.numel() != 1 or value.is_complex():
+            raise TypeError(
+                f"the closure must return a scalar loss, got shape {tuple(value.shape)}"
+            )
+        if not self._buckets:
+            self._refresh()
+        return value.reshape(()).to(device=self._buckets[0].device, dtype=torch.float64)
+
+    def _update(self, projected_grad: Tensor) -> None:
+        """Take back the perturbation and apply the update of `projected_grad` in one sweep."""
+        self._refresh()
+        groups = self.param_groups
+        step = self.step_count
+        grad = projected_grad.double()
+        finite = torch.isfinite(projected_grad)
+        eps = self._hyper("eps")
+        lr = self._hyper("lr")
+        with uninterrupted():
+            for bucket in self._buckets:
+                scale = self._direction.update_scale(bucket, groups)
+                # A group with its own eps has its own estimate from the same two losses.
+                grads = grad.to(bucket.device) * bucket.rows(eps[0] / eps)
+                update = Update(
+                    bucket=bucket,
+                    groups=groups,
+                    seed=self.seed,
+                    step=step,
+                    restore=bucket.rows(-self._displacement * eps),
+                    grad=grads if scale is None else grads * scale,
+                    lr=bucket.rows(lr),
+                    decay=bucket.rows(1 - lr * self._hyper("weight_decay")),
+                    finite=finite.to(bucket.device),
+                )
+                self._rule.apply(update, self._direction, self.state)
+            path, self._path = self._path, []
+            self._displacement = 0.0
+            self.projected_grad = projected_grad
+            self._note(step, path, projected_grad, finite)
+            self._count(step=step + 1, restores=0)
+
+    def _hyper(self, name: str) -> Tensor:
+        """A hyper-parameter of every group, float64 [G]."""
+        return torch.tensor(
+            [float(group[name]) for group in self.param_groups], dtype=torch.float64
+        )
+
+    def _note(self, step: int, path: list[float], grad: Tensor, finite: Tensor) -> None:
+        """Count and report skipped steps; write the log."""
+        on_host = grad.device.type == "cpu"
+        if on_host or self._log is not None:
+            applied = bool(finite)
+            if not applied:
+                self._skipped = self._skipped + 1
+                logger.warning("step %d skipped: a loss was not finite; weights restored", step)
+            if self._log is not None:
+                value = float(f"{float(grad):.9g}") if applied else None
+                self._log.update(step, path, value, *self._settings())
+        else:
+            self._skipped = self._skipped + (~finite).to(torch.int64)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        if self.timings is None:
+            yield
+            return
+        self._synchronize()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronize()
+            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        for bucket in self._buckets:
+            if bucket.device.type == "cuda":
+                torch.cuda.synchronize(bucket.device)
+
+    # ---- the replay log -------------------------------------------------------------------------
+
+    def start_log(self, path: str | os.PathLike[str], resume: bool = False) -> None:
+        """Write a replay log from here on, a line a step (docs/replay.md).
+
+        Args:
+            path: file to write. It is replaced, unless
+            resume: the run goes on from a checkpoint at the present step: the log is continued, and
+                lines of later steps are dropped.
+
+        Raises:
+            ValueError: the log is of another run, or the optimizer already has momentum that a new
+                log would lack.
+        """
+        self.restore()
+        self.close_log()
+        self._refresh()
+        if not resume and self.step_count > 0 and self.state:
+            raise ValueError(
+                "a replay log of this method must start with its first step; "
+                "pass resume=True to continue the log of this run"
+            )
+        groups, trainable = self._settings()
+        header = {
+            "contract": CONTRACT_VERSION,
+            "transform": "portable",
+            "method": type(self).__name__,
+            "options": self._options,
+            "seed": self.seed,
+            "first_step": self.step_count,
+            "parameters": self._parameter_table(),
+            "base": fingerprint([p for g in self.param_groups for p in g["params"]]),
+            "groups": groups,
+            "trainable": trainable,
+        }
+        if resume:
+            restores = self.param_groups[0]["restores"]
+            self._log = replay_log.Writer.resume(path, header, self.step_count, restores)
+        else:
+            self._count(restores=0)
+            self._log = replay_log.Writer.create(path, header)
+
+    def close_log(self) -> None:
+        """Stop writing the replay log."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _settings(self) -> tuple[list[dict[str, Any]], list[int]]:
+        """What a replay must know besides the projected gradients."""
+        hidden = {"params", "param_names", "initial_lr", *_COUNTERS}
+        groups = [
+            {
+                name: float(value) if isinstance(value, Tensor) else value
+                for name, value in group.items()
+                if name not in hidden and name in self.defaults
+            }
+            for group in self.param_groups
+        ]
+        taken = {id(p) for bucket in self._buckets for p in bucket.params}
+        everyone = [p for group in self.param_groups for p in group["params"]]
+        return groups, [i for i, p in enumerate(everyone) if id(p) in taken]
+
+    def _parameter_table(self) -> list[list[Any]]:
+        """Name (or null), shape, dtype and group of every parameter, in optimizer order."""
+        table = []
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [None] * len(group["params"])
+            for name, p in zip(names, group["params"], strict=True):
+                dtype = str(p.dtype).removeprefix("torch.")
+                table.append([name, list(p.shape), dtype, number])
+        return table
+
+    @torch.no_grad()
+    def replay_event(self, event: replay_log.Event) -> None:
+        """Do to the weights what a logged event did (used by `zo_fused.replay`)."""
+        self._trainable_override = set(event.trainable)
+        self._signature = None
+        for group, values in zip(self.param_groups, event.groups, strict=True):
+            group.update(values)
+        self._count(step=event.step)
+        for sign in event.path:
+            self.perturb(sign)
+        if event.restored:
+            self.restore()
+        else:
+            grad = math.nan if event.projected_grad is None else event.projected_grad
+            self._refresh()
+            self._update(torch.tensor(grad, dtype=torch.float32, device=self._buckets[0].device))
+
+
+def fingerprint(tensors: list[Tensor]) -> str:
+    """A short hash of the ends of every tensor, to recognise the weights a log starts from."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        ends = torch.cat([flat[:64], flat[-64:]]).float().cpu()
+        digest.update(ends.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class _GeneratorStates:
+    """The state of torch's global generators, to give both evaluations the same dropout."""
+
+    def __init__(self, devices: list[torch.device]) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
+
+    def rewind(self) -> None:
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)

@@ -1,0 +1,75 @@
+"""LOZO and LOZO-M: zeroth-order SGD along lazily sampled low-rank directions. Floor 9."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from zo_fused.directions import LowRank
+from zo_fused.optim.base import ZerothOrderOptimizer
+from zo_fused.rules import SGD, FactorMomentum
+
+
+class LOZO(ZerothOrderOptimizer):
+    """Low-rank zeroth-order SGD (Chen et al. 2024, arXiv 2410.07698); with momentum, LOZO-M.
+
+    For a matrix (m, n): ``z = U V^T`` with U (m, rank) drawn every step and V (n, rank) every
+    ``interval`` steps; one-dimensional parameters get dense z. g as in MeZO, and
+    ``theta = theta - lr * (g z + weight_decay * theta)``; with momentum, for the factor N,
+    ``N = momentum * N + (1 - momentum) * g * U``,
+    ``theta = theta - lr * (N V^T + weight_decay * theta)``, and N is projected on every new V
+    (``N = N V_old^T V_new / n``, through the r x r product).
+
+    Two forward passes, three sweeps. No state; with momentum (m, rank) float32 a matrix.
+
+    Paper and released code differ: the paper divides the estimate of a matrix by the rank, the code
+    does not, so ``lr_code = lr_paper / rank``. The default is the code's.
+
+    Args:
+        params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
+        lr: learning rate. The released scripts use 1e-7 to 1e-6 for OPT models.
+        eps: perturbation radius.
+        rank: columns of U and V.
+        interval: steps (nu) for which V stays.
+        momentum: 0 for LOZO, else the momentum coefficient of LOZO-M, in [0, 1). Whether there is
+            momentum is chosen for the run; a group can only set its coefficient.
+        weight_decay: decay, with the learning rate as factor.
+        divide_by_rank: scale the update of matrices by 1/rank, as the paper does.
+        seed: base seed of the run.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-6,
+        eps: float = 1e-3,
+        rank: int = 2,
+        interval: int = 50,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        divide_by_rank: bool = False,
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "rank": rank,
+            "interval": interval,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+        }
+        rule = FactorMomentum() if momentum else SGD()
+        options = {"divide_by_rank": divide_by_rank}
+        super().__init__(params, defaults, LowRank(divide_by_rank), rule, seed, options)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        for name in ("rank", "interval"):
+            value = group[name]
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        if not 0 <= group["momentum"] < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {group['momentum']}")
+        if group["momentum"] and isinstance(self._rule, SGD):
+            raise ValueError("a group has momentum but the optimizer was made without")

@@ -1,0 +1,101 @@
+"""Rebuilding tuned weights from the base weights and a replay log. Floor 10."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_fused import replay_log
+from zo_fused.optim.base import ZerothOrderOptimizer, fingerprint
+from zo_fused.streams import CONTRACT_VERSION
+
+METHODS = {"LOZO": "zo_fused.optim.lozo", "MeZO": "zo_fused.optim.mezo"}
+
+
+def replay(
+    model: nn.Module | Mapping[str, Tensor],
+    log: str | os.PathLike[str],
+    progress: bool = False,
+) -> int:
+    """Apply a replay log to base weights, in place: the run's weights, bit for bit, on any device.
+
+    No forward pass is made. Three sweeps a step, as in the run.
+
+    Args:
+        model: the base model in the dtype of the run, or its tensors by name.
+        log: path of the log.
+        progress: show a tqdm bar.
+
+    Returns:
+        Number of steps, skipped ones included.
+
+    Raises:
+        FileNotFoundError: no such log.
+        ValueError: the file is no log, or model and log don't fit.
+    """
+    record = replay_log.read(log, CONTRACT_VERSION)
+    optimizer = _optimizer(model, record)
+    optimizer._count(step=record.header["first_step"])
+    events: Any = record.events
+    if progress:
+        from tqdm import tqdm
+
+        events = tqdm(events, desc="replay", unit="step")
+    for event in events:
+        optimizer.replay_event(event)
+    return sum(not event.restored for event in record.events)
+
+
+def _optimizer(model: nn.Module | Mapping[str, Tensor], record: replay_log.Log) -> Any:
+    """The optimizer of the log's header over the model's tensors."""
+    header = record.header
+    if header["method"] not in METHODS:
+        raise ValueError(
+            f"the log is of method {header['method']!r}; known are {', '.join(METHODS)}"
+        )
+    table = header["parameters"]
+    tensors = _tensors(model, table)
+    groups: list[dict[str, Any]] = [{**g, "params": []} for g in header["groups"]]
+    for (name, shape, dtype, number), tensor in zip(table, tensors, strict=True):
+        label = name if name is not None else f"at position {sum(len(g['params']) for g in groups)}"
+        found = [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+        if found != [shape, dtype]:
+            raise ValueError(
+                f"parameter {label} is {found[1]} {found[0]} in the model, {dtype} {shape} in the "
+                "log; load the base model in the dtype of the run"
+            )
+        groups[number]["params"].append(tensor if name is None else (name, tensor))
+    if fingerprint(tensors) != header["base"]:
+        raise ValueError("the log was written for other base weights than these")
+    method = getattr(importlib.import_module(METHODS[header["method"]]), header["method"])
+    shared = {name: groups[0][name] for name in header["groups"][0]}
+    optimizer: ZerothOrderOptimizer = method(
+        groups, **shared, **header["options"], seed=header["seed"]
+    )
+    return optimizer
+
+
+def _tensors(model: nn.Module | Mapping[str, Tensor], table: list[list[Any]]) -> list[Tensor]:
+    """The model's tensors in the order of the log's table."""
+    if isinstance(model, nn.Module):
+        named = dict(model.named_parameters(remove_duplicate=False))
+        if table and table[0][0] is None:
+            tensors: list[Tensor] = list(model.parameters())
+            trainable = [p for p in tensors if p.requires_grad]
+            tensors = trainable if len(trainable) == len(table) else tensors
+            if len(tensors) != len(table):
+                raise ValueError(
+                    f"the log has {len(table)} unnamed parameters, the model {len(tensors)}"
+                )
+            return tensors
+    else:
+        named = dict(model)  # type: ignore[arg-type]
+    missing = [name for name, *_ in table if name not in named]
+    if missing:
+        raise ValueError(f"the model has no parameter {missing[0]!r}, which the log tunes")
+    return [torch.Tensor.detach(named[name]) for name, *_ in table]

@@ -1,0 +1,214 @@
+"""The replay log: JSON lines from which a run is rebuilt. Format in docs/replay.md. Floor 5.
+
+One header line, then one line an event:
+
+* ``[step, g]``: an update with projected gradient g (null: a loss was not finite; nothing applied)
+* ``[step, g, path]``: the same after other perturbations than the usual ``[1, -1]``
+* ``[step, "restore", path]``: perturbations that were taken back without an update
+* ``{"groups": [...]}``: hyper-parameters of the groups from here on
+* ``{"trainable": [...]}``: positions of the trainable parameters from here on
+
+A line that a killed process left unfinished is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+FORMAT = "zo_fused replay log"
+VERSION = 1
+USUAL_PATH = [1.0, -1.0]
+
+
+@dataclass
+class Event:
+    """One perturb-and-update (or perturb-and-restore) of the run."""
+
+    step: int
+    path: list[float]  # displacements, in units of eps, before the update or restore
+    projected_grad: float | None  # None: nothing was applied
+    restored: bool  # True: taken back without an update; the step is still to come
+    groups: list[dict[str, Any]]
+    trainable: list[int]
+
+
+@dataclass
+class Log:
+    """A log that was read: its header and its events."""
+
+    header: dict[str, Any]
+    events: list[Event] = field(default_factory=list)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str, Any]]:
+    """Number, text and value of every complete line."""
+    with open(path, encoding="utf-8") as file:
+        for number, text in enumerate(file, 1):
+            if not text.endswith("\n"):
+                return  # cut off by a kill
+            try:
+                yield number, text, json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+
+
+def _check_header(path: Path, header: Any, contract: int) -> None:
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a zo_fused replay log")
+    for name, known in (("version", VERSION), ("contract", contract)):
+        if header.get(name) != known:
+            raise ValueError(
+                f"{path} was written with {name} {header.get(name)}; "
+                f"this zo_fused reads {name} {known}"
+            )
+
+
+def _event(value: Any, groups: list[dict[str, Any]], trainable: list[int]) -> Event:
+    step, what, *rest = value
+    path = [float(x) for x in rest[0]] if rest else USUAL_PATH
+    restored = what == "restore"
+    grad = None if restored or what is None else float(what)
+    return Event(int(step), path, grad, restored, groups, trainable)
+
+
+def read(path: str | os.PathLike[str], contract: int) -> Log:
+    """Read a log.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a log, of another version, or damaged (with the line number).
+    """
+    path = Path(path)
+    log: Log | None = None
+    groups: list[dict[str, Any]] = []
+    trainable: list[int] = []
+    for number, _, value in _lines(path):
+        if log is None:
+            _check_header(path, value, contract)
+            log = Log(value)
+            groups, trainable = value["groups"], value["trainable"]
+            continue
+        try:
+            if isinstance(value, dict):
+                groups = value.get("groups", groups)
+                trainable = value.get("trainable", trainable)
+            else:
+                log.events.append(_event(value, groups, trainable))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: not an event ({error})") from None
+    if log is None:
+        raise ValueError(f"{path} is not a zo_fused replay log: it has no complete header line")
+    return log
+
+
+class Writer:
+    """Writes a log as the run goes; every line reaches the operating system at once."""
+
+    def __init__(self, file: TextIO, groups: list[dict[str, Any]], trainable: list[int]) -> None:
+        self._file = file
+        self._groups = groups
+        self._trainable = trainable
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> Writer:
+        """Start a new log, replacing a file of that name."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w", encoding="utf-8")  # noqa: SIM115  (close_log closes it)
+        writer = cls(file, header["groups"], header["trainable"])
+        writer._write({"format": FORMAT, "version": VERSION, **header})
+        return writer
+
+    @classmethod
+    def resume(
+        cls, path: str | os.PathLike[str], header: dict[str, Any], step: int, restores: int
+    ) -> Writer:
+        """Go on with a log from `step`, after dropping what was written later than that.
+
+        Args:
+            path: the log.
+            header: what the present run would write; must describe the same run.
+            step: steps that the weights at hand have seen.
+            restores: restores since the last of them, which the weights have seen as well.
+
+        Raises:
+            ValueError: the log is of another run, or misses steps.
+        """
+        path = Path(path)
+        kept: list[str] = []
+        groups: list[dict[str, Any]] = []
+        trainable: list[int] = []
+        next_step = -1
+        for number, text, value in _lines(path):
+            if number == 1:
+                _check_header(path, value, header["contract"])
+                for name in ("method", "seed", "options", "parameters"):
+                    if value[name] != header[name]:
+                        raise ValueError(f"{path} is the log of another run: {name} differs")
+                groups, trainable = value["groups"], value["trainable"]
+                next_step = value["first_step"]
+            elif isinstance(value, dict):
+                groups = value.get("groups", groups)
+                trainable = value.get("trainable", trainable)
+            elif value[0] > step or (value[0] == step and value[1] != "restore"):
+                break
+            elif value[0] == step:
+                if restores == 0:
+                    break
+                restores -= 1
+            elif value[1] != "restore":
+                next_step = value[0] + 1
+            kept.append(text)
+        if next_step != step:
+            raise ValueError(
+                f"{path} can't be continued at step {step}: its last complete step before that "
+                f"leads to step {next_step}"
+            )
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+        return cls(open(path, "a", encoding="utf-8"), groups, trainable)
+
+    def update(
+        self,
+        step: int,
+        path: list[float],
+        projected_grad: float | None,
+        groups: list[dict[str, Any]],
+        trainable: list[int],
+    ) -> None:
+        """An update was applied, or skipped (None)."""
+        self._settings(groups, trainable)
+        event = [step, projected_grad] if path == USUAL_PATH else [step, projected_grad, path]
+        self._write(event)
+
+    def restore(
+        self,
+        step: int,
+        path: list[float],
+        groups: list[dict[str, Any]],
+        trainable: list[int],
+    ) -> None:
+        """Perturbations were taken back."""
+        self._settings(groups, trainable)
+        self._write([step, "restore", path])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _settings(self, groups: list[dict[str, Any]], trainable: list[int]) -> None:
+        if groups != self._groups:
+            self._groups = groups
+            self._write({"groups": groups})
+        if trainable != self._trainable:
+            self._trainable = trainable
+            self._write({"trainable": trainable})
+
+    def _write(self, value: Any) -> None:
+        self._file.write(json.dumps(value, separators=(",", ":")) + "\n")
+        self._file.flush()

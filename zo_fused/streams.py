@@ -1,0 +1,82 @@
+"""Names of random streams: purposes, stream keys and parameter ids of the noise contract.
+
+Floor 0, pure Python integers. ``docs/noise.md`` is the contract in prose, with test vectors.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+
+CONTRACT_VERSION = 1
+
+MASK32 = 0xFFFFFFFF
+MASK64 = 0xFFFFFFFFFFFFFFFF
+
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+PHILOX_ROUNDS = 10
+
+
+class Purpose(enum.IntEnum):
+    """What the numbers of a stream are used for. The values are part of the contract."""
+
+    DENSE = 1
+    U = 2
+    V = 3
+    ROUNDING = 4
+
+
+def philox4x32(
+    counter: tuple[int, int, int, int], key: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """Philox4x32-10 of one counter (Salmon et al., SC'11), on Python integers."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(PHILOX_ROUNDS):
+        p0 = c0 * PHILOX_MULTIPLIERS[0]
+        p1 = c2 * PHILOX_MULTIPLIERS[1]
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & MASK32, (p0 >> 32) ^ c3 ^ k1, p0 & MASK32
+        k0 = (k0 + PHILOX_WEYL[0]) & MASK32
+        k1 = (k1 + PHILOX_WEYL[1]) & MASK32
+    return c0, c1, c2, c3
+
+
+def derive_key(seed: int, purpose: int, step: int = 0, query: int = 0) -> int:
+    """The 64-bit key of a stream.
+
+    Words 0 (low) and 1 (high) of Philox4x32-10 with key ``seed`` and counter
+    ``(step low, step high, query, purpose)``.
+
+    Args:
+        seed: base seed of the run, ``0 <= seed < 2**64``.
+        purpose: a `Purpose`, or any other number below ``2**32``.
+        step: the step, or the window for a lazily sampled factor, ``0 <= step < 2**64``.
+        query: index of the direction within the step, ``0 <= query < 2**32``.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    for name, value, bits in (
+        ("seed", seed, 64),
+        ("purpose", purpose, 32),
+        ("step", step, 64),
+        ("query", query, 32),
+    ):
+        if not 0 <= value < 1 << bits:
+            raise ValueError(f"{name} must lie in [0, 2**{bits}), got {value}")
+    words = philox4x32(
+        (step & MASK32, step >> 32, query, int(purpose)), (seed & MASK32, seed >> 32)
+    )
+    return words[0] | words[1] << 32
+
+
+def parameter_id(name: str) -> int:
+    """The 64-bit id of a named parameter: first 8 bytes, little endian, of SHA-256 of its name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+
+
+def as_int64(value: int) -> int:
+    """The signed 64-bit integer with the bits of an unsigned one (torch has no full uint64)."""
+    value &= MASK64
+    return value - (1 << 64) if value >> 63 else value
