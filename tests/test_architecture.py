@@ -23,9 +23,24 @@ FLOORS: list[set[str]] = [
     {"zo_fused.optim.base"},
     {"zo_fused.optim.mezo", "zo_fused.optim.lozo"},
     {"zo_fused.rebuild"},
+    {"zo_fused.task.errors", "zo_fused.task.files", "zo_fused.task.order"},
+    {"zo_fused.task.prompt", "zo_fused.task.history", "zo_fused.task.models"},
+    {"zo_fused.task.data", "zo_fused.task.checkpoint", "zo_fused.task.report"},
+    {"zo_fused.task.encoding"},
+    {"zo_fused.task.scoring"},
+    {"zo_fused.task.loop"},
+    {"zo_fused.task.run"},
+    {"zo_fused.cli.defaults"},
+    {"zo_fused.cli.finetune", "zo_fused.cli.replay", "zo_fused.cli.doctor"},
+    {"zo_fused.cli.main"},
 ]
 
-KERNEL_FLOORS: list[set[str]] = []
+KERNEL_FLOORS: list[set[str]] = [
+    {"zo_fused_kernels.launch"},
+    {"zo_fused_kernels.fma", "zo_fused_kernels.philox"},
+    {"zo_fused_kernels.normal", "zo_fused_kernels.rounding"},
+    {"zo_fused_kernels.dense", "zo_fused_kernels.fill", "zo_fused_kernels.lowrank"},
+]
 
 LAZY = {
     "zo_fused",

@@ -427,9 +427,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def close_log(self) -> None:
         """Stop writing the replay log."""
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        self._log = None
 
     def _settings(self) -> tuple[list[dict[str, Any]], list[int]]:
         """What a replay must know besides the projected gradients."""

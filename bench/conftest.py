@@ -1,0 +1,118 @@
+"""Interleaved measurement on top of pytest-benchmark, and the table at the end.
+
+pytest-benchmark times zo_fused; between its rounds (in `setup`) the rivals run and are timed, so
+whatever else the machine does hits all of them alike. Reported are medians.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zo_fused
+from zo_fused.backends import cpu
+
+ROWS: list[dict[str, Any]] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("zo_fused")
+    group.addoption("--models", default="opt-125m,opt-1.3b", help="comma-separated")
+    group.addoption("--table", type=Path, help="also write the table, as Markdown, to this file")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "model" in metafunc.fixturenames:
+        metafunc.parametrize("model", metafunc.config.getoption("--models").split(","))
+
+
+def seconds(function: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+@pytest.fixture
+def race(benchmark: Any) -> Callable[..., None]:
+    """race(fused, published, copy, bytes_moved, **labels): interleaved rounds, one row."""
+
+    def run(
+        fused: Callable[[], None],
+        published: Callable[[], None] | None,
+        copy: Callable[[], None],
+        sweeps: int,
+        bytes_per_sweep: int,
+        rounds: int,
+        **labels: str,
+    ) -> None:
+        times: dict[str, list[float]] = {"published": [], "copy": []}
+
+        def rivals() -> None:
+            if published is not None:
+                times["published"].append(seconds(published))
+            times["copy"].append(seconds(copy))
+
+        fused()  # first touch, thread pools
+        benchmark.pedantic(fused, setup=rivals, rounds=rounds, iterations=1)
+        median = benchmark.stats.stats.median
+        copy_time = statistics.median(times["copy"])
+        row: dict[str, Any] = {
+            **labels,
+            "ms": 1e3 * median,
+            "GB/s": sweeps * bytes_per_sweep / median / 1e9,
+            "of copy": sweeps * copy_time / median,
+        }
+        if published is not None:
+            row["published ms"] = 1e3 * statistics.median(times["published"])
+            row["speed-up"] = row["published ms"] / row["ms"]
+        benchmark.extra_info.update(row)
+        ROWS.append(row)
+
+    return run
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+    return str(value)
+
+
+def _machine() -> list[str]:
+    cpu_name = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True, text=True, cwd=Path(__file__).parent, check=False,
+    ).stdout.strip()  # fmt: skip
+    backend = zo_fused.backend_of("cpu")
+    detail = f" ({cpu.isa()})" if backend == "cpu" else ""
+    return [
+        f"CPU: {cpu_name}, {torch.get_num_threads()} threads; backend: {backend}{detail}",
+        f"torch {torch.__version__}, zo_fused {zo_fused.__version__}, commit {commit or 'unknown'}",
+    ]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not ROWS:
+        return
+    columns = list(dict.fromkeys(name for row in ROWS for name in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row.get(c, "")) for c in columns) + " |" for row in ROWS]
+    text = "\n".join([*_machine(), "", *lines])
+    terminalreporter.write_line("\n" + text)
+    if config.getoption("--table"):
+        config.getoption("--table").write_text(text + "\n", encoding="utf-8")

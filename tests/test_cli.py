@@ -1,0 +1,205 @@
+"""The command line itself: parsing, help, errors, ``zo-fused doctor``. Needs torch alone."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import zo_fused
+from zo_fused.cli import defaults, doctor, finetune
+from zo_fused.cli.main import main, make_parser
+from zo_fused.task import errors
+
+
+def parse(*words):
+    return make_parser().parse_args(["finetune", *words])
+
+
+# ---- parsing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "arguments are required: COMMAND"),
+        (["train"], "invalid choice: 'train'"),
+        (["finetune", "--method", "adam"], "argument --method: invalid choice: 'adam'"),
+        (["finetune", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["finetune", "--loss", "mse"], "argument --loss: invalid choice: 'mse'"),
+        (["finetune", "--steps", "0"], "--steps: must be a whole number >= 1, got '0'"),
+        (["finetune", "--batch-size", "two"], "must be a whole number >= 1, got 'two'"),
+        (["finetune", "--seed", "-1"], "must be a whole number below 2**64, got '-1'"),
+        (["finetune", "--lr", "small"], "argument --lr: invalid float value: 'small'"),
+        (["finetune", "--verbalizer", "great"], "must look like label=answer, got 'great'"),
+        (["finetune", "--step", "3"], "unrecognized arguments: --step 3"),
+        (["finetune", "--model", "m"], "--model needs --train"),
+        (["finetune", "--dev", "d.jsonl"], "--dev and --test need --train"),
+        (["replay"], "arguments are required: --log"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(words, message, capsys):
+    assert main(words) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("zo-fused: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--resume", "--overwrite"], "exclude each other"),
+        (["--method", "mezo", "--rank", "4"], "--rank is no option of the method mezo"),
+        (["--template", "{text}"], "--template and --verbalizer need each other"),
+        (["--template", "{text}", "--verbalizer", "a=x", "a=y"], "has label 'a' twice"),
+        (["--template", "{t}", "--verbalizer", "a=x", "b=y", "--task", "f"], "exclude each other"),
+        ([], "no task: give --task, or --template and --verbalizer"),
+    ],
+)
+def test_options_that_do_not_go_together(words, message, capsys):
+    pytest.importorskip("transformers")
+    assert main(["finetune", "--model", "m", "--train", "t.jsonl", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_options_not_given_get_the_defaults(tmp_path):
+    task = tmp_path / "task.json"
+    task.write_text('{"template": "{text}", "verbalizer": {"a": "x", "b": "y"}}')
+    own = ["--model", "org/some-model", "--train", "t.jsonl", "--task", str(task)]
+    options = finetune.options(parse(*own, "--method", "mezo", "--eps", "0.01"))
+    assert options.hyper == {"lr": 1e-6, "eps": 0.01, "weight_decay": 0.0}
+    assert options.plan.steps == defaults.COMMON["steps"]
+    assert options.sources == {"train": "t.jsonl"}
+    assert options.output.parts == ("zo-fused-runs", "some-model-mezo")
+    assert not options.overwrite
+    (tmp_path / "test.jsonl").write_text("")
+    options = finetune.options(parse("--model", "m", "--train", str(tmp_path), "--dev", "d"))
+    assert options.sources == {"train": str(tmp_path), "dev": "d", "test": str(tmp_path)}
+    assert options.hyper.keys() == {"lr", "eps", "weight_decay", "rank", "interval", "momentum"}
+    assert options.task.answers == ("x", "y")
+
+
+def test_answers_keep_their_spaces_and_equals_signs():
+    assert parse("--verbalizer", "0= a", "1=b=c").verbalizer == [("0", " a"), ("1", "b=c")]
+
+
+def test_defaults_cover_every_option():
+    without = "command model train dev test task template verbalizer method output resume overwrite"
+    options = set(vars(parse())) - set(without.split())
+    assert set(defaults.defaults("lozo", embedded=False)) == options
+    assert set(defaults.defaults("lozo", embedded=True)) == options
+    for name in defaults.BY_METHOD:
+        assert defaults.EMBEDDED_BY_METHOD[name].keys() <= defaults.BY_METHOD[name].keys()
+
+
+# ---- help, version, errors -----------------------------------------------------------------------
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    program = (
+        "import sys\n"
+        "from zo_fused.cli.main import main\n"
+        "for words in (['--help'], ['finetune', '--help'], ['finetune', '--method', 'x']):\n"
+        "    try:\n"
+        "        main(words)\n"
+        "    except SystemExit as stop:\n"
+        "        assert stop.code == 0\n"
+        "print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "finetune" in done.stdout
+    assert "--lr-scheduler" in done.stdout
+    assert done.stdout.endswith("[]\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"zo-fused {zo_fused.__version__}\n"
+
+
+@pytest.mark.parametrize("package", ["transformers", "datasets"])
+def test_a_missing_package_is_named(package, monkeypatch, capsys, tmp_path):
+    pytest.importorskip("transformers")
+    monkeypatch.setitem(sys.modules, package, None)
+    task = tmp_path / "task.json"
+    task.write_text('{"template": "{text}", "verbalizer": {"a": "x", "b": "y"}}')
+    words = ["--model", "m", "--train", "org/set", "--task", str(task)]
+    assert main(["finetune", *words, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"needs the package '{package}'" in error
+    assert "pip install 'zo-fused[hf]'" in error
+    assert error.count("\n") == 1
+
+
+def test_unexpected_errors_keep_their_traceback(monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(doctor, "run", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["doctor"])
+
+
+def test_ctrl_c_outside_the_loop(monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "run", stopped)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "zo-fused: interrupted\n"
+
+
+def test_first_line_of_a_foreign_message():
+    assert errors.first_line(ValueError("\n It broke.\nMore")) == "It broke"
+    assert errors.first_line(ValueError()) == "ValueError"
+
+
+# ---- doctor --------------------------------------------------------------------------------------
+
+
+def test_doctor_tells_what_serves_what(capsys):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for word in ("zo_fused", "torch", "triton", "transformers", "devices", "backends", "reference"):
+        assert word in text
+    assert f"backend {zo_fused.backend_of('cpu')}" in text
+    assert not [line for line in text.splitlines() if line != line.rstrip()]
+
+
+def test_doctor_for_programs(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["zo_fused"] == zo_fused.__version__
+    assert found["devices"]["cpu"]["backend"] == zo_fused.backend_of("cpu")
+    assert found["backends"]["reference"]["cpu"] is None
+    assert found["cpp_extension"] in (None, "portable", "avx2", "avx512")
+
+
+def test_doctor_says_what_to_do(monkeypatch, capsys):
+    from zo_fused import dispatch
+
+    def why_not(backend, device_type):
+        if backend == "triton":
+            raise OSError("libsomething.so is missing")
+        return None if backend == "reference" else "the C++ extension is not built; build it"
+
+    monkeypatch.setattr(dispatch, "why_not", why_not)
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    monkeypatch.setenv("ZO_FUSED_BACKEND", "reference")
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "triton on cpu: OSError: libsomething.so is missing" in text
+    assert "C++ extension   not built" in text
+    assert "- on CPUs the slow reference serves: the C++ extension is not built; build it" in text
+    assert "`zo-fused finetune` lacks transformers, datasets, tqdm, matplotlib" in text
+    assert "every call is sent to ZO_FUSED_BACKEND=reference" in text
+    monkeypatch.setattr(dispatch, "why_not", lambda *_: "broken")
+    assert main(["doctor"]) == 1

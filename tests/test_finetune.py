@@ -1,0 +1,421 @@
+"""``zo-fused finetune`` and ``zo-fused replay`` end to end on a tiny random model, offline."""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("datasets")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+import zo_fused  # noqa: E402
+from zo_fused.cli import defaults  # noqa: E402
+from zo_fused.cli.main import main  # noqa: E402
+from zo_fused.task.loop import SKIPPED_IN_A_ROW, make_scheduler  # noqa: E402
+from zo_fused.task.scoring import Scorer  # noqa: E402
+
+TEXTS = {"negative": ["It was bad .", "a dull film"], "positive": ["It was fun .", "a warm film"]}
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_no_network(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for new processes; this one has read it already
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(importlib.import_module(module), "HF_HUB_OFFLINE", True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model directory: two layers of random OPT and a byte-level tokenizer."""
+    directory = tmp_path_factory.mktemp("base")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "<pad>", "</s>"],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" great terrible It was"] * 9, trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(directory)
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=320,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    transformers.OPTForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data directory with all splits and a task."""
+    directory = tmp_path_factory.mktemp("data")
+    lines = [
+        json.dumps({"text": text, "label": label}) for label in TEXTS for text in TEXTS[label] * 3
+    ]
+    for split in ("train", "dev", "test"):
+        (directory / f"{split}.jsonl").write_text("\n".join(lines))
+    verbalizer = {"negative": " terrible", "positive": " great"}
+    task = {"template": "{text} It was", "verbalizer": verbalizer}
+    (directory / "task.json").write_text(json.dumps(task))
+    return directory
+
+
+@pytest.fixture
+def arguments(base, data, tmp_path):
+    """Arguments of a short run; later ones win."""
+
+    def make(*more, output=tmp_path / "out"):
+        words = f"finetune --model {base} --train {data} --output {output} --device cpu --steps 6"
+        return [*words.split(), "--batch-size", "4", "--eval-steps", "3", "--lr", "1e-3", *more]
+
+    return make
+
+
+def weights(directory):
+    return load_file(directory / "model.safetensors")
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        assert torch.equal(a[name], b[name]), name
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--method", "lozo", "--momentum", "0.9", "--interval", "2", "--lr-scheduler", "cosine"),
+        ("--method", "mezo", "--weight-decay", "0.1", "--loss", "lm"),
+        ("--method", "lozo", "--dtype", "bfloat16", "--lr-scheduler", "linear"),
+        ("--method", "mezo", "--dtype", "float16"),
+    ],
+    ids=["lozo-m", "mezo-lm", "lozo-bf16", "mezo-fp16"],
+)
+def test_a_run_leaves_its_outputs_and_replays_bit_for_bit(arguments, base, tmp_path, capsys, more):
+    assert main(arguments(*more)) == 0
+    printed = capsys.readouterr().out
+    assert "test accuracy" in printed
+    assert "time per step" in printed
+    out = tmp_path / "out"
+    names = {path.name for path in out.iterdir()}
+    assert names >= {"replay.jsonl", "history.jsonl", "curve.png", "summary.json", "config.json"}
+    assert not [name for name in names if "checkpoint" in name or name.endswith(".tmp")]
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # who may read one, may all
+
+    history = read(out / "history.jsonl")
+    assert [e["step"] for e in history if "loss" in e] == [1, 2, 3, 4, 5, 6]
+    assert [e["step"] for e in history if "dev_accuracy" in e] == [0, 3, 6]
+    assert [e["step"] for e in history if "test_accuracy" in e] == [0, 6]
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] == 6
+    assert summary["accuracy"]["test"].keys() == {"before", "after"}
+    assert summary["seconds_per_step"]["forward"] > 0
+
+    dtype = more[more.index("--dtype") + 1] if "--dtype" in more else "float32"
+    tuned = weights(out)
+    assert {str(t.dtype) for t in tuned.values()} == {f"torch.{dtype}"}
+    started = {name: value.to(tuned[name].dtype) for name, value in weights(base).items()}
+    assert any(not torch.equal(tuned[name], started[name]) for name in tuned)
+
+    log, again = str(out / "replay.jsonl"), tmp_path / "again"
+    replay = ["replay", "--model", str(base), "--log", log]
+    assert main([*replay, "--output", str(again), "--verify", str(out)]) == 0
+    assert "equal: all" in capsys.readouterr().out
+    assert_equal(weights(again), tuned)
+    assert transformers.AutoTokenizer.from_pretrained(again)("It was")["input_ids"]
+
+
+def test_verify_tells_what_differs(arguments, base, tmp_path, capsys):
+    assert main(arguments()) == 0
+    out = tmp_path / "out"
+    changed = weights(out)
+    name = "model.decoder.final_layer_norm.weight"
+    changed[name][3] += 1e-6
+    save_file(changed, out / "model.safetensors", metadata={"format": "pt"})
+    verify = ["replay", "--model", str(base), "--log", str(out / "replay.jsonl"), "--verify"]
+    capsys.readouterr()
+    assert main([*verify, str(out)]) == 1
+    printed = capsys.readouterr().out
+    assert printed == f"different: 1 tensors of {out}\n{name}: 1 of 16 values differ\n"
+
+
+class Stop:
+    """Makes a scorer's loss raise at its n-th call."""
+
+    def __init__(self, monkeypatch, call, action):
+        original = Scorer.loss
+        self.calls = 0
+
+        def loss(scorer, batch, kind="classification"):
+            self.calls += 1
+            if self.calls == call:
+                action()
+            return original(scorer, batch, kind)
+
+        monkeypatch.setattr(Scorer, "loss", loss)
+
+
+MOMENTUM = ("--momentum", "0.9", "--interval", "2", "--lr-scheduler", "linear")
+
+
+def test_a_killed_run_resumes_to_the_same_bits(arguments, tmp_path, monkeypatch, capsys):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(arguments(*MOMENTUM, output=whole)) == 0
+    with monkeypatch.context() as patch:
+
+        def kill():
+            raise MemoryError("killed")  # like SIGKILL, nothing is saved
+
+        Stop(patch, 10, kill)  # in step 5; the last checkpoint is of step 3
+        with pytest.raises(MemoryError):
+            main(arguments(*MOMENTUM, output=killed))
+    assert (killed / "checkpoint-3").is_dir()
+    assert max(e["step"] for e in read(killed / "history.jsonl")) == 4
+    capsys.readouterr()
+    assert main(arguments(*MOMENTUM, output=killed)) == 2
+    assert "holds an interrupted run; add --resume" in capsys.readouterr().err
+    assert main(arguments(*MOMENTUM, "--resume", output=killed)) == 0
+    assert_equal(weights(killed), weights(whole))
+    assert (killed / "replay.jsonl").read_text() == (whole / "replay.jsonl").read_text()
+    for one, other in zip(
+        read(killed / "history.jsonl"), read(whole / "history.jsonl"), strict=True
+    ):
+        one.pop("seconds", None)
+        other.pop("seconds", None)
+        assert one == other
+    assert not list(killed.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(("call", "step"), [(10, 4), (8, 3)])
+def test_ctrl_c_saves_and_goes_on(arguments, base, tmp_path, monkeypatch, capsys, call, step):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main(arguments(output=whole)) == 0
+    with monkeypatch.context() as patch:
+        # in the second forward pass of a step: the weights are perturbed
+        Stop(patch, call, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert main(arguments("--overwrite")) == 130
+    error = capsys.readouterr().err
+    assert f"step {step} is saved in {out / f'checkpoint-{step}'}" in error
+    command = error.rpartition("`zo-fused ")[2].rstrip("`\n").split()
+    assert command == arguments("--resume")
+    assert "Traceback" not in error
+    assert main(command) == 0
+    replay = ["replay", "--model", str(base), "--log", str(out / "replay.jsonl")]
+    assert main([*replay, "--verify", str(out)]) == 0
+    if step == 3:  # there was a checkpoint already, from before the perturbation
+        assert_equal(weights(out), weights(whole))
+
+
+def test_ctrl_c_before_the_first_step(arguments, tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert main(arguments(output=whole)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorer, "accuracy", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert main(arguments(output=stopped)) == 130
+    assert (stopped / "checkpoint-0").is_dir()
+    assert main(arguments("--resume", output=stopped)) == 0
+    assert_equal(weights(stopped), weights(whole))
+    assert len(read(stopped / "history.jsonl")) == len(read(whole / "history.jsonl"))
+
+
+def test_resume_refuses_another_run(arguments, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        Stop(patch, 9, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert main(arguments()) == 130
+    capsys.readouterr()
+    assert main(arguments("--resume", "--lr", "2e-3")) == 2
+    assert "the run was started with lr 0.001, not 0.002" in capsys.readouterr().err
+    other_task = ["--template", "{text} So", "--verbalizer", "negative= a", "positive= b"]
+    assert main(arguments("--resume", *other_task)) == 2
+    assert "the run was started with training data" in capsys.readouterr().err
+    (tmp_path / "out" / "checkpoint-4" / "checkpoint.pt").write_bytes(b"PK")
+    assert main(arguments("--resume")) == 2
+    assert "can't resume from" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_overwritten_unasked(arguments, base, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("")
+    assert main(arguments()) == 2
+    assert "is not empty; add --overwrite" in capsys.readouterr().err
+    assert main(arguments("--overwrite")) == 0
+    assert main(arguments()) == 2
+    assert "holds a finished run; add --overwrite" in capsys.readouterr().err
+    assert main(arguments("--resume")) == 2
+    assert "nothing to resume" in capsys.readouterr().err
+    assert main(arguments("--overwrite", output=base)) == 2
+    assert "base model's own directory" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("error")
+def test_losses_that_are_not_finite_stop_the_run(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Scorer, "loss", lambda *_: torch.tensor(float("nan")))
+    assert main(arguments("--steps", "50")) == 2
+    error = capsys.readouterr().err
+    assert f"{SKIPPED_IN_A_ROW} losses in a row were not finite" in error
+    assert "Traceback" not in error
+    history = read(tmp_path / "out" / "history.jsonl")
+    assert [e["loss"] for e in history if "loss" in e] == [None] * SKIPPED_IN_A_ROW
+
+
+def test_skipped_steps_are_reported(arguments, tmp_path, monkeypatch, capsys):
+    original, calls = Scorer.loss, []
+
+    def loss(scorer, batch, kind):
+        calls.append(0)
+        value = original(scorer, batch, kind)
+        return value * float("inf") if len(calls) == 4 else value
+
+    monkeypatch.setattr(Scorer, "loss", loss)
+    assert main(arguments()) == 0
+    assert "skipped" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_schedules_are_a_function_of_the_step(name):
+    def rates(start, optimizer):
+        scheduler, seen = make_scheduler(name, optimizer, steps=8), []
+        for _ in range(start, 8):
+            seen.append(optimizer.param_groups[0]["lr"])
+            optimizer.step(lambda: 0.0)
+            scheduler.step()
+        return seen
+
+    def optimizer():
+        return zo_fused.MeZO([torch.ones(2, requires_grad=True)], lr=0.5)
+
+    first = optimizer()
+    whole = rates(0, first)
+    assert whole[0] == 0.5
+    half = optimizer()
+    make_scheduler(name, half, steps=8)
+    for _ in range(3):
+        half.step(lambda: 0.0)
+    resumed = optimizer()
+    resumed.load_state_dict(half.state_dict())
+    assert rates(3, resumed) == whole[3:]
+
+
+def test_without_dev_and_test_a_run_just_trains(base, data, tmp_path, capsys):
+    words = ["finetune", "--model", str(base), "--train", str(data / "train.jsonl")]
+    task = ["--task", str(data / "task.json"), "--steps", "2", "--output", str(tmp_path / "out")]
+    assert main([*words, *task]) == 0
+    assert "accuracy" not in capsys.readouterr().out
+
+
+def test_no_arguments_use_the_embedded_defaults(base, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(defaults, "EMBEDDED_MODEL", base)
+    monkeypatch.setattr(defaults, "EMBEDDED_DATA", data)
+    monkeypatch.setitem(defaults.EMBEDDED_COMMON, "steps", 2)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # the demo overwrites its own directory
+        assert main(["finetune"]) == 0
+    assert (tmp_path / "zo-fused-runs" / "demo" / "summary.json").is_file()
+    assert main(["finetune", "--output", str(data)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--train", "x.jsonl", "--task", "DATA/task.json"], "there is no data file x.jsonl"),
+        (["--train", "no/set", "--task", "DATA/task.json"], "'no/set' is neither a data file nor"),
+        (["--dev", "missing.jsonl"], "there is no data file missing.jsonl"),
+        (["--model", "./missing"], "there is no model directory ./missing"),
+        (["--model", "no/such-model"], "can't load the tokenizer of 'no/such-model'"),
+        (["--model", "DATA"], "is no model directory: it has no config.json"),
+        (["--model", "DATA/task.json"], "is a file, not a model directory"),
+        (["--output", "DATA/task.json"], "is a file, not a directory"),
+        (["--output", "DATA/task.json/x"], "can't make the directory"),
+        (["--task", "missing.json"], "can't read the task file missing.json"),
+        (["--task", "DATA/task.json", "--template", "{text}"], "need each other"),
+        (["--label-field", "stars"], "train.jsonl:1: no field 'stars'"),
+        (["--template", "{title}", "--verbalizer", "a=x", "b=y"], "train.jsonl:1: no field"),
+        (["--template", "{text}", "--verbalizer", "a=x", "b=y"], "label 'negative' has no answer"),
+        (["--device", "quantum"], "'quantum' is no device"),
+        (["--eps", "0"], "eps must be a finite number > 0"),
+        (["--lr", "-1"], "lr must be a finite number >= 0"),
+        (["--momentum", "1"], "momentum must lie in [0, 1)"),
+        (["--resume"], "nothing to resume"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_in_one_sentence(arguments, data, capsys, more, message):
+    words = arguments(*[word.replace("DATA", str(data)) for word in more])
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("zo-fused: ")
+    assert error.count("\n") == 1
+    assert not error.endswith(".\n")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there(arguments, capsys):
+    assert main(arguments("--device", "cuda")) == 2
+    assert "there is no device 'cuda': this PyTorch sees no GPU" in capsys.readouterr().err
+
+
+def test_replay_mistakes(arguments, base, data, tmp_path, capsys):
+    assert main(arguments()) == 0
+    out, log = tmp_path / "out", tmp_path / "out" / "replay.jsonl"
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    values = weights(other)
+    values["model.decoder.embed_tokens.weight"] += 1
+    save_file(values, other / "model.safetensors", metadata={"format": "pt"})
+    new = str(tmp_path / "new")
+    for model, path, more, message in (
+        (base, log, [], "give --output, --verify or both"),
+        (base, log, ["--output", str(out)], "not an empty directory"),
+        (base, "x.jsonl", ["--output", new], "can't read the replay log"),
+        (base, data / "train.jsonl", ["--output", new], "not a zo_fused replay log"),
+        (other, log, ["--output", new], "for other base weights"),
+    ):
+        capsys.readouterr()
+        assert main(["replay", "--model", str(model), "--log", str(path), *more]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_as_a_process(arguments, tmp_path):
+    program = "import sys; from zo_fused.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, *arguments()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "step 6: test accuracy" in done.stdout
+    assert (tmp_path / "out" / "summary.json").is_file()

@@ -1,0 +1,53 @@
+"""Planted faults must turn the suite red: the kernel that does nothing, the wrong sign, ..."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+# The names only: importing the plugin here would pull its package into this process.
+MUTANTS = re.findall(r'^    "([^"]+)": ', (HERE / "mutants.py").read_text(), re.MULTILINE)
+
+
+def run_suite(mutant: str | None) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(HERE),
+        "ZO_FUSED_BACKEND": "reference",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("ZO_FUSED_MUTANT", None)
+    if mutant is not None:
+        environment["ZO_FUSED_MUTANT"] = mutant
+    command = [
+        str(Path(sys.executable).with_name("pytest")),
+        *("-q", "-x", "-p", "mutants", "-p", "no:cacheprovider", "--no-header"),
+        *("-k", "not triton and not cpu and not opcheck and not compiles"),
+        str(HERE / "test_optim.py"),
+        str(HERE / "test_ops.py"),
+    ]
+    return subprocess.run(
+        command, env=environment, cwd=HERE.parent, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_the_suite_is_green_without_a_mutant() -> None:
+    result = run_suite(None)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutant_fails_the_suite(mutant: str) -> None:
+    result = run_suite(mutant)
+    assert result.returncode == 1, result.stdout + result.stderr  # 1: tests failed; not an error
+    assert "1 failed" in result.stdout
+
+
+def test_the_list_of_mutants_was_read() -> None:
+    assert len(MUTANTS) >= 12

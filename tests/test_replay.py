@@ -1,0 +1,286 @@
+"""The replay log: the tuned weights come back bit for bit, whatever happened on the way."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zo_fused
+from zo_fused import replay_log
+from zo_fused.optim.base import ZerothOrderOptimizer
+
+METHODS: dict[str, Callable[..., ZerothOrderOptimizer]] = {
+    "MeZO": lambda params, **kw: zo_fused.MeZO(params, **{"lr": 1e-2, "seed": 3, **kw}),
+    "LOZO": lambda params, **kw: zo_fused.LOZO(
+        params, **{"lr": 1e-2, "seed": 3, "rank": 2, "interval": 3, "divide_by_rank": True, **kw}
+    ),
+    "LOZO-M": lambda params, **kw: zo_fused.LOZO(
+        params, **{"lr": 1e-2, "seed": 3, "rank": 2, "interval": 3, "momentum": 0.9, **kw}
+    ),
+}
+
+
+@pytest.fixture(params=list(METHODS))
+def make(request: pytest.FixtureRequest) -> Callable[..., ZerothOrderOptimizer]:
+    return METHODS[request.param]
+
+
+@pytest.fixture(params=[torch.float16, torch.float32], ids=["fp16", "fp32"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+
+
+def loss_of(model: nn.Module) -> Callable[[], Tensor]:
+    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
+    dtype = next(model.parameters()).dtype
+    return lambda: model(x.to(dtype)).float().square().mean()
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def eventful_run(opt: ZerothOrderOptimizer, model: nn.Module, steps: int = 8) -> None:
+    """Skipped steps, closures that raise, the split form, changing lr and trainable set."""
+    loss = loss_of(model)
+
+    def raises() -> Tensor:
+        raise RuntimeError("out of luck")
+
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = 1e-2 * 0.9**step
+        if step == 2:
+            with pytest.raises(RuntimeError, match="out of luck"):
+                opt.step(raises)
+        if step == 3:
+            opt.step(lambda: math.nan)
+        elif step == 4:
+            with opt.perturbed(+1):
+                plus = loss().item()
+            with opt.perturbed(-1):
+                minus = loss().item()
+            opt.step(loss_plus=plus, loss_minus=minus)
+        else:
+            opt.step(loss)
+        model[0].bias.requires_grad_(step % 2 == 1)
+        if step == 5:
+            opt.param_groups[0]["eps"] = 2e-3
+
+
+def test_replay_is_bit_exact(make, dtype: torch.dtype, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model, base = network(dtype), network(dtype)
+    opt = make(model.named_parameters(), weight_decay=0.1)
+    opt.start_log(tmp_path / "log.jsonl")
+    eventful_run(opt, model)
+    opt.close_log()
+    assert not same(model, base)
+    assert zo_fused.replay(base, tmp_path / "log.jsonl") == 8
+    assert same(model, base)
+
+
+def test_two_groups_without_names(make, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model, base = network(), network()
+    params = list(model.parameters())
+    opt = make([{"params": params[:2]}, {"params": params[2:], "lr": 1e-3, "eps": 2e-3}])
+    opt.start_log(tmp_path / "log.jsonl")
+    for _ in range(5):
+        opt.step(loss_of(model))
+    zo_fused.replay(base, tmp_path / "log.jsonl")
+    assert same(model, base)
+
+
+def test_tensors_by_name_and_other_backends(tmp_path: Path) -> None:
+    """A log replays on every backend to the same bits."""
+    model = network()
+    opt = METHODS["LOZO-M"](model.named_parameters())
+    opt.start_log(tmp_path / "log.jsonl")
+    for _ in range(7):
+        opt.step(loss_of(model))
+    tensors = {name: p.detach() for name, p in network().named_parameters()}
+    previous = zo_fused.set_backend("reference")
+    try:
+        zo_fused.replay(tensors, tmp_path / "log.jsonl")
+    finally:
+        zo_fused.set_backend(previous)
+    assert all(torch.equal(p, tensors[name]) for name, p in model.named_parameters())
+
+
+def test_every_line_is_on_disk_when_the_step_returns(tmp_path: Path) -> None:
+    model = network()
+    opt = METHODS["MeZO"](model.named_parameters())
+    opt.start_log(tmp_path / "log.jsonl")
+    for steps in range(4):
+        assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1 + steps
+        opt.step(loss_of(model))
+
+
+def test_a_line_cut_off_by_a_kill_is_ignored(tmp_path: Path) -> None:
+    model, base = network(), network()
+    log = tmp_path / "log.jsonl"
+    opt = METHODS["LOZO"](model.named_parameters())
+    opt.start_log(log)
+    for _ in range(4):
+        opt.step(loss_of(model))
+    with open(log, "a") as file:
+        file.write("[4,0.12")
+    zo_fused.replay(base, log)
+    assert same(model, base)
+
+
+def test_a_log_is_small(tmp_path: Path) -> None:
+    model = network()
+    log = tmp_path / "log.jsonl"
+    opt = METHODS["LOZO"](model.named_parameters())
+    opt.start_log(log)
+    header = log.stat().st_size
+    for _ in range(100):
+        opt.step(loss_of(model))
+    assert log.stat().st_size - header < 100 * 24
+
+
+@pytest.mark.parametrize("checkpoint", [3, 4, 6])
+def test_resumed_log_covers_the_whole_run(make, checkpoint: int, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Steps after the checkpoint are lost in a crash; the log is cut back and goes on."""
+    log = tmp_path / "log.jsonl"
+    model = network()
+    opt = make(model.named_parameters())
+    opt.start_log(log)
+    saved = None
+    for step in range(8):
+        if step == checkpoint:
+            # An aborted attempt before the checkpoint is part of the weights that it saves.
+            with pytest.raises(ZeroDivisionError):
+                opt.step(lambda: 1 / 0)
+            saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
+            with pytest.raises(ZeroDivisionError):  # one after it is not
+                opt.step(lambda: 1 / 0)
+        opt.step(loss_of(model))
+    assert saved is not None
+    del opt
+
+    resumed, base = network(), network()
+    resumed.load_state_dict(saved[0])
+    again = make(resumed.named_parameters())
+    again.load_state_dict(saved[1])
+    again.start_log(log, resume=True)
+    for _ in range(5):
+        again.step(loss_of(resumed))
+    zo_fused.replay(base, log)
+    assert same(resumed, base)
+
+
+def test_resume_refuses_the_log_of_another_run(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    opt = METHODS["MeZO"](network().named_parameters(), seed=1)
+    opt.start_log(log)
+    other = METHODS["MeZO"](network().named_parameters(), seed=2)
+    with pytest.raises(ValueError, match="seed differs"):
+        other.start_log(log, resume=True)
+    opt._count(step=5)
+    with pytest.raises(ValueError, match="can't be continued at step 5"):
+        opt.start_log(log, resume=True)
+
+
+def test_momentum_needs_a_log_from_the_first_step(tmp_path: Path) -> None:
+    model = network()
+    opt = METHODS["LOZO-M"](model.named_parameters())
+    opt.step(loss_of(model))
+    with pytest.raises(ValueError, match="first step"):
+        opt.start_log(tmp_path / "log.jsonl")
+    # Without state a log may start anywhere; it tells where.
+    plain, base = network(), network()
+    opt = METHODS["LOZO"](plain.named_parameters(), lr=0.0)
+    opt.step(loss_of(plain))
+    base.load_state_dict(plain.state_dict())
+    opt.param_groups[0]["lr"] = 1e-2
+    opt.start_log(tmp_path / "log.jsonl")
+    opt.step(loss_of(plain))
+    zo_fused.replay(base, tmp_path / "log.jsonl")
+    assert same(plain, base)
+
+
+# ---- logs that don't fit ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    model = network()
+    opt = METHODS["MeZO"](model.named_parameters())
+    opt.start_log(tmp_path / "log.jsonl")
+    for _ in range(2):
+        opt.step(loss_of(model))
+    opt.close_log()
+    return tmp_path / "log.jsonl"
+
+
+def edit(log: Path, line: int, change: Callable[[object], object]) -> None:
+    lines = log.read_text().splitlines()
+    lines[line] = json.dumps(change(json.loads(lines[line])))
+    log.write_text("\n".join(lines) + "\n")
+
+
+def header(**values: object) -> Callable[[object], object]:
+    return lambda value: {**value, **values}  # type: ignore[dict-item]
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "contract": (lambda log: edit(log, 0, header(contract=2)), "contract 2"),
+    "version": (lambda log: edit(log, 0, header(version=9)), "version 9"),
+    "method": (lambda log: edit(log, 0, header(method="SGD")), "method 'SGD'"),
+    "other file": (lambda log: edit(log, 0, lambda _: {"a": 1}), "not a zo_fused replay log"),
+    "event": (lambda log: edit(log, 2, lambda _: [1, "x"]), "line 3: not an event"),
+    "text": (lambda log: log.write_text(log.read_text() + "what\n"), "line 4: not JSON"),
+    "empty": (lambda log: log.write_text(""), "no complete header"),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGE))
+def test_damaged_logs_are_refused_and_weights_stay(log: Path, damage: str) -> None:
+    change, message = DAMAGE[damage]
+    change(log)
+    base = network()
+    with pytest.raises(ValueError, match=message):
+        zo_fused.replay(base, log)
+    assert same(base, network())
+
+
+MISFITS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "dtype": (lambda: network(torch.float16), "load the base model in the dtype of the run"),
+    "shape": (lambda: nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)), r"\[9, 6\]"),
+    "names": (lambda: nn.ModuleDict({"x": network()}), "no parameter '0.weight'"),
+    "weights": (lambda: network().apply(lambda m: m), "other base weights"),
+}
+
+
+@pytest.mark.parametrize("misfit", list(MISFITS))
+def test_models_that_do_not_fit_are_refused(log: Path, misfit: str) -> None:
+    build, message = MISFITS[misfit]
+    model = build()
+    if misfit == "weights":
+        with torch.no_grad():
+            model[2].bias[0] += 1
+    with pytest.raises(ValueError, match=message):
+        zo_fused.replay(model, log)
+
+
+def test_missing_log(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        zo_fused.replay(network(), tmp_path / "none.jsonl")
+
+
+def test_reader_gives_settings_to_every_event(log: Path) -> None:
+    record = replay_log.read(log, 1)
+    assert [e.step for e in record.events] == [0, 1]
+    assert all(e.groups[0]["lr"] == 1e-2 and e.trainable == [0, 1, 2, 3] for e in record.events)

@@ -1,0 +1,249 @@
+"""``zo-fused finetune``: options to `zo_fused.task.run`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zo_fused.cli import defaults
+from zo_fused.task.errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    from zo_fused.task.prompt import Task
+    from zo_fused.task.run import Options
+
+HELP = "fine-tune a causal language model with forward passes only"
+
+DESCRIPTION = """\
+Fine-tune a causal language model on a classification task with forward passes only.
+
+With no arguments, the embedded model on the embedded data set: a run of a minute or two on a CPU.
+With your own model and data, the same, with your options. The output directory becomes a model
+directory of transformers, with the replay log, the history, a picture and a summary beside it."""
+
+HYPER = ("lr", "eps", "weight_decay", "rank", "interval", "momentum")
+_PLAN = ("steps", "batch_size", "eval_steps", "seed", "loss", "lr_scheduler")
+
+
+def _whole(text: str) -> int:
+    value = int(text) if re.fullmatch(r"\d+", text) else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
+    return value
+
+
+def _seed(text: str) -> int:
+    if not re.fullmatch(r"\d+", text) or int(text) >= 1 << 64:
+        raise argparse.ArgumentTypeError(f"must be a whole number below 2**64, got {text!r}")
+    return int(text)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    label, sign, answer = text.partition("=")
+    if not sign or not label:
+        raise argparse.ArgumentTypeError(f"must look like label=answer, got {text!r}")
+    return label, answer
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options; whatever is not given stays None and gets its default later."""
+
+    def default(name: str) -> str:
+        own = {m: defaults.defaults(m, False).get(name) for m in defaults.BY_METHOD}
+        values = sorted(
+            {
+                f"{value:g}" if isinstance(value, float) else f"{value}"
+                for value in own.values()
+                if value is not None
+            }
+        )
+        return f"default: {' or '.join(values)}"
+
+    data = parser.add_argument_group("model and data")
+    data.add_argument("--model", metavar="DIR_OR_ID", help="model directory or Hub id")
+    for split, what in (
+        (
+            "train",
+            "JSONL file, directory with {train,dev,test}.jsonl and task.json, or data set "
+            "of the Hub as id[:config[:split]]",
+        ),
+        ("dev", "same, for evaluation while training"),
+        ("test", "same, for evaluation before and after"),
+    ):
+        data.add_argument(f"--{split}", metavar="DATA", help=what)
+    data.add_argument("--task", metavar="FILE", help="JSON file with template and verbalizer")
+    data.add_argument("--template", metavar="TEXT", help='prompt, e.g. "{text} It was"')
+    data.add_argument(
+        "--verbalizer",
+        metavar="LABEL=ANSWER",
+        nargs="+",
+        type=_pair,
+        help='answer of each label, e.g. "0= terrible" "1= great" (note the spaces)',
+    )
+    data.add_argument("--label-field", metavar="NAME", help=f"({default('label_field')})")
+
+    method = parser.add_argument_group("method")
+    method.add_argument(
+        "--method",
+        choices=sorted(defaults.BY_METHOD),
+        help=f"optimizer (default: {defaults.METHOD})",
+    )
+    method.add_argument("--lr", type=float, help=f"learning rate ({default('lr')})")
+    method.add_argument("--eps", type=float, help=f"perturbation radius ({default('eps')})")
+    method.add_argument("--rank", type=_whole, help=f"lozo: columns of U and V ({default('rank')})")
+    method.add_argument(
+        "--interval", type=_whole, help=f"lozo: steps for which V stays ({default('interval')})"
+    )
+    method.add_argument(
+        "--momentum", type=float, help=f"lozo: in [0, 1), LOZO-M if not 0 ({default('momentum')})"
+    )
+    method.add_argument("--weight-decay", type=float, help=f"({default('weight_decay')})")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--steps", type=_whole, help=f"({default('steps')})")
+    run.add_argument("--batch-size", type=_whole, help=f"({default('batch_size')})")
+    run.add_argument(
+        "--eval-steps",
+        type=_whole,
+        metavar="STEPS",
+        help=f"between evaluations and checkpoints ({default('eval_steps')})",
+    )
+    run.add_argument(
+        "--lr-scheduler",
+        choices=("constant", "linear", "cosine"),
+        help=f"({default('lr_scheduler')})",
+    )
+    run.add_argument(
+        "--loss",
+        choices=("classification", "lm"),
+        help=f"cross entropy over the answers, or likelihood of the right one ({default('loss')})",
+    )
+    run.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help=f"of the weights ({default('dtype')})",
+    )
+    run.add_argument("--device", help=f"cpu, cuda, cuda:1, ... ({default('device')})")
+    run.add_argument("--seed", type=_seed, help=f"({default('seed')})")
+    run.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        help="directory to write (default: one in ./zo-fused-runs)",
+    )
+    run.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in the output directory",
+    )
+    run.add_argument(
+        "--overwrite", action="store_true", help="replace what the output directory holds"
+    )
+
+
+def options(args: argparse.Namespace) -> Options:
+    """The run that the arguments ask for.
+
+    Raises:
+        UserError: arguments that don't go together.
+    """
+    from zo_fused.task.loop import Plan
+    from zo_fused.task.run import METHODS, Options
+
+    embedded = args.model is None
+    demo = embedded and args.train is None
+    if args.model is not None and args.train is None:
+        raise UserError("--model needs --train, the data to fine-tune it on")
+    if args.train is None and (args.dev is not None or args.test is not None):
+        raise UserError("--dev and --test need --train")
+    if args.resume and args.overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    if embedded and not (defaults.EMBEDDED_MODEL / "config.json").is_file():
+        raise UserError("this installation has no embedded model; give --model and --train")
+    method = args.method or defaults.METHOD
+    table = defaults.defaults(method, embedded)
+    for name in HYPER:
+        if name not in table and getattr(args, name) is not None:
+            raise UserError(f"--{name} is no option of the method {method}")
+
+    def value(name: str) -> Any:
+        given = getattr(args, name)
+        return table[name] if given is None else given
+
+    train = str(defaults.EMBEDDED_DATA) if args.train is None else args.train
+    model = str(defaults.EMBEDDED_MODEL) if embedded else args.model
+    name = "the embedded model" if embedded else Path(model).name
+    short = "demo" if demo else f"{'embedded' if embedded else Path(model).name}-{method}"
+    return Options(
+        model=model,
+        sources=_sources(train, args.dev, args.test),
+        task=_task(args, train),
+        method=method,
+        hyper={name: value(name) for name in HYPER if name in table},
+        plan=Plan(**{name: value(name) for name in _PLAN}),
+        output=args.output or Path("zo-fused-runs") / short,
+        label_field=value("label_field"),
+        dtype=value("dtype"),
+        device=value("device"),
+        resume=args.resume,
+        overwrite=args.overwrite or (demo and args.output is None and not args.resume),
+        title=f"{METHODS[method]} fine-tuning of {name}",
+    )
+
+
+def _sources(train: str, dev: str | None, test: str | None) -> dict[str, str]:
+    """Where to read each split; those not given come from the training directory if it has them."""
+    from zo_fused.task.data import split_file
+
+    sources = {"train": train}
+    for split, given in (("dev", dev), ("test", test)):
+        if given is not None:
+            sources[split] = given
+        elif split_file(train, split) is not None:
+            sources[split] = train
+    return sources
+
+
+def _task(args: argparse.Namespace, train: str) -> Task:
+    """The task of ``--task``, of ``--template`` and ``--verbalizer``, or of the data's folder."""
+    from zo_fused.task.prompt import Task
+
+    if (args.template is None) != (args.verbalizer is None):
+        raise UserError("--template and --verbalizer need each other")
+    if args.template is not None:
+        if args.task is not None:
+            raise UserError("--task and --template exclude each other")
+        labels = [label for label, _ in args.verbalizer]
+        twice = [label for label in labels if labels.count(label) > 1]
+        if twice:
+            raise UserError(f"--verbalizer has label {twice[0]!r} twice")
+        return Task(args.template, dict(args.verbalizer))
+    if args.task is not None:
+        return Task.from_file(args.task)
+    file = Path(train) / "task.json"
+    if not file.is_file():
+        raise UserError("no task: give --task, or --template and --verbalizer")
+    return Task.from_file(file)
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> int:
+    """Runs it and prints the summary; the exit code."""
+    chosen = options(args)
+
+    from zo_fused.task.report import table
+    from zo_fused.task.run import finetune
+
+    try:
+        summary = finetune(chosen)
+    except Interrupted as stop:
+        again = [word for word in argv if word not in ("--overwrite", "--resume")]
+        command = shlex.join(["zo-fused", *again, "--resume"])
+        raise Interrupted(f"{stop}; go on with `{command}`") from None
+    print(table(summary))
+    print(
+        f"the model, replay.jsonl, history.jsonl, curve.png and summary.json are in {chosen.output}"
+    )
+    return 0

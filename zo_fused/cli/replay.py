@@ -1,0 +1,111 @@
+"""``zo-fused replay``: tuned weights from base weights and a replay log."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zo_fused.cli import defaults
+from zo_fused.task.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HELP = "rebuild tuned weights, bit for bit, from base weights and a replay log"
+_SHOWN = 10
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument(
+        "--model", metavar="DIR_OR_ID", help="base model of the run (default: the embedded model)"
+    )
+    parser.add_argument("--log", metavar="FILE", type=Path, required=True, help="replay.jsonl")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="model directory to write")
+    parser.add_argument(
+        "--verify",
+        metavar="DIR",
+        type=Path,
+        help="compare with this saved model; exit code 1 if a bit differs",
+    )
+
+
+def logged_dtype(path: Path) -> str:
+    """The dtype that most weights of the run had.
+
+    Raises:
+        UserError: the file is missing or no log.
+    """
+    from zo_fused import replay_log
+    from zo_fused.streams import CONTRACT_VERSION
+
+    try:
+        parameters = replay_log.read(path, CONTRACT_VERSION).header["parameters"]
+    except OSError as error:
+        raise UserError(f"can't read the replay log {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(first_line(error)) from error
+    return Counter(dtype for _, _, dtype, _ in parameters).most_common(1)[0][0]
+
+
+def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
+    """What tells two state dicts apart, a line for each tensor; empty if every bit is the same."""
+    import torch
+
+    lines = []
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in ours or name not in theirs:
+            lines.append(f"{name}: only in the {'saved' if name in theirs else 'replayed'} model")
+            continue
+        a, b = ours[name].detach().cpu(), theirs[name].detach().cpu()
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            lines.append(
+                f"{name}: {a.dtype} {tuple(a.shape)} replayed, {b.dtype} {tuple(b.shape)} saved"
+            )
+            continue
+        bits = [x.reshape(-1, 1).contiguous().view(torch.uint8) for x in (a, b)]
+        count = int((bits[0] != bits[1]).any(-1).sum())
+        if count:
+            lines.append(f"{name}: {count} of {a.numel()} values differ")
+    return lines
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> int:
+    """Replays, saves, compares; the exit code."""
+    if args.output is None and args.verify is None:
+        raise UserError("give --output, --verify or both")
+    if (
+        args.output is not None
+        and args.output.exists()
+        and (not args.output.is_dir() or any(args.output.iterdir()))
+    ):
+        raise UserError(f"the output {args.output} is not an empty directory")
+    dtype = logged_dtype(args.log)
+
+    import zo_fused
+    from zo_fused.task.models import choose_device, load_model, load_tokenizer, save_model
+
+    base = str(args.model or defaults.EMBEDDED_MODEL)
+    model: Any = load_model(base, dtype, choose_device())
+    try:
+        steps = zo_fused.replay(model, args.log, progress=sys.stderr.isatty())
+    except ValueError as error:
+        raise UserError(f"can't replay {args.log} on {base}: {first_line(error)}") from error
+    if args.output is not None:
+        save_model(model, load_tokenizer(base), args.output)
+        print(f"replayed {steps} steps; the model is in {args.output}")
+    if args.verify is None:
+        return 0
+    import torch
+
+    saved = load_model(str(args.verify), "auto", torch.device("cpu")).state_dict()
+    lines = differences(model.state_dict(), saved)
+    if not lines:
+        print(f"equal: all {len(saved)} tensors of {args.verify}, bit for bit")
+        return 0
+    print(f"different: {len(lines)} tensors of {args.verify}")
+    print("\n".join(lines[:_SHOWN] + (["..."] if len(lines) > _SHOWN else [])))
+    return 1

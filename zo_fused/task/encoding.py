@@ -1,0 +1,110 @@
+"""From text to token ids.
+
+Prompt and answer are tokenised apart and their ids are joined. So the answer's span is known
+exactly and is the same after every prompt: a BPE merge across the boundary can't move it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zo_fused.task.data import Example
+from zo_fused.task.errors import UserError
+from zo_fused.task.prompt import Task
+
+Tokens = list[int]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt's token ids (bos included where the tokenizer puts one) and its answer's index."""
+
+    prompt: Tokens
+    label: int
+
+
+def plain_ids(tokenizer: Any, text: str) -> Tokens:
+    """Token ids without special tokens."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def answer_ids(tokenizer: Any, answer: str) -> Tokens:
+    """Token ids of an answer as a continuation.
+
+    SentencePiece-like tokenizers put a space before every text, so " great" alone would get two.
+    After a line break, which never merges with what follows, the answer is tokenised as it would
+    be inside a text; where the line break does merge, the answer is tokenised alone.
+    """
+    anchor, joined = plain_ids(tokenizer, "\n"), plain_ids(tokenizer, "\n" + answer)
+    if anchor and joined[: len(anchor)] == anchor and len(joined) > len(anchor):
+        return joined[len(anchor) :]
+    return plain_ids(tokenizer, answer)
+
+
+def maximum_length(model: Any, tokenizer: Any) -> int:
+    """The most tokens that model and tokenizer both take."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    limits = [tokenizer.model_max_length, positions]
+    return min(int(limit) for limit in limits if limit is not None)
+
+
+class Encoder:
+    """Turns examples of one task into token ids.
+
+    Args:
+        task: template and verbalizer.
+        tokenizer: of transformers.
+        max_length: longest row of prompt and answer. Longer prompts lose tokens on their left
+            (never the bos); answers are never cut. Room is left for the longest answer, so every
+            candidate of an example follows the same prompt.
+
+    Raises:
+        UserError: an answer has no tokens, two have the same, or one is too long for the model.
+    """
+
+    def __init__(self, task: Task, tokenizer: Any, max_length: int) -> None:
+        self.task = task
+        self.tokenizer = tokenizer
+        self.answers = [answer_ids(tokenizer, answer) for answer in task.answers]
+        for index, (answer, ids) in enumerate(zip(task.answers, self.answers, strict=True)):
+            if not ids:
+                raise UserError(f"the tokenizer makes no tokens of the answer {answer!r}")
+            if ids in self.answers[:index]:
+                other = task.answers[self.answers.index(ids)]
+                raise UserError(
+                    f"the tokenizer makes the same tokens of the answers {other!r} and {answer!r}"
+                )
+        self.room = max_length - max(map(len, self.answers))
+        if self.room < 2:
+            raise UserError(
+                f"the longest answer leaves no room for a prompt: the model takes {max_length} "
+                "tokens"
+            )
+
+    def prompt_ids(self, text: str) -> Tokens:
+        """Token ids of a prompt, at most `self.room`.
+
+        The tokenizer decides whether a text starts with bos. An eos that some tokenizers put at
+        the end is left out, since the answer follows.
+        """
+        bos = self.tokenizer.bos_token_id
+        special = self.tokenizer(text)["input_ids"]
+        start = [bos] if bos is not None and special and special[0] == bos else []
+        ids = plain_ids(self.tokenizer, text)
+        return start + ids[max(0, len(ids) - (self.room - len(start))) :]
+
+    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
+        """The examples in their order.
+
+        Raises:
+            UserError: a prompt has no tokens at all.
+        """
+        encoded = []
+        for example in examples:
+            ids = self.prompt_ids(self.task.prompt(example.fields))
+            if not ids:
+                raise UserError(f"{example.source}: the prompt is empty")
+            encoded.append(Encoded(ids, self.task.labels.index(example.label)))
+        return encoded

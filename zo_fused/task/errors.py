@@ -1,0 +1,35 @@
+"""Mistakes of the user, told in one sentence."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+class UserError(Exception):
+    """Something the user can put right; its text is one sentence without a final full stop."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of another library's message, without its full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".:")
+
+
+def optional(name: str) -> Any:
+    """An optional dependency's module.
+
+    Raises:
+        UserError: it is not installed, or can't be imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"fine-tuning needs the package {name!r} ({first_line(error)}); "
+            "install it with `pip install 'zo-fused[hf]'`"
+        ) from error
+
+
+class Interrupted(Exception):
+    """Ctrl-C stopped a run after its state was saved; the text says where."""

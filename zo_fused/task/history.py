@@ -1,0 +1,65 @@
+"""``history.jsonl``: what happened in a run, a line as it happens.
+
+Lines ``{"step", "loss", "projected_grad", "seconds"}`` for a training step, counted from 1, and
+``{"step", "<split>_accuracy"}`` for an evaluation after so many steps. A loss that is not finite
+is null.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from zo_fused.task.files import to_json, write_text
+
+Entry = dict[str, Any]
+
+
+def read_history(path: Path, last_step: int | None = None) -> list[Entry]:
+    """Entries up to a step; a torn last line and everything after it is left out."""
+    entries: list[Entry] = []
+    if not path.is_file():
+        return entries
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if last_step is None or entry["step"] <= last_step:
+            entries.append(entry)
+    return entries
+
+
+class History:
+    """Entries in memory and in the file, which is flushed after every line.
+
+    Args:
+        path: of ``history.jsonl``.
+        step: where the run goes on: later entries of an earlier attempt are dropped. None starts
+            an empty history.
+    """
+
+    def __init__(self, path: Path, step: int | None = None) -> None:
+        self.entries = [] if step is None else read_history(path, step)
+        write_text(path, "".join(to_json(entry) + "\n" for entry in self.entries))
+        self._file = path.open("a", encoding="utf-8")
+
+    def add(self, **entry: Any) -> None:
+        """Appends an entry."""
+        self.entries.append(entry)
+        self._file.write(to_json(entry) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file; the entries stay."""
+        self._file.close()
+
+    def accuracies(self, split: str) -> list[tuple[int, float]]:
+        """(step, accuracy) of a split's evaluations."""
+        key = f"{split}_accuracy"
+        return [(entry["step"], entry[key]) for entry in self.entries if key in entry]
+
+    def losses(self) -> list[tuple[int, float | None]]:
+        """(step, loss) of the training steps."""
+        return [(entry["step"], entry["loss"]) for entry in self.entries if "loss" in entry]

@@ -1,0 +1,185 @@
+"""Scores of candidate answers, and the loss and prediction made of them.
+
+As in MeZO (arXiv 2305.17333): an answer's score is the mean log-probability of its tokens after the
+prompt, in float32 whatever the model's dtype. Training minimises the cross entropy over the
+candidates' scores ("classification") or the token-mean negative log-likelihood of the right answer
+("lm"); the prediction is the candidate with the highest score.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zo_fused.task.encoding import Encoded, Tokens
+
+LOSSES = ("classification", "lm")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Padded rows for one forward pass, and where the answers are in them."""
+
+    inputs: dict[str, Tensor]  # what the model is called with
+    positions: Tensor  # [rows, answer] which of the kept logits predict the answer's tokens
+    targets: Tensor  # [rows, answer] answer tokens
+    mask: Tensor  # [rows, answer] 1.0 for an answer token, 0.0 for padding
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples ready for the model: `rows` answers them all, `labels` are the right answers."""
+
+    rows: Rows
+    labels: Tensor  # [examples]
+    kind: str  # "shared": a row per example, "candidates": a row per candidate, "right": see `lm`
+
+
+class Scorer:
+    """Scores a fixed set of answers with a causal language model.
+
+    Where every answer is one token, an example is one row, its prompt, and the candidates'
+    log-probabilities are read off the last position: the same numbers as with a row for every
+    candidate, for a fraction of the forward pass. Only the logits that are needed are computed,
+    in models that can leave out the others.
+
+    Args:
+        model: of transformers, or any module called as those are. Dropout should be off
+            (``model.eval()``): it would only add noise to the two losses of a step.
+        answers: token ids of each candidate.
+        pad_id: any valid token id.
+        padding_side: "left", "right" or None: left where the model takes `position_ids`.
+        share_prompt: False gives every candidate its own row even if it is one token.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        answers: Sequence[Tokens],
+        pad_id: int,
+        padding_side: str | None = None,
+        share_prompt: bool = True,
+    ) -> None:
+        self.model = model
+        self.answers = [list(ids) for ids in answers]
+        self.pad_id = pad_id
+        self.accepted = frozenset(inspect.signature(model.forward).parameters)
+        self.padding_side = padding_side or ("left" if "position_ids" in self.accepted else "right")
+        self.shared = share_prompt and all(len(ids) == 1 for ids in self.answers)
+        # of each answer; on the device from the start, so that a loss waits for no copy
+        self._first_tokens = torch.tensor([ids[0] for ids in self.answers], device=self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs go."""
+        return next(iter(self.model.parameters())).device
+
+    def batch(self, examples: Sequence[Encoded], loss: str = "classification") -> Batch:
+        """Examples as tensors on the model's device, for one loss or for predictions.
+
+        With ``loss="lm"`` and answers of several tokens, only the right answers get rows; such a
+        batch has no scores.
+        """
+        labels = torch.tensor([example.label for example in examples], device=self.device)
+        prompts = [example.prompt for example in examples]
+        if self.shared:
+            # the answer's place, not its token, is what matters: `scores` reads all candidates
+            return Batch(self._rows(prompts, [self.answers[0]] * len(prompts)), labels, "shared")
+        if loss == "lm":
+            right = [self.answers[example.label] for example in examples]
+            return Batch(self._rows(prompts, right), labels, "right")
+        every = [prompt for prompt in prompts for _ in self.answers]
+        return Batch(self._rows(every, self.answers * len(prompts)), labels, "candidates")
+
+    def _rows(self, prompts: Sequence[Tokens], answers: Sequence[Tokens]) -> Rows:
+        """Prompt and answer joined, without the answer's last token, which predicts nothing."""
+        texts = [p + a[:-1] for p, a in zip(prompts, answers, strict=True)]
+        width, span = max(map(len, texts)), max(map(len, answers))
+        left = self.padding_side == "left"
+        ids, mask, first = [], [], []
+        for prompt, text in zip(prompts, texts, strict=True):
+            gap = width - len(text)
+            ids.append([self.pad_id] * gap + text if left else text + [self.pad_id] * gap)
+            mask.append([0] * gap + [1] * len(text) if left else [1] * len(text) + [0] * gap)
+            first.append(len(prompt) - 1 + (gap if left else 0))
+        lowest = min(first)
+        highest = max(f + len(a) for f, a in zip(first, answers, strict=True))
+        if "logits_to_keep" not in self.accepted:
+            lowest, highest = 0, width
+        attention = torch.tensor(mask, device=self.device)
+        inputs = {"input_ids": torch.tensor(ids, device=self.device)}
+        if min(map(len, texts)) < width:
+            inputs["attention_mask"] = attention
+            if left:
+                inputs["position_ids"] = (attention.cumsum(-1) - 1).clamp_min(0)
+        if "logits_to_keep" in self.accepted:
+            inputs["logits_to_keep"] = torch.arange(lowest, highest, device=self.device)
+        places = [[min(f + k, highest - 1) - lowest for k in range(span)] for f in first]
+        targets = [a + [0] * (span - len(a)) for a in answers]
+        present = [[1.0] * len(a) + [0.0] * (span - len(a)) for a in answers]
+        return Rows(
+            {name: value for name, value in inputs.items() if name in self.accepted},
+            torch.tensor(places, device=self.device),
+            torch.tensor(targets, device=self.device),
+            torch.tensor(present, device=self.device),
+        )
+
+    def _answer_logits(self, rows: Rows) -> Tensor:
+        """Float32 logits [rows, answer, vocabulary] at the positions that predict the answers."""
+        extra = {"use_cache": False} if "use_cache" in self.accepted else {}
+        logits = self.model(**rows.inputs, **extra).logits
+        index = torch.arange(len(logits), device=logits.device).unsqueeze(1)
+        return logits[index, rows.positions].float()
+
+    def _answer_log_probs(self, rows: Rows) -> Tensor:
+        """Log-probabilities [rows, answer] of the answers' tokens; 0 at padding."""
+        logits = self._answer_logits(rows)
+        chosen = logits.gather(-1, rows.targets.unsqueeze(-1)).squeeze(-1)
+        return (chosen - logits.logsumexp(-1)) * rows.mask
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Mean log-probability of each candidate's tokens, float32 [examples, candidates].
+
+        Raises:
+            ValueError: the batch was made for the "lm" loss of right answers alone.
+        """
+        if batch.kind == "right":
+            raise ValueError("a batch of right answers has no scores of the other candidates")
+        if batch.kind == "shared":
+            logits = self._answer_logits(batch.rows)[:, 0]
+            return logits[:, self._first_tokens] - logits.logsumexp(-1, keepdim=True)
+        means = self._answer_log_probs(batch.rows).sum(-1) / batch.rows.mask.sum(-1)
+        return means.view(len(batch.labels), len(self.answers))
+
+    def loss(self, batch: Batch, kind: str = "classification") -> Tensor:
+        """The training loss, a float32 scalar.
+
+        "classification" is the cross entropy over the candidates' scores; "lm" the mean negative
+        log-likelihood of all tokens of the right answers.
+        """
+        if kind == "classification":
+            return F.cross_entropy(self.scores(batch), batch.labels)
+        if batch.kind == "right":
+            return -self._answer_log_probs(batch.rows).sum() / batch.rows.mask.sum()
+        if batch.kind == "shared":
+            return F.nll_loss(self.scores(batch), batch.labels)
+        raise ValueError('the "lm" loss needs a batch made with loss="lm"')
+
+    @torch.no_grad()
+    def accuracy(self, examples: Sequence[Encoded], batch_size: int) -> float:
+        """Share of the examples whose right answer has the highest score.
+
+        Examples of similar length share a batch, to pad less.
+        """
+        ordered = sorted(examples, key=lambda example: len(example.prompt))
+        right = 0
+        for start in range(0, len(ordered), batch_size):
+            batch = self.batch(ordered[start : start + batch_size])
+            right += int((self.scores(batch).argmax(-1) == batch.labels).sum())
+        return right / len(ordered)
