@@ -33,7 +33,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/pytest -q bench --benchmark-disable-gc --benchmark-json=bench/results/latest.json
+	$(BIN)/pytest -q bench --benchmark-disable-gc --benchmark-json=bench/results/latest.json --table bench/results/latest.md $(BENCH)
 
 clean:
 	rm -rf $(VENV) build zo_fused/*.so *.egg-info

@@ -28,6 +28,7 @@ def run_suite(mutant: str | None) -> subprocess.CompletedProcess[str]:
     command = [
         str(Path(sys.executable).with_name("pytest")),
         *("-q", "-x", "-p", "mutants", "-p", "no:cacheprovider", "--no-header"),
+        *("-m", "not slow and not gpu"),
         *("-k", "not triton and not cpu and not opcheck and not compiles"),
         str(HERE / "test_optim.py"),
         str(HERE / "test_ops.py"),

@@ -362,6 +362,7 @@ def test_rebound_memory_is_noticed(make: Make) -> None:
     assert not torch.equal(model[0].weight, kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_all_weight_dtypes_learn(make: Make, dtype: torch.dtype) -> None:
     model = network(dtype)

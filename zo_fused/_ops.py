@@ -50,6 +50,7 @@ def _check(condition: bool, message: str) -> None:
 
 
 def _check_tensors(name: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
+    """Runs for every parameter in every sweep, so messages are made only where one is needed."""
     for i, tensor in enumerate(tensors):
         if tensor.dtype not in dtypes:
             wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -57,15 +58,17 @@ def _check_tensors(name: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.
                 f"zo_fused: {name}[{i}] has dtype {str(tensor.dtype).removeprefix('torch.')}; "
                 f"supported: {wanted}"
             )
-        _check(
-            tensor.device == tensors[0].device,
-            f"{name}[{i}] is on {tensor.device}, {name}[0] on {tensors[0].device}; "
-            "one call serves one device",
-        )
-        _check(
-            tensor.layout == torch.strided and not torch._debug_has_internal_overlap(tensor),
-            f"{name}[{i}] must be a dense tensor whose elements do not share memory",
-        )
+        if tensor.device != tensors[0].device:
+            raise ValueError(
+                f"zo_fused: {name}[{i}] is on {tensor.device}, {name}[0] on {tensors[0].device}; "
+                "one call serves one device"
+            )
+        if not tensor.is_contiguous() and (
+            tensor.layout != torch.strided or torch._debug_has_internal_overlap(tensor)
+        ):
+            raise ValueError(
+                f"zo_fused: {name}[{i}] must be a dense tensor whose elements do not share memory"
+            )
 
 
 def _check_row(name: str, row: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -134,13 +137,14 @@ def _check_factors(
     for i, (param, u, v) in enumerate(zip(params, us, vs, strict=True)):
         rows, columns = matrix_shape(param)
         rank = u.shape[-1] if u.dim() else 0
-        if tuple(u.shape) != (rows, rank) or tuple(v.shape) != (columns, rank) or rank < 1:
+        if u.shape != (rows, rank) or v.shape != (columns, rank) or rank < 1:
             raise ValueError(
                 f"zo_fused: params[{i}] is seen as ({rows}, {columns}); us[{i}] must be "
                 f"({rows}, rank) and vs[{i}] ({columns}, rank) with rank >= 1, got "
                 f"{tuple(u.shape)} and {tuple(v.shape)}"
             )
-        _check(u.is_contiguous() and v.is_contiguous(), f"us[{i}] and vs[{i}] must be contiguous")
+        if not (u.is_contiguous() and v.is_contiguous()):
+            raise ValueError(f"zo_fused: us[{i}] and vs[{i}] must be contiguous")
     _check_row("decay", decay, torch.float32, (len(params),))
     for name, tensors in (("us", us), ("vs", vs), ("decay", (decay,))):
         if params:
@@ -171,10 +175,11 @@ def _check_lowrank_momentum(
     _check(len(moments) == len(us), f"{len(us)} factors need as many moments, got {len(moments)}")
     _check_tensors("moments", moments, (torch.float32,))
     for i, (moment, u) in enumerate(zip(moments, us, strict=True)):
-        _check(
-            moment.shape == u.shape and moment.is_contiguous() and moment.device == u.device,
-            f"moments[{i}] must be contiguous, of shape {tuple(u.shape)}, on {u.device}",
-        )
+        if moment.shape != u.shape or not moment.is_contiguous() or moment.device != u.device:
+            raise ValueError(
+                f"zo_fused: moments[{i}] must be contiguous, of shape {tuple(u.shape)}, "
+                f"on {u.device}"
+            )
     _check_row("coeffs", coeffs, torch.float32, (len(params), 4))
     _check_device("coeffs", coeffs, params)
 
@@ -196,12 +201,13 @@ def _route(name: str, written: Sequence[Tensor], *rest: Any) -> None:
     if not written:
         return
     sweep = getattr(dispatch.select(written[0].device.type), name)
-    # Backends see contiguous memory. A permuted parameter (rare) goes through a copy of itself.
-    dense = [t.detach().contiguous() for t in written]
-    sweep(dense, *rest)
-    for tensor, copy in zip(written, dense, strict=True):
-        if copy.data_ptr() != tensor.data_ptr():
-            tensor.detach().copy_(copy)
+    with torch.no_grad():
+        # Backends see contiguous memory. A permuted parameter (rare) goes through a copy of itself.
+        dense = [t.contiguous() for t in written]
+        sweep(dense, *rest)
+        for tensor, copy in zip(written, dense, strict=True):
+            if copy is not tensor:
+                tensor.copy_(copy)
 
 
 def _define(name: str) -> None:

@@ -1,0 +1,48 @@
+// What an instruction set must provide: one table of functions over plain memory.
+#pragma once
+
+#include "../philox.h"
+
+namespace zo_fused {
+
+// A chunk of a parameter never crosses a multiple of this many elements, counted in the full
+// parameter. So the high word of the Philox counter is constant in a chunk, the cut does not
+// depend on the number of threads, and only a parameter's ends have partial blocks.
+constexpr int64_t chunk_elements = int64_t{1} << 16;
+
+enum Dtype { float16, bfloat16, float32 };
+
+// Elements [first, first + count) of a parameter, within one chunk.
+struct Span {
+  int64_t first, count;
+  uint64_t id;
+};
+
+// rows x columns of a weight matrix whose rows are `stride` apart. u is (rows, rank); vt is
+// (rank, columns), with rows `vt_stride` apart and padded to whole vectors.
+struct Tile {
+  int64_t rows, columns, stride;
+  const float* u;
+  const float* vt;
+  int64_t vt_stride, rank;
+  float coeff, decay;
+};
+
+struct Sweeps {
+  void (*bits)(int64_t* out, const Span& span, const RoundKeys& keys);
+  void (*normal)(float* out, const Span& span, const RoundKeys& keys);
+  // keys and coeffs: one for each of `directions`. Indexed by Dtype, as is `lowrank`.
+  void (*dense[3])(void* weights, const Span& span, int64_t directions, const RoundKeys* keys,
+                   const float* coeffs, float decay);
+  void (*lowrank[3])(void* weights, const Tile& tile);
+  // coeffs: beta, grad, restore, step. a = restore * u + step * (the new moment).
+  void (*momentum)(float* moment, const float* u, float* a, int64_t count, const float* coeffs);
+};
+
+extern const Sweeps sweeps_portable;
+#if defined(__x86_64__)
+extern const Sweeps sweeps_avx2;
+extern const Sweeps sweeps_avx512;
+#endif
+
+}  // namespace zo_fused

@@ -1,0 +1,49 @@
+// Standard normals from random words: Box-Muller without libm, the same bits on every machine.
+// `zo_fused/reference.py` explains each step and is the definition.
+#pragma once
+
+#include "philox.h"
+
+namespace zo_fused {
+
+// c0 + c1*x + c2*x^2 + ..., highest degree first, one fma a degree.
+template <class L, class... Rest>
+ZO_HD typename L::F32 horner(typename L::F32 x, float c0, Rest... rest) {
+  if constexpr (sizeof...(rest) == 0) {
+    return L::splat(c0);
+  } else {
+    return L::fma(horner<L>(x, rest...), x, L::splat(c0));
+  }
+}
+
+// sqrt(-ln u) with u = float((a & 0x7fffffff) | 1) * 2^-31.
+template <class L>
+ZO_HD typename L::F32 radius(typename L::U32 a) {
+  const auto bits = L::bits(L::to_float(L::and_or(a, 0x7FFFFFFFu, 1u)));
+  const auto linear = L::to_float(L::sub(L::splat(0x4F000000u), bits));
+  const auto v = L::sub(L::as_float(L::and_or(bits, 0x7FFFFFu, 0x3F800000u)), L::splat(1.5f));
+  const auto log =
+      horner<L>(v, -2850767.75f, 1281372.875f, -651781.875f, 366677.21875f, -165749.09375f);
+  const auto t = L::fma(L::fnma(v, v, L::splat(0.25f)), log, linear);
+  const auto y = L::as_float(L::sub(L::splat(0x5F200000u), L::half(L::bits(t))));
+  const auto q = L::mul(t, y);
+  const auto sqrt =
+      horner<L>(L::mul(q, y), 0x1.71a556p-11f, -0x1.d08340p-11f, 0x1.5e0892p-11f, -0x1.a26ff2p-13f);
+  return L::mul(q, sqrt);
+}
+
+// Two normals from two words; the top bits of the words are the signs.
+template <class L>
+ZO_HD void normal_pair(typename L::U32 a, typename L::U32 b, typename L::F32& z0,
+                       typename L::F32& z1) {
+  const auto r = radius<L>(a);
+  const auto s =
+      L::fma(L::as_float(L::and_or(b, 0x7FFFFFu, 0x3F800000u)), L::splat(2.0f), L::splat(-3.0f));
+  const auto y = L::mul(s, s);
+  const auto sin = L::mul(horner<L>(y, 0x1.921f32p-1f, -0x1.4a9ac4p-4f, 0x1.3e202ap-9f), s);
+  const auto cos = L::mul(horner<L>(y, 1.0f, -0x1.3bd3a2p-2f, 0x1.03b162p-6f, -0x1.4ea9e8p-12f), r);
+  z0 = L::as_float(L::xor_and(L::bits(L::fnma(sin, r, cos)), a, 0x80000000u));
+  z1 = L::as_float(L::xor_and(L::bits(L::fma(sin, r, cos)), b, 0x80000000u));
+}
+
+}  // namespace zo_fused

@@ -1,0 +1,54 @@
+// The lane type of one number: the portable CPU path, and a CUDA thread.
+#pragma once
+
+#include "element.h"
+
+namespace zo_fused {
+
+struct Scalar {
+  static constexpr int lanes = 1;
+  using F32 = float;
+  using U32 = uint32_t;
+  using Word = uint32_t;  // of one Philox counter
+  using Product = uint64_t;
+
+  // Philox
+  ZO_HD static Word counters(uint32_t first) { return first; }
+  ZO_HD static Word word(uint32_t x) { return x; }
+  ZO_HD static Product product(Word a, uint32_t b) { return static_cast<Product>(a) * b; }
+  ZO_HD static Word high(Product p) { return static_cast<Word>(p >> 32); }
+  ZO_HD static Word low(Product p) { return static_cast<Word>(p); }
+  ZO_HD static Word xor3(Word a, Word b, uint32_t c) { return a ^ b ^ c; }
+  ZO_HD static U32 join(Word a) { return a; }
+
+  // integers
+  ZO_HD static U32 splat(uint32_t x) { return x; }
+  ZO_HD static U32 sub(U32 a, U32 b) { return a - b; }
+  ZO_HD static U32 half(U32 a) { return a >> 1; }
+  ZO_HD static U32 and_or(U32 a, uint32_t mask, uint32_t set) { return (a & mask) | set; }
+  ZO_HD static U32 xor_and(U32 a, U32 b, uint32_t mask) { return a ^ (b & mask); }
+
+  // between the two
+  ZO_HD static U32 bits(F32 x) { return bits_of(x); }
+  ZO_HD static F32 as_float(U32 x) { return float_of(x); }
+  ZO_HD static F32 to_float(U32 x) { return static_cast<float>(static_cast<int32_t>(x)); }
+
+  // floats
+  ZO_HD static F32 splat(float x) { return x; }
+  ZO_HD static F32 sub(F32 a, F32 b) { return a - b; }
+  ZO_HD static F32 mul(F32 a, F32 b) { return a * b; }
+  ZO_HD static F32 fma(F32 a, F32 b, F32 c) { return __builtin_fmaf(a, b, c); }    // a*b + c
+  ZO_HD static F32 fnma(F32 a, F32 b, F32 c) { return __builtin_fmaf(-a, b, c); }  // c - a*b
+
+  // Words 0..3 of the counters, one vector each, to element order.
+  ZO_HD static void interleave(F32 (&)[4]) {}
+
+  ZO_HD static F32 load(const float* p) { return *p; }
+  ZO_HD static F32 load(const Half* p) { return zo_fused::to_float(*p); }
+  ZO_HD static F32 load(const BFloat16* p) { return zo_fused::to_float(*p); }
+  ZO_HD static void store(float* p, F32 x) { *p = x; }
+  ZO_HD static void store(Half* p, F32 x) { *p = to_half(x); }
+  ZO_HD static void store(BFloat16* p, F32 x) { *p = to_bfloat16(x); }
+};
+
+}  // namespace zo_fused

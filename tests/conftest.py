@@ -1,0 +1,56 @@
+"""Set-up shared by all tests: Triton's interpreter, devices, hypothesis."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import hypothesis
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+
+# Triton decides when kernels are defined, so this must come before the first `import triton`.
+if not GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The same examples on every run: a failure is a failure for everyone. Interpreted kernels are
+# slow, so there is no deadline.
+hypothesis.settings.register_profile(
+    "zo_fused", derandomize=True, deadline=None, max_examples=30, print_blob=True
+)
+hypothesis.settings.load_profile("zo_fused")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-gpu",
+        action="store_true",
+        help="fail tests marked `gpu`, instead of skipping them, where there is no GPU",
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None or GPU:
+        return
+    if item.config.getoption("--require-gpu"):
+        pytest.fail("--require-gpu was given and PyTorch sees no GPU", pytrace=False)
+    pytest.skip("needs a GPU that PyTorch can see")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture
+def use_backend() -> Iterator[Callable[[str | None], None]]:
+    """A function that forces a backend; afterwards the choice is what it was before."""
+    import zo_fused
+
+    previous = zo_fused.set_backend(None)
+    zo_fused.set_backend(previous)
+    yield zo_fused.set_backend
+    zo_fused.set_backend(previous)
