@@ -22,7 +22,7 @@ RSQRT_MAGIC = 0x5F200000
 def minimax(
     f: Function, low: float, high: float, powers: range, weight: Function, rounds: int = 3000
 ) -> tuple[np.ndarray, float]:
-    """Coefficients c of `powers` that minimise max |weight * (sum c x**k - f)|, and that maximum."""
+    """Coefficients c of `powers` that minimise max |weight * (sum c x**k - f)|, and the maximum."""
     angles = np.pi * (np.arange(4000) + 0.5) / 4000
     x = (low + high) / 2 + (high - low) / 2 * np.cos(angles)
     scale = weight(x)

@@ -58,7 +58,7 @@ def test_every_public_name_loads() -> None:
 
 
 def test_replay_stays_a_function_when_its_module_is_imported() -> None:
-    import zo_fused.rebuild  # noqa: F401
+    import zo_fused.rebuild
 
     assert callable(zo_fused.replay)
 

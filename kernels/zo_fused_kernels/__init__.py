@@ -1,0 +1,1 @@
+"""Triton kernels of zo_fused. Nothing is imported or registered here."""
