@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 import hypothesis
@@ -14,6 +15,9 @@ GPU = torch.cuda.is_available()
 # Triton decides when kernels are defined, so this must come before the first `import triton`.
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A run started in the background inherits an ignored SIGINT, and the tests of Ctrl-C need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every run: a failure is a failure for everyone. Interpreted kernels are
 # slow, so there is no deadline.

@@ -269,6 +269,17 @@ def test_global_generators_are_untouched(make: Make) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_step_in_inference_mode_leaves_ordinary_state(make: Make) -> None:
+    model = network()
+    opt = make(model.named_parameters())
+    with torch.inference_mode():
+        opt.step(loss_of(model))
+    opt.step(loss_of(model))
+    opt.load_state_dict(opt.state_dict())
+    opt.step(loss_of(model))
+    assert not any(p.is_inference() for p in model.parameters())
+
+
 def test_dropout_is_the_same_in_both_evaluations_and_moves_on() -> None:
     model = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5))
     opt = zo_fused.MeZO(model.named_parameters(), lr=0.0, eps=1e-4)

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,16 @@ logger = logging.getLogger("zo_fused")
 
 Loss = Tensor | float
 Closure = Callable[[], Loss]
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _plain_tensors(method: Method) -> Method:
+    """No gradients, and no inference tensors: state made in a caller's inference mode would
+    refuse to be updated outside it."""
+    decorated: Method = torch.inference_mode(False)(torch.no_grad()(method))
+    return decorated
+
 
 # Kept in every param group, where `state_dict` leaves integers as they are.
 _COUNTERS = ("seed", "step", "restores", "contract")
@@ -174,7 +184,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     # ---- perturbations --------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @_plain_tensors
     def perturb(self, sign: float) -> None:
         """Put the weights at ``theta + sign * eps * z`` of the coming step, from wherever they are.
 
@@ -238,7 +248,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     # ---- the step -------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @_plain_tensors
     def step(  # type: ignore[override]
         self,
         closure: Closure | None = None,
@@ -454,7 +464,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 table.append([name, list(p.shape), dtype, number])
         return table
 
-    @torch.no_grad()
+    @_plain_tensors
     def replay_event(self, event: replay_log.Event) -> None:
         """Do to the weights what a logged event did (used by `zo_fused.replay`)."""
         self._trainable_override = set(event.trainable)
