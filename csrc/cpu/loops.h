@@ -134,6 +134,14 @@ ZO_HD void lowrank_rows(T* weights, const float* u, const Tile& t) {
   constexpr int C = 2;
   int64_t column = 0;
   for (; column + C * L::lanes <= t.columns; column += C * L::lanes) {
+    // The R rows are R short streams, too short for the hardware to run ahead in them: name what
+    // the next R rows need.
+    for (int i = 0; i < R; ++i) {
+      const char* const next = reinterpret_cast<const char*>(weights + (R + i) * t.stride + column);
+      for (int64_t byte = 0; byte < C * L::lanes * int64_t{sizeof(T)}; byte += 64) {
+        __builtin_prefetch(next + byte);
+      }
+    }
     lowrank_block<L, R, C>(weights + column, t.stride, u, t.vt + column, t);
   }
   for (; column < t.columns; column += L::lanes) {
