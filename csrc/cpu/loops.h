@@ -135,7 +135,7 @@ ZO_HD void lowrank_rows(T* weights, const float* u, const Tile& t) {
   int64_t column = 0;
   for (; column + C * L::lanes <= t.columns; column += C * L::lanes) {
     // The R rows are R short streams, too short for the hardware to run ahead in them: name what
-    // the next R rows need.
+    // the next R rows need. (Past the last row that is nothing; prefetches don't fault.)
     for (int i = 0; i < R; ++i) {
       const char* const next = reinterpret_cast<const char*>(weights + (R + i) * t.stride + column);
       for (int64_t byte = 0; byte < C * L::lanes * int64_t{sizeof(T)}; byte += 64) {
