@@ -1,4 +1,4 @@
-"""Derives the coefficients of the portable normal transform (docs/noise.md), and checks them.
+"""Derives the coefficients of the portable normal transform (docs/noise.md).
 
 Each polynomial is the minimax fit (Lawson's iteratively reweighted least squares) of a smooth
 function on the interval that the transform reaches, under the weight that turns its error into an

@@ -271,6 +271,11 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[Tensor], None]]] = {
         "share memory",
         lambda p: zo_fused.perturb_([p, torch.zeros(1).expand(4)], KEY, 1.0),
     ),
+    "sparse": (
+        ValueError,
+        "dense tensor",
+        lambda p: zo_fused.perturb_([p, torch.zeros(2).to_sparse()], KEY, 1.0),
+    ),
     "factor shape": (
         ValueError,
         r"us\[0\] must be \(3, rank\)",

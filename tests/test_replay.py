@@ -101,6 +101,23 @@ def test_two_groups_without_names(make, tmp_path: Path) -> None:  # type: ignore
     assert same(model, base)
 
 
+@pytest.mark.parametrize("momenta", [(0.0, 0.9), (0.9, 0.0)])
+def test_groups_with_and_without_momentum(momenta: tuple[float, float], tmp_path: Path) -> None:
+    """The rule is the run's, not that of whichever group comes first."""
+    model, base = network(), network()
+    params = list(model.named_parameters())
+    groups = [
+        {"params": part, "momentum": beta}
+        for part, beta in zip((params[:2], params[2:]), momenta, strict=True)
+    ]
+    opt = METHODS["LOZO-M"](groups)
+    opt.start_log(tmp_path / "log.jsonl")
+    for _ in range(5):
+        opt.step(loss_of(model))
+    zo_fused.replay(base, tmp_path / "log.jsonl")
+    assert same(model, base)
+
+
 def test_tensors_by_name_and_other_backends(tmp_path: Path) -> None:
     """A log replays on every backend to the same bits."""
     model = network()

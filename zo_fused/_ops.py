@@ -63,8 +63,8 @@ def _check_tensors(name: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.
                 f"zo_fused: {name}[{i}] is on {tensor.device}, {name}[0] on {tensors[0].device}; "
                 "one call serves one device"
             )
-        if not tensor.is_contiguous() and (
-            tensor.layout != torch.strided or torch._debug_has_internal_overlap(tensor)
+        if tensor.layout != torch.strided or (
+            not tensor.is_contiguous() and torch._debug_has_internal_overlap(tensor)
         ):
             raise ValueError(
                 f"zo_fused: {name}[{i}] must be a dense tensor whose elements do not share memory"

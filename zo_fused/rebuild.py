@@ -73,10 +73,8 @@ def _optimizer(model: nn.Module | Mapping[str, Tensor], record: replay_log.Log) 
     if fingerprint(tensors) != header["base"]:
         raise ValueError("the log was written for other base weights than these")
     method = getattr(importlib.import_module(METHODS[header["method"]]), header["method"])
-    shared = {name: groups[0][name] for name in header["groups"][0]}
-    optimizer: ZerothOrderOptimizer = method(
-        groups, **shared, **header["options"], seed=header["seed"]
-    )
+    defaults = {**header["groups"][0], **header["options"]}  # every group has values of its own
+    optimizer: ZerothOrderOptimizer = method(groups, **defaults, seed=header["seed"])
     return optimizer
 
 

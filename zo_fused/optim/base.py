@@ -60,7 +60,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         defaults: hyper-parameters of the groups.
         direction, rule: see above.
         seed: base seed of the run, ``0 <= seed < 2**64``. The global generators are never used.
-        options: hyper-parameters outside the groups, recorded in the replay log.
+        options: arguments of the method that groups don't tell, recorded in the replay log.
 
     Attributes:
         projected_grad: g of the last step, float32 tensor [] on the device of the first parameter.

@@ -60,7 +60,8 @@ class LOZO(ZerothOrderOptimizer):
             "weight_decay": weight_decay,
         }
         rule = FactorMomentum() if momentum else SGD()
-        options = {"divide_by_rank": divide_by_rank}
+        # Groups may set their own momentum; this one chose the rule, so a replay needs it.
+        options = {"divide_by_rank": divide_by_rank, "momentum": momentum}
         super().__init__(params, defaults, LowRank(divide_by_rank), rule, seed, options)
 
     def _check_group(self, group: dict[str, Any]) -> None:
