@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench sass gpu clean
 
 setup: $(INSTALLED)
 
@@ -34,6 +34,13 @@ lint: setup
 
 bench: setup
 	$(BIN)/pytest -q bench --benchmark-disable-gc --benchmark-json=bench/results/latest.json --table bench/results/latest.md $(BENCH)
+
+sass: setup
+	$(BIN)/python bench/sass.py $(SASS)
+
+# Uses the Python, torch and Triton that are there, and no network.
+gpu:
+	bench/gpu.sh $(GPU)
 
 clean:
 	rm -rf $(VENV) build zo_fused/*.so *.egg-info

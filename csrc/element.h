@@ -13,6 +13,17 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// Whether weights of this type are rounded.
+template <class T>
+inline constexpr bool rounds = sizeof(T) == 2;
+
+enum class Rule { momentum, sign, adam };
+
+// A parameter's row of coefficients.
+struct MomentCoeffs {
+  float beta, gain, beta2, gain2, eps, step;
+};
+
 // ---- update formulas: the order of roundings is part of the specification ----------------------
 
 // The start of every weight update: one rounded product.
@@ -33,6 +44,58 @@ ZO_HD typename L::F32 momentum(typename L::F32& moment, typename L::F32 u, float
                                float restore, float step) {
   moment = L::fma(L::splat(grad), u, L::mul(moment, L::splat(beta)));
   return L::fma(L::splat(step), moment, L::mul(u, L::splat(restore)));
+}
+
+// The estimate g goes into the first moment, which is `kept` from step to step or not, and with
+// Adam into the second. Returns what the weight is then moved by, but for the factor `step`.
+template <class L, Rule rule, bool kept>
+ZO_HD typename L::F32 moments(typename L::F32 g, typename L::F32& first, typename L::F32& second,
+                              const MomentCoeffs& c) {
+  const auto gain = L::splat(c.gain);
+  if constexpr (kept) {
+    first = L::fma(gain, g, L::mul(first, L::splat(c.beta)));
+  } else {
+    first = L::mul(g, gain);
+  }
+  if constexpr (rule == Rule::adam) {
+    second = L::fma(L::mul(g, L::splat(c.gain2)), g, L::mul(second, L::splat(c.beta2)));
+    return L::div(first, L::add(L::sqrt(second), L::splat(c.eps)));
+  } else if constexpr (rule == Rule::sign) {
+    return L::sign(first);
+  } else {
+    return first;
+  }
+}
+
+// ---- stochastic rounding: the bits of x in 16, by a random number below 2^16 -------------------
+
+template <class L>
+ZO_HD typename L::U32 stochastic(BFloat16, typename L::F32 x, typename L::U32 random) {
+  return L::unless_nan(x, L::shr(L::add(L::bits(x), random), 16), 0x7FC0u);
+}
+
+template <class L>
+ZO_HD typename L::U32 stochastic(Half, typename L::F32 x, typename L::U32 random) {
+  // The specification takes the bits of |x| * 2^-112. Products that are subnormal are slow on many
+  // CPUs. `shifted` is those bits plus 112 << 23 without a product: where it would be normal, they
+  // are the bits of |x|. Elsewhere (|x| < 2^-14) the sum rounds |x| to the same multiple of 2^-37,
+  // the spacing of floats at 2^-14. The wrong one of the two is the smaller.
+  const auto magnitude = L::and_or(L::bits(x), 0x7FFFFFFFu, 0u);
+  const auto sum = L::bits(L::add(L::as_float(magnitude), L::splat(0x1p-14f)));
+  const auto shifted = L::max(magnitude, L::sub(sum, L::splat(1u << 23)));
+  const auto cut = L::shr(L::add(shifted, L::shr(random, 3)), 13);
+  const auto rounded = L::min(L::sub(cut, L::splat(112u << 10)), L::splat(0x7C00u));
+  return L::unless_nan(x, L::xor_and(rounded, L::shr(L::bits(x), 16), 0x8000u), 0x7E00u);
+}
+
+// *p = x. 32 bits have nothing to round.
+template <class L, class T>
+ZO_HD void store_stochastic(T* p, typename L::F32 x, typename L::U32 random) {
+  if constexpr (rounds<T>) {
+    L::store_bits(p, stochastic<L>(T{}, x, random));
+  } else {
+    L::store(p, x);
+  }
 }
 
 // ---- conversions of one number on the bits: for machines without an instruction ----------------

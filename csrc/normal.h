@@ -25,7 +25,7 @@ ZO_HD typename L::F32 radius(typename L::U32 a) {
   const auto log =
       horner<L>(v, -2850767.75f, 1281372.875f, -651781.875f, 366677.21875f, -165749.09375f);
   const auto t = L::fma(L::fnma(v, v, L::splat(0.25f)), log, linear);
-  const auto y = L::as_float(L::sub(L::splat(0x5F200000u), L::half(L::bits(t))));
+  const auto y = L::as_float(L::sub(L::splat(0x5F200000u), L::shr(L::bits(t), 1)));
   const auto q = L::mul(t, y);
   const auto sqrt =
       horner<L>(L::mul(q, y), 0x1.71a556p-11f, -0x1.d08340p-11f, 0x1.5e0892p-11f, -0x1.a26ff2p-13f);

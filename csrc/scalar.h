@@ -23,8 +23,11 @@ struct Scalar {
 
   // integers
   ZO_HD static U32 splat(uint32_t x) { return x; }
+  ZO_HD static U32 add(U32 a, U32 b) { return a + b; }
   ZO_HD static U32 sub(U32 a, U32 b) { return a - b; }
-  ZO_HD static U32 half(U32 a) { return a >> 1; }
+  ZO_HD static U32 min(U32 a, U32 b) { return a < b ? a : b; }
+  ZO_HD static U32 max(U32 a, U32 b) { return a < b ? b : a; }
+  ZO_HD static U32 shr(U32 a, int bits) { return a >> bits; }
   ZO_HD static U32 and_or(U32 a, uint32_t mask, uint32_t set) { return (a & mask) | set; }
   ZO_HD static U32 xor_and(U32 a, U32 b, uint32_t mask) { return a ^ (b & mask); }
 
@@ -35,10 +38,26 @@ struct Scalar {
 
   // floats
   ZO_HD static F32 splat(float x) { return x; }
+#if defined(__CUDA_ARCH__)  // intrinsics, which no compiler option contracts or approximates
+  ZO_HD static F32 add(F32 a, F32 b) { return __fadd_rn(a, b); }
+  ZO_HD static F32 sub(F32 a, F32 b) { return __fsub_rn(a, b); }
+  ZO_HD static F32 mul(F32 a, F32 b) { return __fmul_rn(a, b); }
+  ZO_HD static F32 div(F32 a, F32 b) { return __fdiv_rn(a, b); }
+  ZO_HD static F32 sqrt(F32 x) { return __fsqrt_rn(x); }
+  ZO_HD static F32 fma(F32 a, F32 b, F32 c) { return __fmaf_rn(a, b, c); }    // a*b + c
+  ZO_HD static F32 fnma(F32 a, F32 b, F32 c) { return __fmaf_rn(-a, b, c); }  // c - a*b
+#else
+  ZO_HD static F32 add(F32 a, F32 b) { return a + b; }
   ZO_HD static F32 sub(F32 a, F32 b) { return a - b; }
   ZO_HD static F32 mul(F32 a, F32 b) { return a * b; }
-  ZO_HD static F32 fma(F32 a, F32 b, F32 c) { return __builtin_fmaf(a, b, c); }    // a*b + c
-  ZO_HD static F32 fnma(F32 a, F32 b, F32 c) { return __builtin_fmaf(-a, b, c); }  // c - a*b
+  ZO_HD static F32 div(F32 a, F32 b) { return a / b; }
+  ZO_HD static F32 sqrt(F32 x) { return __builtin_sqrtf(x); }
+  ZO_HD static F32 fma(F32 a, F32 b, F32 c) { return __builtin_fmaf(a, b, c); }
+  ZO_HD static F32 fnma(F32 a, F32 b, F32 c) { return __builtin_fmaf(-a, b, c); }
+#endif
+  // -1, 0 or 1; 0 for NaN.
+  ZO_HD static F32 sign(F32 x) { return static_cast<F32>((x > 0) - (x < 0)); }
+  ZO_HD static U32 unless_nan(F32 x, U32 value, uint32_t nan) { return x != x ? nan : value; }
 
   // Words 0..3 of the counters, one vector each, to element order.
   ZO_HD static void interleave(F32 (&)[4]) {}
@@ -49,6 +68,17 @@ struct Scalar {
   ZO_HD static void store(float* p, F32 x) { *p = x; }
   ZO_HD static void store(Half* p, F32 x) { *p = to_half(x); }
   ZO_HD static void store(BFloat16* p, F32 x) { *p = to_bfloat16(x); }
+
+  // 16-bit numbers, one in a lane, and in their order in words.
+  ZO_HD static U32 load_bits(const uint16_t* p) { return *p; }
+  template <class T>
+  ZO_HD static void store_bits(T* p, U32 x) {
+    p->bits = static_cast<uint16_t>(x);
+  }
+  ZO_HD static void store_words(uint16_t* p, U32 x) {
+    p[0] = static_cast<uint16_t>(x);
+    p[1] = static_cast<uint16_t>(x >> 16);
+  }
 };
 
 }  // namespace zo_fused

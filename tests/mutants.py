@@ -16,7 +16,7 @@ import torch
 from zo_fused import _ops, directions, dispatch, rules
 from zo_fused.optim import base
 
-SWEEPS = ("dense_", "lowrank_", "lowrank_momentum_")
+SWEEPS = ("dense_", "lowrank_", "lowrank_momentum_", "moments_")
 
 
 def mutate_sweeps(change: Callable[..., Any], names: tuple[str, ...] = SWEEPS) -> Callable:  # type: ignore[type-arg]
@@ -26,11 +26,10 @@ def mutate_sweeps(change: Callable[..., Any], names: tuple[str, ...] = SWEEPS) -
         select = dispatch.select
 
         def mutated(device_type: str) -> SimpleNamespace:
-            backend = select(device_type)
-            functions = {n: getattr(backend, n) for n in (*SWEEPS, "bits_", "normal_")}
+            attributes = dict(vars(select(device_type)))
             for name in names:
-                functions[name] = lambda *args, n=name, f=functions[name]: change(f, n, *args)
-            return SimpleNamespace(__name__=backend.__name__, **functions)
+                attributes[name] = lambda *args, n=name, f=attributes[name]: change(f, n, *args)
+            return SimpleNamespace(**attributes)
 
         mutated.cache_clear = select.cache_clear  # type: ignore[attr-defined]
         patch.setattr(dispatch, "select", mutated)
@@ -42,10 +41,22 @@ def null_kernel(sweep, name, *args):  # type: ignore[no-untyped-def]
     pass
 
 
+# Where a sweep's arguments are: its coefficients, decay and rounding key.
+COEFFS = {"dense_": 4, "lowrank_": 3, "lowrank_momentum_": 4, "moments_": 8}
+DECAY = {name: position + 1 for name, position in COEFFS.items()}
+ROUNDING = {"dense_": 6, "lowrank_": 7, "lowrank_momentum_": 8, "moments_": 11}
+
+
+def with_argument(args, position, change):  # type: ignore[no-untyped-def]
+    """The arguments with one of them changed, if it is given."""
+    args = list(args)
+    args[position : position + 1] = [change(x) for x in args[position : position + 1]]
+    return args
+
+
 def wrong_sign(sweep, name, *args):  # type: ignore[no-untyped-def]
-    *rest, coeffs, decay = args
-    flip = torch.tensor([1.0, 1, -1, -1]) if name == "lowrank_momentum_" else -1
-    sweep(*rest, coeffs * flip, decay)
+    flip = {"lowrank_momentum_": [1.0, 1, -1, -1], "moments_": [1.0, 1, 1, 1, 1, -1]}.get(name, -1)
+    sweep(*with_argument(args, COEFFS[name], lambda x: x * torch.tensor(flip)))
 
 
 def offset_by_one(sweep, name, outs, ids, offsets, *rest):  # type: ignore[no-untyped-def]
@@ -57,14 +68,26 @@ def same_noise(sweep, name, outs, ids, *rest):  # type: ignore[no-untyped-def]
 
 
 def no_decay(sweep, name, *args):  # type: ignore[no-untyped-def]
-    sweep(*args[:-1], torch.ones_like(args[-1]))
+    sweep(*with_argument(args, DECAY[name], torch.ones_like))
 
 
-def first_direction_only(sweep, name, params, ids, offsets, keys, coeffs, decay):  # type: ignore[no-untyped-def]
-    sweep(params, ids, offsets, keys[:1], coeffs[:, :1].contiguous(), decay)
+def never_stochastic(sweep, name, *args):  # type: ignore[no-untyped-def]
+    sweep(*with_argument(args, ROUNDING[name], lambda key: None))
 
 
-def noise_in_weight_dtype(sweep, name, params, ids, offsets, keys, coeffs, decay):  # type: ignore[no-untyped-def]
+def one_rounding_stream(sweep, name, *args):  # type: ignore[no-untyped-def]
+    sweep(*with_argument(args, ROUNDING[name], lambda key: key and torch.zeros_like(key)))
+
+
+def forgotten_moments(sweep, name, params, firsts, seconds, *rest):  # type: ignore[no-untyped-def]
+    sweep(params, [x.clone() for x in firsts], [x.clone() for x in seconds], *rest)
+
+
+def first_direction_only(sweep, name, params, ids, offsets, keys, coeffs, *rest):  # type: ignore[no-untyped-def]
+    sweep(params, ids, offsets, keys[:1], coeffs[:, :1].contiguous(), *rest)
+
+
+def noise_in_weight_dtype(sweep, name, params, ids, offsets, keys, coeffs, decay, *options):  # type: ignore[no-untyped-def]
     for i, p in enumerate(params):
         for k in range(len(keys)):
             z = torch.empty(p.numel())
@@ -118,6 +141,9 @@ MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "no decay": mutate_sweeps(no_decay),
     "first direction only": mutate_sweeps(first_direction_only, ("dense_",)),
     "noise in the weight's dtype": mutate_sweeps(noise_in_weight_dtype, ("dense_",)),
+    "never rounded stochastically": mutate_sweeps(never_stochastic),
+    "one rounding stream for all keys": mutate_sweeps(one_rounding_stream),
+    "moments not kept": mutate_sweeps(forgotten_moments, ("moments_",)),
     "skipped restore": skipped_restore,
     "skipped restore on error": skipped_restore_on_error,
     "one key for all steps": one_key_for_all_steps,

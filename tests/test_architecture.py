@@ -12,8 +12,9 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A module may import any module of a lower floor, none of its own.
 FLOORS: list[set[str]] = [
     {"zo_fused.streams", "zo_fused._env", "zo_fused.interrupts", "zo_fused.replay_log"},
-    {"zo_fused.reference"},
-    {"zo_fused.backends.reference", "zo_fused.backends.cpu", "zo_fused.backends.triton"},
+    {"zo_fused.reference", "zo_fused.table"},
+    {"zo_fused.multi_tensor"},
+    {f"zo_fused.backends.{name}" for name in ("reference", "cpu", "cuda", "triton")},
     {"zo_fused.dispatch"},
     {"zo_fused._ops"},
     {"zo_fused.ops"},
@@ -37,9 +38,10 @@ FLOORS: list[set[str]] = [
 
 KERNEL_FLOORS: list[set[str]] = [
     {"zo_fused_kernels.launch"},
-    {"zo_fused_kernels.fma", "zo_fused_kernels.philox"},
-    {"zo_fused_kernels.normal", "zo_fused_kernels.rounding"},
-    {"zo_fused_kernels.dense", "zo_fused_kernels.fill", "zo_fused_kernels.lowrank"},
+    {"zo_fused_kernels.fma", "zo_fused_kernels.philox", "zo_fused_kernels.table"},
+    {"zo_fused_kernels.normal", "zo_fused_kernels.rounding", "zo_fused_kernels.blocks"},
+    {f"zo_fused_kernels.{name}" for name in ("dense", "fill", "lowrank", "moments")},
+    {"zo_fused_kernels.sweeps"},
 ]
 
 LAZY = {

@@ -181,10 +181,20 @@ def test_doctor_for_programs(capsys):
     assert found["devices"]["cpu"]["backend"] == zo_fused.backend_of("cpu")
     assert found["backends"]["reference"]["cpu"] is None
     assert found["cpp_extension"] in (None, "portable", "avx2", "avx512")
+    assert found["cuda_extension"] is None or "9.0" in found["cuda_extension"]
+
+
+def test_doctor_says_for_what_the_cuda_extension_is_built(monkeypatch, capsys):
+    from zo_fused.backends import cuda
+
+    monkeypatch.setattr(cuda, "architectures", lambda: [(8, 0), (9, 0)])
+    assert main(["doctor"]) == 0
+    assert "CUDA extension  built for 8.0, 9.0" in capsys.readouterr().out
 
 
 def test_doctor_says_what_to_do(monkeypatch, capsys):
     from zo_fused import dispatch
+    from zo_fused.backends import cuda
 
     def why_not(backend, device_type):
         if backend == "triton":
@@ -193,11 +203,13 @@ def test_doctor_says_what_to_do(monkeypatch, capsys):
 
     monkeypatch.setattr(dispatch, "why_not", why_not)
     monkeypatch.setattr(doctor, "_version", lambda package: None)
+    monkeypatch.setattr(cuda, "architectures", list)
     monkeypatch.setenv("ZO_FUSED_BACKEND", "reference")
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert "triton on cpu: OSError: libsomething.so is missing" in text
     assert "C++ extension   not built" in text
+    assert "CUDA extension  not built" in text
     assert "- on CPUs the slow reference serves: the C++ extension is not built; build it" in text
     assert "`zo-fused finetune` lacks transformers, datasets, tqdm, matplotlib" in text
     assert "every call is sent to ZO_FUSED_BACKEND=reference" in text

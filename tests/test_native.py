@@ -25,6 +25,9 @@ ISAS = ("portable", "avx2", "avx512")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KEYS = (0x0123456789ABCDEF, 0, 2**64 - 1, 0xDEADBEEF00000001, 42)
 FAR = (2**34 - 40, 2**34 + 3, 2**40 + 1, 2**61 - 5)  # elements; 2**34 is where n passes 2**32
+ROUNDING = 0xFEDCBA9876543210
+ROUNDING_FAR = (2**35 - 40, 2**35 - 201, 2**35 + 3)  # where its counter, e // 8, does
+RULES = ("momentum", "adam", "sign")
 
 needs_extension = pytest.mark.skipif(cpu.why_not("cpu") is not None, reason=str(cpu.why_not("cpu")))
 many = settings(deadline=None, max_examples=40)
@@ -50,6 +53,7 @@ def assert_same(native: Tensor, expected: Tensor) -> None:
     assert native.dtype == expected.dtype
     assert native.shape == expected.shape
     different = as_bits(native) != as_bits(expected)
+    different &= ~(native.isnan() & expected.isnan())  # the bits of a NaN are not specified
     assert not different.any(), f"{int(different.sum())} elements differ: {different.nonzero()[:9]}"
 
 
@@ -98,6 +102,10 @@ def check(name: str, written: list[list[Tensor]], *rest: object, shift: int = 0)
                 assert torch.equal(storage[shift + e.numel() :], storage.new_ones(3))
 
 
+def rounding_key(rounding: bool) -> Tensor | None:
+    return int64(ROUNDING) if rounding else None
+
+
 def check_dense(
     shapes: list[tuple[int, ...]],
     dtype: torch.dtype,
@@ -105,6 +113,7 @@ def check_dense(
     keys: tuple[int, ...] = KEYS[:1],
     decay: float = 1.0,
     shift: int = 0,
+    rounding: bool = False,
 ) -> None:
     generator = torch.Generator().manual_seed(len(keys))
     count = len(shapes)
@@ -116,21 +125,61 @@ def check_dense(
         int64(*keys),
         torch.randn(count, len(keys), generator=generator),
         torch.full((count,), decay),
+        rounding_key(rounding),
+        shift=shift,
+    )
+
+
+def check_moments(
+    shapes: list[tuple[int, ...]],
+    dtype: torch.dtype,
+    first: torch.dtype | None,
+    rule: str,
+    offset: int = 0,
+    keys: tuple[int, ...] = KEYS[:1],
+    shift: int = 0,
+    rounding: bool = False,
+) -> None:
+    generator = torch.Generator().manual_seed(len(keys))
+    count = len(shapes)
+    firsts = [] if first is None else [weights(s, first, seed=9 + i) for i, s in enumerate(shapes)]
+    seconds = [torch.rand(s, generator=generator) for s in shapes] if rule == "adam" else []
+    check(
+        "moments_",
+        [[weights(s, dtype, seed=i) for i, s in enumerate(shapes)], firsts, seconds],
+        int64(*range(7, 7 + count)),
+        int64(*[offset] * count),
+        int64(*keys),
+        torch.randn(count, len(keys), generator=generator),
+        torch.randn(count, len(keys), generator=generator) / 16,
+        float32(0.9, -0.3, 0.99, 0.02, 1e-3, -0.125).expand(count, 6).contiguous(),
+        torch.full((count,), 0.75),
+        rule,
+        rounding_key(rounding),
         shift=shift,
     )
 
 
 def check_lowrank(
-    shape: tuple[int, ...], rank: int, dtype: torch.dtype, decay: float = 0.75, shift: int = 0
+    shape: tuple[int, ...],
+    rank: int,
+    dtype: torch.dtype,
+    decay: float = 0.75,
+    shift: int = 0,
+    offset: int = 0,
+    rounding: bool = False,
 ) -> None:
     generator = torch.Generator().manual_seed(rank)
     rows = shape[0] if shape else 1
     columns = weights(shape, dtype).numel() // rows if rows else 0
     u, v, moment = (torch.randn(n, rank, generator=generator) for n in (rows, columns, rows))
     written = weights(shape, dtype)
-    check("lowrank_", [[written]], [u], [v], float32(-0.3), float32(decay), shift=shift)
+    rest = [float32(decay)]
+    if rounding:
+        rest += [int64(5), int64(offset), int64(ROUNDING)]
+    check("lowrank_", [[written]], [u], [v], float32(-0.3), *rest, shift=shift)
     table = float32(0.9, -0.2, 0.01, -0.7)[None]
-    check("lowrank_momentum_", [[written], [moment]], [u], [v], table, float32(decay), shift=shift)
+    check("lowrank_momentum_", [[written], [moment]], [u], [v], table, *rest, shift=shift)
 
 
 # ---- noise --------------------------------------------------------------------------------------
@@ -208,10 +257,11 @@ def test_dense_over_many_chunks(dtype: torch.dtype) -> None:
     offset=st.integers(0, 2**62 - 1000) | st.integers(2**34 - 800, 2**34 + 800),
     cuts=st.lists(st.integers(0, 700), max_size=4),
     shift=st.integers(0, 9),
+    rounding=st.booleans(),
 )
 @many
 def test_shards_get_the_noise_of_the_whole(
-    dtype: torch.dtype, numel: int, offset: int, cuts: list[int], shift: int
+    dtype: torch.dtype, numel: int, offset: int, cuts: list[int], shift: int, rounding: bool
 ) -> None:
     whole = weights((numel + shift,), dtype)[shift:]
     parts = whole.clone()
@@ -227,6 +277,7 @@ def test_shards_get_the_noise_of_the_whole(
             int64(*KEYS[:2]),
             float32(0.5, -0.25).expand(count, 2).contiguous(),
             torch.full((count,), 0.9),
+            rounding_key(rounding),
         )
 
     sweep([whole], [0])
@@ -237,30 +288,42 @@ def test_shards_get_the_noise_of_the_whole(
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_16_bit_weight(dtype: torch.dtype) -> None:
-    """All 2**16 bit patterns but NaN, rounded after a multiplication that gives ties."""
+    """All 2**16 bit patterns but NaN, rounded after a multiplication that gives ties and numbers
+    of all sizes between two neighbours."""
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     every = every[~every.isnan()]
     for decay in (1.0, 0.5, 0.75, 1.5, 2.0**-9, 3.0):
         rest = (int64(0), int64(0), int64(), torch.zeros(1, 0), float32(decay))
         check("dense_", [[every]], *rest)
+        check("dense_", [[every]], *rest, int64(ROUNDING))
+
+
+@needs_extension
+@pytest.mark.parametrize("rounding", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_stays_nan(dtype: torch.dtype, rounding: bool) -> None:
+    quiet, negative, signalling = 0x7FC00000, -0x400000, 0x7F800001
+    bits = torch.tensor([quiet, negative, signalling, -1] * 19, dtype=torch.int32)
+    w = bits.view(torch.float32).to(dtype)
+    rest = (int64(0), int64(0), int64(1), torch.ones(1, 1), float32(1))
+    cpu.dense_([w], *rest, rounding_key(rounding))
+    assert w.isnan().all()
+    if rounding and dtype != torch.float32:
+        check("dense_", [[w]], *rest, int64(ROUNDING))
 
 
 @needs_extension
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_stays_nan(dtype: torch.dtype) -> None:
-    w = torch.full((77,), torch.nan, dtype=dtype)
-    cpu.dense_([w], int64(0), int64(0), int64(1), torch.ones(1, 1), float32(1))
-    assert w.isnan().all()
-
-
-@needs_extension
-def test_flush_denormal_changes_nothing() -> None:
+@pytest.mark.parametrize("rounding", [False, True])
+def test_flush_denormal_changes_nothing(dtype: torch.dtype, rounding: bool) -> None:
     if not torch.set_flush_denormal(True):
         pytest.skip("this machine cannot flush subnormal numbers")
     torch.set_flush_denormal(False)
-    tiny = torch.full((100,), 2.0**-130)
+    scale = 2.0**-14 if dtype == torch.float16 else 2.0**-126
+    tiny = torch.full((100,), scale / 16, dtype=dtype)
     expected = tiny.clone()
-    rest = (int64(0), int64(0), int64(5), torch.full((1, 1), 2.0**-135), float32(0.5))
+    rest = (int64(0), int64(0), int64(5), torch.full((1, 1), scale / 512), float32(0.5))
+    rest += (rounding_key(rounding),)
     reference.dense_([expected], *rest)
     torch.set_flush_denormal(True)
     try:
@@ -268,6 +331,142 @@ def test_flush_denormal_changes_nothing() -> None:
     finally:
         torch.set_flush_denormal(False)
     assert_same(tiny, expected)
+
+
+# ---- stochastic rounding ------------------------------------------------------------------------
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("directions", [0, 1, 2])
+def test_dense_rounding(dtype: torch.dtype, directions: int) -> None:
+    offsets = (*range(17), *FAR, *ROUNDING_FAR)
+    for i, numel in enumerate((*range(50), 64, 127, 128, 129, 250, 257, 1000)):
+        shift, keys = (0, 1, 3)[numel % 3], KEYS[:directions]
+        check_dense([(numel,)], dtype, offsets[i % len(offsets)], keys, 0.9, shift, rounding=True)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [65_533, 2**35 - 40_001])
+def test_dense_rounding_over_many_chunks(dtype: torch.dtype, offset: int) -> None:
+    shapes = [(70_001,), (0, 3), (), (3, 5, 7), (65_536,)]
+    check_dense(shapes, dtype, offset, KEYS[:1], 0.99, shift=1, rounding=True)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_of_floats_of_all_sizes(dtype: torch.dtype) -> None:
+    """The weights become kept first moments, which are any float32 but NaN."""
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (40_000,), generator=generator)
+    # Half of them about as large as the numbers of float16, subnormal ones included.
+    exponent = torch.randint(100, 146, bits.shape, generator=generator)
+    bits[::2] = bits[::2] & -0x7F800001 | (exponent << 23)[::2]
+    bits[1::4] &= -0x2000  # as they are, in float16
+    special = (0.0, 2.0**-149, 2.0**-126, 2.0**-24, 2.0**-14, 65504.0, 65519.0, 65520.0, torch.inf)
+    x = torch.cat(
+        [bits.to(torch.int32).view(torch.float32), *(float32(s, -s).repeat(50) for s in special)]
+    )
+    x = x[~x.isnan()]
+    check(
+        "moments_",
+        [[torch.zeros_like(x, dtype=dtype)], [x], []],
+        *(int64(0), int64(0), int64(), torch.zeros(1, 0), torch.zeros(1, 0)),
+        *(float32(1, 0, 0, 0, 0, 1)[None], float32(1), "momentum", int64(ROUNDING)),
+    )
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 3, 16])
+def test_lowrank_rounding(dtype: torch.dtype, rank: int) -> None:
+    shapes = [(), (1,), (7,), (1, 40), (40, 1), (0, 3), (9, 33), (6, 3, 3, 3), (5, 64), (9, 512)]
+    offsets = (0, 1, 7, 8, 2**35 - 77, 2**35 - 160)
+    for i, (shape, offset) in enumerate(itertools.product(shapes, offsets)):
+        check_lowrank(shape, rank, dtype, shift=i % 3, offset=offset, rounding=True)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(
+    rows=st.integers(1, 10),
+    columns=st.integers(1, 600) | st.integers(1, 70).map(lambda n: 8 * n),
+    rank=st.integers(1, 4),
+    shift=st.integers(0, 5),
+    offset=st.integers(0, 16) | st.integers(2**35 - 6000, 2**35 + 8) | st.integers(0, 2**61),
+)
+@many
+def test_lowrank_rounding_of_any_shape(
+    dtype: torch.dtype, rows: int, columns: int, rank: int, shift: int, offset: int
+) -> None:
+    check_lowrank((rows, columns), rank, dtype, shift=shift, offset=offset, rounding=True)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("shape", "rank"),
+    [((2, 67_001), 1), ((2, 35_008), 5), ((20_001, 2), 2), ((150_001,), 1), ((35, 2_100), 64)],
+)
+def test_lowrank_rounding_over_many_chunks(shape: tuple[int, ...], rank: int) -> None:
+    check_lowrank(shape, rank, torch.bfloat16, offset=2**35 - 70_000, rounding=True)
+
+
+# ---- moments ------------------------------------------------------------------------------------
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("rule", "first"),
+    [
+        (rule, first)
+        for rule, first in itertools.product(RULES, ("none", "float32", "own"))
+        if (rule, first) != ("adam", "none")
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_moments(dtype: torch.dtype, rule: str, first: str) -> None:
+    kept = {"none": None, "float32": torch.float32, "own": dtype}[first]
+    offsets = (*range(9), *FAR, *ROUNDING_FAR)
+    sizes = (0, 1, 2, 3, 5, 8, 17, 31, 64, 100, 127, 128, 129, 300, 1000)
+    for i, (numel, rounding) in enumerate(itertools.product(sizes, (False, True))):
+        offset, keys = offsets[i % len(offsets)], KEYS[: (1, 0, 2, 3)[i % 4]]
+        check_moments([(numel,)], dtype, kept, rule, offset, keys, i % 4, rounding)
+
+
+@needs_extension
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_moments_over_many_chunks(dtype: torch.dtype, rule: str) -> None:
+    shapes = [(70_001,), (0, 3), (), (3, 5, 7)]
+    for first in (dtype, torch.float32):
+        check_moments(shapes, dtype, first, rule, 65_533, KEYS[:1], 1, rounding=True)
+
+
+@needs_extension
+@pytest.mark.parametrize("rule", RULES)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    wide=st.booleans(),
+    numel=st.integers(1, 500),
+    offset=st.integers(0, 2**61) | st.integers(2**35 - 600, 2**35 + 100),
+    directions=st.integers(0, 3),
+    shift=st.integers(0, 5),
+    rounding=st.booleans(),
+)
+@many
+def test_moments_of_any_size(
+    rule: str,
+    dtype: torch.dtype,
+    wide: bool,
+    numel: int,
+    offset: int,
+    directions: int,
+    shift: int,
+    rounding: bool,
+) -> None:
+    first = torch.float32 if wide else dtype
+    check_moments([(numel,)], dtype, first, rule, offset, KEYS[:directions], shift, rounding)
 
 
 # ---- low rank -----------------------------------------------------------------------------------
@@ -334,7 +533,21 @@ def test_unsupported_dtype_raises_and_writes_nothing() -> None:
         cpu.dense_([good, bad], int64(0, 1), int64(0, 0), int64(1), torch.ones(2, 1), torch.ones(2))
     with pytest.raises(RuntimeError, match="dtype"):
         cpu.normal_([good, bad], int64(0, 1), int64(0, 0), int64(1, 1))
+    rest = (int64(0), int64(0), int64(1), torch.ones(1, 1), torch.ones(1, 1), torch.ones(1, 6))
+    with pytest.raises(RuntimeError, match="float16, bfloat16 or float32"):
+        cpu.moments_([good], [bad], [], *rest, torch.ones(1), "sign")
+    with pytest.raises(RuntimeError, match="dtype"):
+        cpu.moments_([good], [good], [bad], *rest, torch.ones(1), "adam")
     assert not good.any()
+
+
+@needs_extension
+def test_rounding_without_streams_raises() -> None:
+    w, one = torch.zeros(5, dtype=torch.float16), torch.ones(1)
+    factors = ([torch.ones(5, 1)], [torch.ones(1, 1)])
+    with pytest.raises(RuntimeError, match="needs ids and offsets"):
+        cpu.lowrank_([w], *factors, one, one, None, None, int64(1))
+    assert not w.any()
 
 
 @needs_extension
@@ -400,10 +613,16 @@ PEAK_MEMORY = """
     rows, columns, rank = 8192, 8192, 4
     w = torch.zeros(rows, columns, dtype=torch.float16)
     zero, one = torch.zeros(1, dtype=torch.int64), torch.ones(1)
+    streams = (zero, zero, zero)
     u, v = torch.randn(rows, rank), torch.randn(columns, rank)
-    print(growth(lambda: cpu.dense_([w], zero, zero, zero, one[None], one)))
+    print(growth(lambda: cpu.dense_([w], *streams, one[None], one)))
+    print(growth(lambda: cpu.dense_([w], *streams, one[None], one, zero)))
     factor = 4 * columns * rank
     print(growth(lambda: cpu.lowrank_([w], [u], [v], one, one)) - factor)
+    print(growth(lambda: cpu.lowrank_([w], [u], [v], one, one, *streams)) - factor)
+    grads = (one[None], one[None])
+    moments = ([torch.zeros_like(w)], [], *streams, *grads, torch.ones(1, 6), one, "sign", zero)
+    print(growth(lambda: cpu.moments_([w], *moments)))
 """
 
 
@@ -415,7 +634,7 @@ def test_peak_memory() -> None:
     )
     assert run.returncode == 0, run.stderr
     growths = [int(line) for line in run.stdout.split()]
-    assert len(growths) == 2
+    assert len(growths) == 5
     assert max(growths) < 2**20, growths
 
 

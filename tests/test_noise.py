@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import zo_fused
@@ -224,3 +224,66 @@ def test_normal_refuses_bad_ranges() -> None:
         noise.normal(-1, 0)
     with pytest.raises(ValueError, match="offset"):
         noise.normal(1, 0, offset=2**62)
+
+
+# ---- stochastic rounding ------------------------------------------------------------------------
+
+
+def test_rounding_bits_are_the_words_cut_in_two() -> None:
+    key = derive_key(42, Purpose.ROUNDING, 7)
+    id_ = parameter_id("model.decoder.layers.0.fc1.weight")
+    words = noise.random_bits(8, key, id_)
+    cut = [half for word in words.tolist() for half in (word & 0xFFFF, word >> 16)]
+    cpu = torch.device("cpu")
+    assert reference.rounding_bits(16, key, id_, 0, cpu).tolist() == cut
+    assert reference.rounding_bits(5, key, id_, 3, cpu).tolist() == cut[3:8]
+    # The vector of docs/noise.md.
+    documented = "6bb6 d9d1 a9f4 831f a6da 3a42 9732 e6c2 e104 c0bf"
+    assert [f"{x:04x}" for x in cut[3:13]] == documented.split()
+
+
+ALL_RANDOM = torch.arange(1 << 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@given(x=st.floats(-1000, 1000, width=32))
+@example(x=float.fromhex("0x1.7ffffep-20"))
+def test_stochastic_rounding_has_no_bias(dtype: torch.dtype, x: float) -> None:
+    """The mean over all random numbers is x: to the bit where at most 16 bits are cut off.
+
+    In float16 below 2**-14, where more are, x was rounded to 2**-13 of the spacing 2**-24 before.
+    """
+    value = torch.tensor(x)
+    rounded = reference.stochastic(value.expand(1 << 16), dtype, ALL_RANDOM).double()
+    before = 2.0**-38 if dtype == torch.float16 else 0
+    assert abs(float(rounded.mean()) - x) <= before
+    # And to no others than the neighbours.
+    spacing = (rounded.max() - rounded.min()).item()
+    assert rounded.min() - before <= x <= rounded.max() + before
+    limits = torch.finfo(dtype)
+    assert spacing <= max(limits.eps * abs(x), limits.eps * limits.smallest_normal)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_stochastic_rounding_keeps_what_needs_none(dtype: torch.dtype) -> None:
+    every = torch.arange(1 << 16).to(torch.int16).view(dtype)
+    every = every[~every.isnan()]
+    for random in (0, 0x7FFF, 0xFFFF):
+        got = reference.stochastic(every.float(), dtype, torch.full(every.shape, random))
+        assert torch.equal(got.view(torch.int16), every.view(torch.int16))
+    assert reference.stochastic(torch.tensor(math.nan), dtype, torch.tensor(0xFFFF)).isnan()
+
+
+def test_stochastic_rounding_vectors() -> None:
+    """The table of docs/noise.md."""
+    for x, random, half, brain in (
+        (-0.02, 0, 0xA51E, 0xBCA3),
+        (-0.02, 0x8000, 0xA51F, 0xBCA4),
+        (1e-7, 0, 0x0001, 0x33D6),
+        (1e-7, 0x8000, 0x0002, 0x33D7),
+        (65510.0, 0, 0x7BFF, 0x477F),
+        (65510.0, 0xFFFF, 0x7C00, 0x4780),
+    ):
+        for dtype, wanted in ((torch.float16, half), (torch.bfloat16, brain)):
+            got = reference.stochastic(torch.tensor(x), dtype, torch.tensor(random))
+            assert int(got.view(torch.int16)) & 0xFFFF == wanted

@@ -147,6 +147,101 @@ def test_coefficients_per_parameter_and_as_tensors() -> None:
     assert torch.equal(b, c)
 
 
+# ---- stochastic rounding ------------------------------------------------------------------------
+
+ROUNDING = [noise.derive_key(0, noise.Purpose.ROUNDING, step) for step in range(4)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_stochastic_rounding_is_unbiased(dtype: torch.dtype) -> None:
+    """A thousandth of an ulp is lost by rounding to nearest, and kept on average by this."""
+    copies = 500
+    p = weights(64, dtype=dtype).expand(copies, 64)
+    exact = p.double() + 1e-6 * noise.normal(p.numel(), KEY, id=0).double().view(copies, 64)
+    total = torch.zeros(64, dtype=torch.float64)
+    for key in ROUNDING:
+        q = p.clone()
+        zo_fused.update_([q], [KEY], [1e-6], rounding_key=key)
+        total += (q.double() - exact).sum(0)
+    # Each result is one of two neighbours an ulp apart: standard deviation at most half of it.
+    n = copies * len(ROUNDING)
+    ulp = torch.finfo(dtype).eps * p[0].double().abs()
+    assert (total.abs() / n <= 4 * ulp / 2 / n**0.5).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stochastic_rounding_of_every_sweep_goes_to_a_neighbour(dtype: torch.dtype) -> None:
+    def sweeps(p: Tensor, **options: int) -> list[Tensor]:
+        results = [p.clone() for _ in range(4)]
+        u, v, moment = torch.ones(6, 2), torch.ones(8, 2), torch.ones(6, 2)
+        zo_fused.update_(results[:1], KEYS, [1e-3] * 3, **options)
+        zo_fused.lowrank_update_(results[1:2], [u], [v], 1e-3, **options)
+        zo_fused.lowrank_momentum_(results[2:3], [moment], [u], [v], 1, 1e-3, 0.5, **options)
+        zo_fused.moments_update_(results[3:], KEYS, [1] * 3, "momentum", 1e-3, **options)
+        return results
+
+    p = weights(6, 8, dtype=dtype)
+    exact = sweeps(p.float())
+    one, two = (sweeps(p, rounding_key=key) for key in ROUNDING[:2])
+    for a, b, wanted in zip(one, two, exact, strict=True):
+        if dtype == torch.float32:
+            assert same(a, wanted)
+        else:
+            assert not same(a, b)
+            ulp = torch.finfo(dtype).eps * wanted.abs() + torch.finfo(dtype).tiny
+            assert ((a.float() - wanted).abs() <= ulp).all()
+
+
+def test_stochastic_rounding_does_not_depend_on_sharding() -> None:
+    whole = weights(100, dtype=torch.bfloat16)
+    parts = [whole[:37].clone(), whole[37:].clone()]
+    zo_fused.update_([whole], [KEY], [1e-4], ids=[5], rounding_key=ROUNDING[0])
+    zo_fused.update_(parts, [KEY], [1e-4], ids=[5, 5], offsets=[0, 37], rounding_key=ROUNDING[0])
+    assert same(whole, torch.cat(parts))
+
+
+# ---- moments ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["momentum", "sign", "adam"])
+def test_moments_follow_the_float64_formula(rule: str) -> None:
+    grads, restores = [0.3, -0.2, 0.1], [0.0, 1e-3, -1e-3]
+    p, m, v = weights(50), torch.randn(50), torch.rand(50)
+    z = torch.stack([noise.normal(50, key, id=0).double() for key in KEYS])
+    g = torch.tensor(grads, dtype=torch.float64) @ z
+    m_exact = 0.9 * m.double() + 0.1 * g
+    v_exact = 0.99 * v.double() + 0.01 * g * g
+    step = {
+        "momentum": m_exact,
+        "sign": m_exact.sign(),
+        "adam": m_exact / (v_exact.sqrt() + 1e-8),
+    }[rule]
+    p_exact = 0.999 * p.double() + torch.tensor(restores, dtype=torch.float64) @ z - 0.01 * step
+    zo_fused.moments_update_(
+        [p], KEYS, grads, rule, -0.01,
+        firsts=[m], seconds=[v] if rule == "adam" else (),
+        beta=0.9, gain=0.1, beta2=0.99, gain2=0.01, eps=1e-8, restores=restores, decay=0.999,
+    )  # fmt: skip
+    # A handful of float32 roundings of terms of order one.
+    torch.testing.assert_close(m.double(), m_exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(p.double(), p_exact, rtol=1e-6, atol=1e-6)
+    if rule == "adam":
+        torch.testing.assert_close(v.double(), v_exact, rtol=1e-6, atol=1e-6)
+
+
+def test_sign_without_state_moves_every_weight_by_the_step() -> None:
+    p = torch.zeros(33)
+    zo_fused.moments_update_([p], [KEY], [2.0], "sign", -0.5)
+    assert torch.equal(p, -0.5 * noise.normal(33, KEY).sign())
+
+
+def test_moments_of_a_permuted_parameter_lie_like_it() -> None:
+    p, m = torch.zeros(3, 4).t(), torch.zeros(3, 4).t()
+    zo_fused.moments_update_([p], [KEY], [1.0], "momentum", 2.0, firsts=[m])
+    assert torch.equal(m.reshape(-1), noise.normal(12, KEY))
+    assert torch.equal(p, 2 * m)
+
+
 # ---- low rank -----------------------------------------------------------------------------------
 
 
@@ -207,13 +302,16 @@ def operator_calls() -> dict[str, tuple]:
     us = [torch.randn(4, 2), torch.randn(5, 2)]
     vs = [torch.randn(6, 2), torch.randn(1, 2)]
     one = torch.ones(2)
+    rows = (torch.randn(2, 3), torch.randn(2, 3), torch.rand(2, 6), one)
+    firsts, seconds = [torch.randn_like(t) for t in p], [torch.ones(4, 6), torch.ones(5)]
     moments = [torch.randn(4, 2), torch.randn(5, 2)]
     words = [torch.empty(9, dtype=torch.int64), torch.empty(2, dtype=torch.int64)]
     return {
         "bits_": (words, i64, zeros, i64),
         "normal_": ([torch.empty(9), torch.empty(2, 3)], i64, zeros, i64),
-        "dense_": (p, i64, zeros, torch.tensor([1, 2, 3]), torch.randn(2, 3), one),
-        "lowrank_": (p, us, vs, torch.randn(2), one),
+        "dense_": (p, i64, zeros, torch.tensor([1, 2, 3]), torch.randn(2, 3), one, i64[:1]),
+        "moments_": (p, firsts, seconds, i64, zeros, torch.tensor([1, 2, 3]), *rows, "adam"),
+        "lowrank_": (p, us, vs, torch.randn(2), one, i64, zeros, i64[:1]),
         "lowrank_momentum_": (p, moments, us, vs, torch.randn(2, 4), one),
     }
 
@@ -293,6 +391,41 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[Tensor], None]]] = {
         "rank",
         lambda p: zo_fused.lowrank_perturb_([p], KEY_U, KEY_V, 1.0),
     ),
+    "fast on a CPU": (
+        ValueError,
+        "portable",
+        lambda p: zo_fused.perturb_([p], KEY, 1.0, transform="fast"),
+    ),
+    "unknown transform": (
+        ValueError,
+        "transform='quick'",
+        lambda p: zo_fused.perturb_([p], KEY, 1.0, transform="quick"),
+    ),
+    "unknown rule": (
+        ValueError,
+        "rule='sgd'",
+        lambda p: zo_fused.moments_update_([p], [KEY], [1.0], "sgd", 0.1),
+    ),
+    "adam without moments": (
+        ValueError,
+        "firsts",
+        lambda p: zo_fused.moments_update_([p], [KEY], [1.0], "adam", 0.1),
+    ),
+    "second moments without adam": (
+        ValueError,
+        "no second moments",
+        lambda p: zo_fused.moments_update_([p], [KEY], [1.0], "sign", 0.1, seconds=[p.clone()]),
+    ),
+    "first moments in another dtype": (
+        ValueError,
+        r"firsts\[0\]",
+        lambda p: zo_fused.moments_update_([p], [KEY], [1.0], "sign", 0.1, firsts=[p.half()]),
+    ),
+    "rounding key of a wrong shape": (
+        ValueError,
+        "rounding",
+        lambda p: zo_fused.update_([p], [KEY], [1.0], rounding_key=torch.zeros(2).long()),
+    ),
     "moment shape": (
         ValueError,
         "moments",
@@ -304,7 +437,9 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[Tensor], None]]] = {
 
 
 @pytest.mark.parametrize("name", list(BAD))
-def test_bad_input_is_refused_before_anything_is_written(name: str) -> None:
+def test_bad_input_is_refused_before_anything_is_written(name: str, backend: str) -> None:
+    if name == "fast on a CPU" and backend == "triton":
+        pytest.skip("the interpreter has this transform, for tests")
     error, message, call = BAD[name]
     p = weights(3, 4)
     before = p.clone()

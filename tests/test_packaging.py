@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from setuptools import find_packages
+from setuptools import Distribution, find_packages
 
 import zo_fused
 
@@ -76,3 +78,108 @@ def test_constraints_pin_the_tested_torch() -> None:
         if "==" in line
     )
     assert torch.__version__.startswith(pinned["torch"]) or torch.cuda.is_available()
+
+
+# ---- setup.py ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def build() -> dict[str, Any]:
+    """The functions of setup.py."""
+    return runpy.run_path(str(ROOT / "setup.py"), run_name="build")
+
+
+@pytest.fixture
+def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A toolkit whose nvcc knows two architectures and compiles nothing."""
+    path = tmp_path / "bin" / "nvcc"
+    path.parent.mkdir()
+    path.write_text(
+        "#!/bin/sh\ncase $1 in --list*) echo compute_80 compute_90;; *) exit 3;; esac\n"
+    )
+    path.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("asked", "codes"),
+    [
+        ("", "80=sm_80 90=sm_90 90=compute_90"),  # the defaults that nvcc knows
+        ("8.0;9.0+PTX", "80=sm_80 90=sm_90 90=compute_90"),
+        ("8.6 12.0", "86=sm_86 120=sm_120"),
+        ("9.0a", "90a=sm_90a"),
+    ],
+)
+def test_architectures_to_compile_for(
+    asked: str, codes: str, build: dict[str, Any], nvcc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    pairs = (code.split("=") for code in codes.split())
+    wanted = [f"-gencode=arch=compute_{number},code={code}" for number, code in pairs]
+    assert build["gencode"](str(nvcc)) == wanted
+
+
+@pytest.mark.parametrize("asked", ["Hopper", "9.0+SASS", "8.0,9.0"])
+def test_unknown_architectures(
+    asked: str, build: dict[str, Any], nvcc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    with pytest.raises(RuntimeError, match="is no architecture"):
+        build["gencode"](str(nvcc))
+
+
+def extensions(build: dict[str, Any]) -> list[str]:
+    return [extension.name for extension in build["native"]().get("ext_modules", [])]
+
+
+def test_what_is_built(
+    build: dict[str, Any], nvcc: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    cpu, cuda = "zo_fused._C", "zo_fused._CUDA"
+    for wanted, version, expected in (
+        ("0", "13.0", []),
+        ("cpu", "13.0", [cpu]),
+        ("cuda", None, [cpu, cuda]),
+        ("auto", "13.0", [cpu, cuda]),
+        ("", None, [cpu]),
+    ):
+        monkeypatch.setenv("ZO_FUSED_NATIVE", wanted)
+        monkeypatch.setattr(torch.version, "cuda", version)
+        assert extensions(build) == expected
+    assert "without zo_fused._CUDA: this torch is not built for CUDA" in capsys.readouterr().err
+    nvcc.unlink()
+    monkeypatch.setenv("ZO_FUSED_NATIVE", "cuda")
+    with pytest.raises(SystemExit, match="ZO_FUSED_NATIVE=cuda, but no nvcc"):
+        extensions(build)
+    monkeypatch.setenv("ZO_FUSED_NATIVE", "auto")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert extensions(build) == [cpu]
+    monkeypatch.setenv("ZO_FUSED_NATIVE", "gpu")
+    with pytest.raises(SystemExit, match="choose one of auto, cpu, cuda, 0"):
+        extensions(build)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cuda"])
+def test_cuda_code_that_does_not_compile(
+    wanted: str,
+    build: dict[str, Any],
+    nvcc: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    tmp_path: Path,
+) -> None:
+    """Left out, or an error if it was asked for."""
+    monkeypatch.setenv("ZO_FUSED_NATIVE", wanted)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    options = build["native"]()
+    command = options["cmdclass"]["build_ext"](Distribution())
+    command.build_temp = str(tmp_path / "objects")
+    extension = options["ext_modules"][1]
+    assert extension.optional == (wanted == "auto")
+    if wanted == "cuda":
+        with pytest.raises(subprocess.CalledProcessError):
+            command.build_extension(extension)
+    else:
+        command.build_extension(extension)
+        assert "LEFT OUT zo_fused._CUDA" in capsys.readouterr().err

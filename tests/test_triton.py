@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from equality import Islands, assert_same_bits
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zo_fused import dispatch, reference
+from zo_fused import dispatch, reference, table
 from zo_fused.streams import as_int64
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 from zo_fused_kernels import fma, launch, normal, philox, rounding  # noqa: E402
+from zo_fused_kernels import table as tables  # noqa: E402
 
 from zo_fused.backends import triton as backend  # noqa: E402
 
@@ -34,52 +37,12 @@ SIZES = (0, 1, 3, 7, 8, 9, 63, 1000, BLOCK - 1, BLOCK, BLOCK + 1)
 # ---- helpers ------------------------------------------------------------------------------------
 
 
-def bits(x: Tensor) -> Tensor:
-    """The bits of a tensor as integers, on the CPU."""
-    return x.cpu().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-
-
-def assert_same_bits(got: Tensor, wanted: Tensor) -> None:
-    assert got.dtype == wanted.dtype
-    assert got.shape == wanted.shape
-    different = (bits(got) != bits(wanted)).flatten().nonzero().flatten()
-    assert not len(different), (
-        f"{len(different)} of {got.numel()} elements differ, the first at {int(different[0])}: "
-        f"{got.flatten()[different[0]]} for {wanted.flatten()[different[0]]}"
-    )
-
-
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def int64(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int64)
-
-
-class Islands:
-    """Tensors in poisoned memory: `check` fails if anything was written beside them.
-
-    Each starts ``misalignment`` elements past a 16-byte boundary.
-    """
-
-    def __init__(self, device: torch.device, misalignment: int = 0) -> None:
-        self.device, self.misalignment = device, misalignment
-        self.parts: list[tuple[Tensor, Tensor, int]] = []
-
-    def put(self, x: Tensor) -> Tensor:
-        start = 64 + self.misalignment
-        memory = torch.full((start + x.numel() + 64,), 77, dtype=x.dtype, device=self.device)
-        assert memory.data_ptr() % 16 == 0
-        view = memory[start : start + x.numel()].view(x.shape)
-        view.copy_(x)
-        self.parts.append((memory, view, start))
-        return view
-
-    def check(self) -> None:
-        for memory, view, start in self.parts:
-            assert (memory[:start] == 77).all(), "wrote before a tensor"
-            assert (memory[start + view.numel() :] == 77).all(), "wrote behind a tensor"
 
 
 def check_fill(
@@ -104,6 +67,7 @@ def check_dense(
     dtype: torch.dtype = torch.float16,
     directions: int = 1,
     misalignment: int = 0,
+    rounding: bool = False,
 ) -> None:
     ids, offsets = int64(*(ID + i for i in range(len(sizes)))), int64(*[offset] * len(sizes))
     keys = int64(*KEYS[:directions])
@@ -112,47 +76,49 @@ def check_dense(
     wanted = [random(n, dtype=dtype, seed=n) for n in sizes]
     islands = Islands(device, misalignment)
     got = [islands.put(w) for w in wanted]
-    reference.dense_(wanted, ids, offsets, keys, coeffs, decay)
-    backend.dense_(got, ids, offsets, keys.to(device), coeffs.to(device), decay.to(device))
+    key = int64(KEYS[2]) if rounding else None
+    reference.dense_(wanted, ids, offsets, keys, coeffs, decay, key)
+    rows = [x if x is None else x.to(device) for x in (keys, coeffs, decay, key)]
+    backend.dense_(got, ids, offsets, *rows)
     islands.check()
     for g, w in zip(got, wanted, strict=True):
         assert_same_bits(g, w)
 
 
-def check_lowrank(
-    shapes: Sequence[tuple[int, ...]],
-    rank: int,
+def check_moments(
+    sizes: Sequence[int],
+    offset: int,
     device: torch.device,
-    dtype: torch.dtype = torch.float16,
-    misalignment: int = 0,
+    rule: str,
+    dtype: torch.dtype,
+    m_dtype: torch.dtype | None,
+    directions: int = 1,
+    rounding: bool = False,
 ) -> None:
-    def sides(shape: tuple[int, ...]) -> tuple[int, int]:
-        rows = shape[0] if shape else 1
-        return rows, math.prod(shape) // rows
-
-    decay = 1 + 0.1 * random(len(shapes), seed=2)
-    us = [random(sides(s)[0], rank, seed=3) for s in shapes]
-    vs = [random(sides(s)[1], rank, seed=4) for s in shapes]
-    for columns in ((), (4,)):  # without momentum, and with
-        coeffs = random(len(shapes), *columns, seed=1)
-        wanted = [random(*s, dtype=dtype, seed=5) for s in shapes]
-        moments = [random(*u.shape, seed=6) for u in us] if columns else None
-        islands = Islands(device, misalignment)
-        got = [islands.put(w) for w in wanted]
-        factors = [[islands.put(x) for x in xs] for xs in (us, vs)]
-        table = (coeffs.to(device), decay.to(device))
-        if moments is None:
-            reference.lowrank_(wanted, us, vs, coeffs, decay)
-            backend.lowrank_(got, *factors, *table)
-        else:
-            got_moments = [islands.put(m) for m in moments]
-            reference.lowrank_momentum_(wanted, moments, us, vs, coeffs, decay)
-            backend.lowrank_momentum_(got, got_moments, *factors, *table)
-            for g, w in zip(got_moments, moments, strict=True):
-                assert_same_bits(g, w)
-        islands.check()
-        for g, w in zip(got, wanted, strict=True):
-            assert_same_bits(g, w)
+    ids, offsets = int64(*(ID + i for i in range(len(sizes)))), int64(*[offset] * len(sizes))
+    keys = int64(*KEYS[:directions])
+    rows = [random(len(sizes), columns, seed=columns) for columns in (directions, directions, 6)]
+    rows[2].abs_()
+    rows.append(1 + 0.1 * random(len(sizes), seed=2))
+    params = [random(n, dtype=dtype, seed=n) for n in sizes]
+    firsts = [random(n, dtype=m_dtype, seed=n + 1) for n in sizes] if m_dtype else []
+    seconds = [random(n, seed=n + 2).square() for n in sizes] if rule == "adam" else []
+    islands = Islands(device)
+    lists = [[islands.put(x) for x in xs] for xs in (params, firsts, seconds)]
+    key = int64(KEYS[2]) if rounding else None
+    reference.moments_(params, firsts, seconds, ids, offsets, keys, *rows, rule, key)
+    backend.moments_(
+        *lists,
+        ids,
+        offsets,
+        keys.to(device),
+        *(row.to(device) for row in rows),
+        rule,
+        key if key is None else key.to(device),
+    )
+    islands.check()
+    for got, wanted in zip(itertools.chain(*lists), params + firsts + seconds, strict=True):
+        assert_same_bits(got, wanted)
 
 
 # ---- pieces -------------------------------------------------------------------------------------
@@ -319,23 +285,38 @@ def test_dense_full_blocks(offset: int, misalignment: int, device: torch.device)
     check_dense((2 * BLOCK + 3,), offset, device, misalignment=misalignment)
 
 
+@pytest.mark.parametrize("offset", [0, 5])
+def test_dense_several_chunks(offset: int, device: torch.device) -> None:
+    check_dense((2 * launch.CHUNK + 3, 5), offset, device)
+
+
 @pytest.mark.parametrize("directions", [0, 1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dense_directions(dtype: torch.dtype, directions: int, device: torch.device) -> None:
-    check_dense((1, 65), 2, device, dtype, directions)
+    check_dense((1, 65, BLOCK), 0, device, dtype, directions)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0, 3, 8 * 2**32 - 5])
+def test_dense_rounding_stochastically(
+    dtype: torch.dtype, offset: int, device: torch.device
+) -> None:
+    check_dense((0, 1, 9, BLOCK + 3), offset, device, dtype, 2, rounding=True)
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize("rounding", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dense_extreme_weights(dtype: torch.dtype, device: torch.device) -> None:
+def test_dense_extreme_weights(dtype: torch.dtype, rounding: bool, device: torch.device) -> None:
     info = torch.finfo(dtype)
     extremes = [info.max, -info.max, info.tiny, info.smallest_normal, 0.0, -0.0, math.inf]
     extremes.append(info.smallest_normal / 4)
     wanted = torch.tensor(extremes * 3, dtype=dtype)
     got = wanted.to(device, copy=True)
     keys, coeffs, decay = int64(KEYS[0]), torch.tensor([[info.tiny]]), torch.tensor([1.5])
-    reference.dense_([wanted], int64(1), int64(0), keys, coeffs, decay)
-    backend.dense_([got], int64(1), int64(0), keys.to(device), coeffs.to(device), decay.to(device))
+    rows = [keys, coeffs, decay, *([int64(KEYS[1])] if rounding else [])]
+    reference.dense_([wanted], int64(1), int64(0), *rows)
+    backend.dense_([got], int64(1), int64(0), *(row.to(device) for row in rows))
     assert_same_bits(got, wanted)
     assert wanted.isinf().sum() >= 9
 
@@ -363,94 +344,176 @@ def test_dense_of_parts_is_dense_of_the_whole(
     assert_same_bits(torch.cat(parts), whole.cpu())
 
 
-# ---- low-rank sweeps ----------------------------------------------------------------------------
+def test_fast_normals_are_near_the_portable_ones(device: torch.device) -> None:
+    n = 1 << 17
+    portable, fast = torch.empty(n), torch.empty(n, device=device)
+    reference.normal_([portable], int64(ID), int64(0), int64(KEYS[0]))
+    backend.normal_([fast], int64(ID), int64(0), int64(KEYS[0]).to(device), "fast")
+    error = (fast.cpu() - portable).abs()
+    # The radius is the root of 62 ln 2 - 2 ln(u 2**31): numbers up to 43, whose last places make
+    # 2**-18 of its square at most. Portable normals are exact to 5e-6 max(1, |z|), units for sine
+    # and cosine to 2**-20 (CUDA programming guide, intrinsic functions).
+    radius = portable.view(-1, 2).norm(dim=1).repeat_interleave(2)
+    bound = 2.0**-18 / radius + (5e-6 + 2.0**-20) * radius.clamp(min=1)
+    assert (error <= bound).all()
+    assert fast.mean().abs() < 4 / n**0.5
+    assert abs(fast.var() - 1) < 4 * (2 / n) ** 0.5
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3, 4, 8, 16, 17])
-def test_lowrank_ranks(rank: int, device: torch.device) -> None:
-    check_lowrank(((3, 5), (16, 24)), rank, device)
+def test_fast_sweeps_add_fast_normals(device: torch.device) -> None:
+    z = torch.empty(BLOCK + 5, device=device)
+    p = torch.zeros_like(z)
+    one = torch.ones(1, device=device)
+    keys = int64(KEYS[0]).to(device)
+    backend.normal_([z], int64(ID), int64(0), keys, "fast")
+    backend.dense_([p], int64(ID), int64(0), keys, one[:, None], one, None, "fast")
+    assert_same_bits(p, z.cpu())
 
 
-def test_lowrank_rank_beyond_straight_line_code(device: torch.device) -> None:
-    check_lowrank(((5, 7),), launch.UNROLL + 2, device)
+# ---- moments ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rank", [1, 3])
-def test_lowrank_shapes(dtype: torch.dtype, rank: int, device: torch.device) -> None:
-    shapes = ((1, 200), (200, 1), (3, 5), (65, 130), (64, 64), (2, 3, 8), (9,), ())
-    check_lowrank(shapes, rank, device, dtype)
+@pytest.mark.parametrize(
+    ("rule", "m"), [("momentum", "float32"), ("momentum", ""), ("adam", "float32"), ("adam", "")]
+)
+def test_moments(rule: str, m: str, dtype: torch.dtype, device: torch.device) -> None:
+    m_dtype = getattr(torch, m) if m else dtype
+    check_moments((0, 3, launch.MOMENTS_BLOCK + 9), 0, device, rule, dtype, m_dtype)
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
-def test_lowrank_empty(shape: tuple[int, int], device: torch.device) -> None:
-    p, u, v = torch.ones(shape), torch.ones(shape[0], 2), torch.ones(shape[1], 2)
-    moment = torch.full_like(u, 5)
-    p, u, v, moment = (x.to(device) for x in (p, u, v, moment))
-    ones = torch.ones(1, device=device)
-    backend.lowrank_([p], [u], [v], ones, ones)
-    backend.lowrank_momentum_([p], [moment], [u], [v], ones.expand(1, 4), ones)
-    assert (moment == 5).all()
+@pytest.mark.parametrize("rule", ["momentum", "sign"])
+def test_moments_without_state(rule: str, device: torch.device) -> None:
+    check_moments((7, launch.MOMENTS_BLOCK), 0, device, rule, torch.float16, None)
 
 
-@pytest.mark.parametrize("misalignment", [1, 3, 8])
-def test_lowrank_misaligned(misalignment: int, device: torch.device) -> None:
-    for dtype in DTYPES:
-        check_lowrank(((5, 16), (4, 9)), 2, device, dtype, misalignment)
+@pytest.mark.parametrize("offset", [3, CARRY])
+@pytest.mark.parametrize("directions", [0, 1, 3])
+def test_moments_directions_and_offsets(directions: int, offset: int, device: torch.device) -> None:
+    check_moments((65,), offset, device, "adam", torch.bfloat16, torch.float32, directions, True)
 
 
-# ---- on a GPU -----------------------------------------------------------------------------------
+# ---- tables and launches ------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
-def test_no_sweep_waits_for_the_device(device: torch.device) -> None:
-    params = [random(1000, dtype=torch.float16).to(device) for _ in range(2)]
-    args = [x.to(device) for x in (int64(*KEYS), random(2, 3), torch.ones(2))]
-    backend.dense_(params, int64(0, 1), int64(0, 0), *args)  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        backend.dense_(params, int64(2, 3), int64(5, 2**33), *args)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Grids of the launches since the test began."""
+    from zo_fused_kernels import sweeps
+
+    seen: list[object] = []
+    for name in ("bits", "normal", "dense", "moments"):
+        kernel = getattr(sweeps, name)
+
+        def count(launch, *args, kernel=kernel):  # type: ignore[no-untyped-def]
+            seen.append(launch.programs)
+            kernel(launch, *args)
+
+        monkeypatch.setattr(sweeps, name, count)
+    return seen
 
 
-@pytest.mark.gpu
-def test_a_sweep_can_be_captured_in_a_graph(device: torch.device) -> None:
-    got = random(5000, dtype=torch.bfloat16).to(device)
-    wanted = got.cpu()
-    keys, coeffs, decay = int64(KEYS[0]).to(device), torch.ones(1, 1).to(device), torch.ones(1)
-    decay = decay.to(device)
-    backend.dense_([got.clone()], int64(1), int64(0), keys, coeffs, decay)  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        backend.dense_([got], int64(1), int64(0), keys, coeffs, decay)
-    for key, coeff in zip(KEYS, (0.5, -2.0, 3.0), strict=True):
-        keys.fill_(key)
-        coeffs.fill_(coeff)
-        graph.replay()
-        reference.dense_(
-            [wanted], int64(1), int64(0), int64(key), torch.tensor([[coeff]]), torch.ones(1)
-        )
-    assert_same_bits(got, wanted)
+def test_one_launch_serves_all_parameters_of_a_dtype(
+    launched: list[object], device: torch.device
+) -> None:
+    params = [random(n, dtype=d).to(device) for n in (1, 5, 9) for d in DTYPES]
+    n = len(params)
+    rows = (torch.ones(n, 1, device=device), torch.ones(n, device=device))
+    keys = int64(KEYS[0]).to(device)
+    backend.dense_(params, int64(*range(n)), int64(*[0] * n), keys, *rows)
+    assert launched == [3, 3, 3]
+    del launched[:]
+    halves = params[::3]
+    firsts = [torch.zeros_like(p) for p in halves]
+    rows = tuple(torch.ones(3, columns, device=device) for columns in (1, 1, 6))
+    backend.moments_(
+        halves, firsts, [], int64(1, 2, 3), int64(0, 0, 0), keys, *rows, rows[0][:, 0], "sign"
+    )
+    assert launched == [3]
 
 
-@pytest.mark.gpu
-def test_more_than_two_billion_elements(device: torch.device) -> None:
-    n = 2**31 + 2**20 + 3
-    if torch.cuda.mem_get_info(device)[0] < 3 * n:
-        pytest.skip("needs 6 GB of free GPU memory")
-    got = torch.zeros(n, dtype=torch.float16, device=device)
+def test_a_table_is_made_when_parameters_change_and_not_otherwise(device: torch.device) -> None:
+    cache = backend.sweeps.cache
+    rows = [torch.full((1,), KEYS[0], device=device), torch.ones(1, 1), torch.ones(1)]
+    rows = [row.to(device) for row in rows]
+
+    def made(p: Tensor, id: int = 1, offset: int = 0) -> int:
+        before = cache.built
+        backend.dense_([p], int64(id), int64(offset), *rows)
+        return cache.built - before
+
+    p = torch.zeros(64, device=device)
+    assert made(p) == 1
+    assert made(p) == 0
+    rows[1].fill_(0.5)  # a step with another coefficient
+    assert made(p) == 0
+    assert made(p[:63]) == 1
+    assert made(p[1:]) == 1
+    assert made(p.clone()) == 1
+    assert made(p.half()) == 1
+    assert made(p, id=2) == 1
+    assert made(p, offset=4) == 1
+    assert made(p) == 0
+
+
+def test_old_tables_are_dropped() -> None:
+    cache = table.Cache(2)
+    for key in ("a", "b", "a", "c", "a"):
+        cache.get(key, lambda: key)  # noqa: B023
+    assert cache.built == 3
+    cache.get("b", lambda: "b")
+    assert cache.built == 4
+
+
+def test_columns_are_those_of_the_package() -> None:
+    from zo_fused_kernels import table as columns
+
+    names = [name for name, value in vars(columns).items() if isinstance(value, tl.constexpr)]
+    assert "FIRST" in names
+    for name in names:
+        assert getattr(columns, name).value == getattr(table, name), name
+
+
+@triton.jit
+def _find_kernel(table_ptr, rows, out_ptr):
+    """out[program] = the parameter's number, the program's within it"""
+    row_ptr, program = tables.find(table_ptr, rows)
+    out_ptr += 2 * tl.program_id(0)
+    tl.store(out_ptr, tl.load(row_ptr + tables.INDEX))
+    tl.store(out_ptr + 1, program)
+
+
+@pytest.mark.parametrize("counts", [[1], [3], [1, 1], [2, 5, 1], [1, 2, 3, 4, 5, 6, 7]])
+def test_programs_find_their_parameter(counts: list[int], device: torch.device) -> None:
+    rows = [table.Row((torch.float32,), count, {table.INDEX: i}) for i, count in enumerate(counts)]
+    (made,) = table.launches([*rows, table.Row((torch.float32,), 0, {})], device)
+    assert made.programs == sum(counts)
+    out = torch.zeros(made.programs, 2, dtype=torch.int64, device=device)
+    _find_kernel[(made.programs,)](made.table, made.rows, out)
+    assert out.tolist() == [[i, j] for i, count in enumerate(counts) for j in range(count)]
+
+
+def test_programs_beyond_two_billion_elements(device: torch.device) -> None:
+    """The addresses and counters of a program whose elements lie past 2**31, without the memory."""
+    n = 300
+    start = 2**33  # where a chunk begins
+    p = torch.zeros(n, device=device)
+    rows = table.noise_rows([p], [ID], [start], (), launch.CHUNK)
+    # As if p were the end of a parameter that begins at element 7 of the full one.
+    cells = rows[0].cells
+    first = 7
+    cells[table.ADDRESS] -= (start - first) * p.element_size()
+    cells[table.OFFSET] = first
+    cells[table.NUMEL] = start - first + n
+    cells[table.ALIGNED] = table.aligned(cells[table.ADDRESS], first, p.element_size())
+    cells[table.FIRST] = -(start // launch.CHUNK - first // launch.CHUNK)  # those before never run
+    (made,) = table.launches(rows, device)
     one = torch.ones(1, device=device)
-    backend.dense_([got], int64(ID), int64(1), int64(KEYS[0]).to(device), one.view(1, 1), one)
-    for start in (0, 2**31 - 10, n - 1000):
-        wanted = torch.zeros(min(1000, n - start), dtype=torch.float16)
-        reference.dense_(
-            [wanted],
-            int64(ID),
-            int64(1 + start),
-            int64(KEYS[0]),
-            torch.ones(1, 1),
-            torch.ones(1),
-        )
-        assert_same_bits(got[start : start + len(wanted)], wanted)
+    from zo_fused_kernels import sweeps
+
+    sweeps.dense(made, int64(KEYS[0]).to(device), one[:, None], one, None, "portable")
+    wanted = torch.zeros(n)
+    reference.dense_(
+        [wanted], int64(ID), int64(start), int64(KEYS[0]), torch.ones(1, 1), torch.ones(1)
+    )
+    assert_same_bits(p, wanted)

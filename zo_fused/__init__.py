@@ -17,6 +17,7 @@ _HOME = {
     "lowrank_momentum_": "zo_fused.ops",
     "lowrank_perturb_": "zo_fused.ops",
     "lowrank_update_": "zo_fused.ops",
+    "moments_update_": "zo_fused.ops",
     "perturb_": "zo_fused.ops",
     "replay": "zo_fused.rebuild",
     "set_backend": "zo_fused.dispatch",

@@ -5,7 +5,8 @@
 | ``ZO_FUSED_BACKEND`` | backend that serves every call; ``auto`` or unset: the best available |
 | ``ZO_FUSED_ISA``     | instruction set of the C++ backend (read in ``csrc/cpu``):           |
 |                      | ``avx512``, ``avx2`` or ``portable``; unset: the best of the CPU     |
-| ``ZO_FUSED_NATIVE``  | what ``setup.py`` builds: ``auto``, ``cpu`` or ``0``                 |
+| ``ZO_FUSED_NATIVE``  | what ``setup.py`` builds: ``auto``, ``cuda``, ``cpu`` or ``0``; for   |
+|                      | CUDA it also reads ``CUDA_HOME`` and ``TORCH_CUDA_ARCH_LIST``         |
 | ``TRITON_INTERPRET`` | Triton's own: ``1`` runs its kernels in Python, on CPU tensors        |
 """
 

@@ -7,7 +7,16 @@ The only file that touches ``torch.library``. One list-valued call is one sweep.
 * ``keys``: int64, the 64-bit stream keys in two's complement. [K] for ``dense_``, [P] for
   ``bits_`` and ``normal_``. On the parameters' device, as are
 * ``coeffs``: float32 [P, K] (``dense_``), [P] (``lowrank_``), [P, 4] (``lowrank_momentum_``:
-  beta, grad, restore, step), and ``decay``: float32 [P].
+  beta, grad, restore, step), [P, 6] (``moments_``: beta, gain, beta2, gain2, eps, step), also
+* ``grads`` and ``restores``: float32 [P, K], and ``decay``: float32 [P].
+
+Options:
+
+* ``rounding``: int64 [1] on the parameters' device, the key of a rounding stream: 16-bit weights
+  are rounded stochastically. None: to nearest. Low-rank sweeps need ids and offsets only for it.
+* ``transform``: how words become normals, "portable" or (GPUs only) "fast".
+* ``rule``: "momentum", "adam" or "sign". ``firsts`` may be empty for all but "adam", which alone
+  has ``seconds``.
 
 What each computes, to the bit, is in `zo_fused.reference`.
 """
@@ -22,23 +31,35 @@ from torch import Tensor
 
 from zo_fused import dispatch
 
+_ROUNDING = "Tensor? ids=None, Tensor? offsets=None, Tensor? rounding=None"
+_TRANSFORM = 'str transform="portable"'
 SCHEMAS = {
     "bits_": "(Tensor(a!)[] outs, Tensor ids, Tensor offsets, Tensor keys) -> ()",
-    "normal_": "(Tensor(a!)[] outs, Tensor ids, Tensor offsets, Tensor keys) -> ()",
+    "normal_": (
+        f"(Tensor(a!)[] outs, Tensor ids, Tensor offsets, Tensor keys, {_TRANSFORM}) -> ()"
+    ),
     "dense_": (
         "(Tensor(a!)[] params, Tensor ids, Tensor offsets, Tensor keys, Tensor coeffs, "
-        "Tensor decay) -> ()"
+        f"Tensor decay, Tensor? rounding=None, {_TRANSFORM}) -> ()"
+    ),
+    "moments_": (
+        "(Tensor(a!)[] params, Tensor(b!)[] firsts, Tensor(c!)[] seconds, Tensor ids, "
+        "Tensor offsets, Tensor keys, Tensor grads, Tensor restores, Tensor coeffs, "
+        f"Tensor decay, str rule, Tensor? rounding=None, {_TRANSFORM}) -> ()"
     ),
     "lowrank_": (
-        "(Tensor(a!)[] params, Tensor[] us, Tensor[] vs, Tensor coeffs, Tensor decay) -> ()"
+        "(Tensor(a!)[] params, Tensor[] us, Tensor[] vs, Tensor coeffs, Tensor decay, "
+        f"{_ROUNDING}) -> ()"
     ),
     "lowrank_momentum_": (
         "(Tensor(a!)[] params, Tensor(b!)[] moments, Tensor[] us, Tensor[] vs, Tensor coeffs, "
-        "Tensor decay) -> ()"
+        f"Tensor decay, {_ROUNDING}) -> ()"
     ),
 }
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TRANSFORMS = ("portable", "fast")
+RULES = ("momentum", "adam", "sign")
 
 
 # ---- checks, shared by the fake and the real implementation -------------------------------------
@@ -92,9 +113,26 @@ def _check_streams(tensors: Sequence[Tensor], ids: Tensor, offsets: Tensor) -> N
         _check(row.device.type == "cpu", f"{name} must be a CPU tensor")
 
 
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"zo_fused: {name}={value!r}: choose one of {', '.join(choices)}")
+
+
+def _check_rounding(params: Sequence[Tensor], rounding: Tensor | None) -> None:
+    if rounding is not None:
+        _check_row("rounding", rounding, torch.int64, (1,))
+        _check_device("rounding", rounding, params)
+
+
 def _check_fill(
-    dtype: torch.dtype, outs: Sequence[Tensor], ids: Tensor, offsets: Tensor, keys: Tensor
+    dtype: torch.dtype,
+    outs: Sequence[Tensor],
+    ids: Tensor,
+    offsets: Tensor,
+    keys: Tensor,
+    transform: str = "portable",
 ) -> None:
+    _check_choice("transform", transform, TRANSFORMS)
     _check_tensors("outs", outs, (dtype,))
     _check_streams(outs, ids, offsets)
     _check_row("keys", keys, torch.int64, (len(outs),))
@@ -108,13 +146,72 @@ def _check_dense(
     keys: Tensor,
     coeffs: Tensor,
     decay: Tensor,
+    rounding: Tensor | None = None,
+    transform: str = "portable",
 ) -> None:
+    _check_choice("transform", transform, TRANSFORMS)
     _check_tensors("params", params, WEIGHT_DTYPES)
     _check_streams(params, ids, offsets)
     _check_row("keys", keys, torch.int64, (keys.numel(),))
     _check_row("coeffs", coeffs, torch.float32, (len(params), keys.numel()))
     _check_row("decay", decay, torch.float32, (len(params),))
     for name, row in (("keys", keys), ("coeffs", coeffs), ("decay", decay)):
+        _check_device(name, row, params)
+    _check_rounding(params, rounding)
+
+
+def _check_state(
+    name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], float32_only: bool
+) -> None:
+    _check(
+        len(tensors) == len(params),
+        f"{len(params)} parameters but {len(tensors)} tensors in {name}",
+    )
+    for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+        wanted = (torch.float32,) if float32_only else (torch.float32, param.dtype)
+        if (
+            tensor.dtype not in wanted
+            or tensor.shape != param.shape
+            or tensor.stride() != param.stride()
+            or tensor.device != param.device
+        ):
+            raise ValueError(
+                f"zo_fused: {name}[{i}] must be like params[{i}], {tuple(param.shape)} on "
+                f"{param.device}, with the same strides, in {' or '.join(map(str, wanted))}; got "
+                f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            )
+
+
+def _check_moments(
+    params: Sequence[Tensor],
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    ids: Tensor,
+    offsets: Tensor,
+    keys: Tensor,
+    grads: Tensor,
+    restores: Tensor,
+    coeffs: Tensor,
+    decay: Tensor,
+    rule: str,
+    rounding: Tensor | None = None,
+    transform: str = "portable",
+) -> None:
+    _check_choice("rule", rule, RULES)
+    _check_dense(params, ids, offsets, keys, grads, decay, rounding, transform)
+    if firsts or rule == "adam":
+        _check_state("firsts", firsts, params, float32_only=False)
+        _check(
+            len({tensor.dtype for tensor in firsts}) < 2
+            or all(t.dtype == p.dtype for t, p in zip(firsts, params, strict=True)),
+            "firsts must be float32 throughout, or each of its parameter's dtype",
+        )
+    if seconds or rule == "adam":
+        _check(rule == "adam", f"rule {rule!r} has no second moments")
+        _check_state("seconds", seconds, params, float32_only=True)
+    _check_row("restores", restores, torch.float32, (len(params), keys.numel()))
+    _check_row("coeffs", coeffs, torch.float32, (len(params), 6))
+    for name, row in (("restores", restores), ("coeffs", coeffs)):
         _check_device(name, row, params)
 
 
@@ -125,7 +222,13 @@ def matrix_shape(param: Tensor) -> tuple[int, int]:
 
 
 def _check_factors(
-    params: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], decay: Tensor
+    params: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    decay: Tensor,
+    ids: Tensor | None,
+    offsets: Tensor | None,
+    rounding: Tensor | None,
 ) -> None:
     _check_tensors("params", params, WEIGHT_DTYPES)
     _check(
@@ -149,6 +252,11 @@ def _check_factors(
     for name, tensors in (("us", us), ("vs", vs), ("decay", (decay,))):
         if params:
             _check_device(name, tensors[0], params)
+    _check_rounding(params, rounding)
+    if ids is not None and offsets is not None:
+        _check_streams(params, ids, offsets)
+    else:
+        _check(rounding is None, "stochastic rounding needs ids and offsets")
 
 
 def _check_lowrank(
@@ -157,8 +265,11 @@ def _check_lowrank(
     vs: Sequence[Tensor],
     coeffs: Tensor,
     decay: Tensor,
+    ids: Tensor | None = None,
+    offsets: Tensor | None = None,
+    rounding: Tensor | None = None,
 ) -> None:
-    _check_factors(params, us, vs, decay)
+    _check_factors(params, us, vs, decay, ids, offsets, rounding)
     _check_row("coeffs", coeffs, torch.float32, (len(params),))
     _check_device("coeffs", coeffs, params)
 
@@ -170,8 +281,11 @@ def _check_lowrank_momentum(
     vs: Sequence[Tensor],
     coeffs: Tensor,
     decay: Tensor,
+    ids: Tensor | None = None,
+    offsets: Tensor | None = None,
+    rounding: Tensor | None = None,
 ) -> None:
-    _check_factors(params, us, vs, decay)
+    _check_factors(params, us, vs, decay, ids, offsets, rounding)
     _check(len(moments) == len(us), f"{len(us)} factors need as many moments, got {len(moments)}")
     _check_tensors("moments", moments, (torch.float32,))
     for i, (moment, u) in enumerate(zip(moments, us, strict=True)):
@@ -188,6 +302,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "bits_": lambda *args: _check_fill(torch.int64, *args),
     "normal_": lambda *args: _check_fill(torch.float32, *args),
     "dense_": _check_dense,
+    "moments_": _check_moments,
     "lowrank_": _check_lowrank,
     "lowrank_momentum_": _check_lowrank_momentum,
 }
@@ -196,26 +311,45 @@ CHECKS: dict[str, Callable[..., None]] = {
 # ---- registration -------------------------------------------------------------------------------
 
 
-def _route(name: str, written: Sequence[Tensor], *rest: Any) -> None:
-    CHECKS[name](written, *rest)
-    if not written:
+def _backend(name: str, written: Sequence[Tensor], transform: str) -> Any:
+    backend = dispatch.select(written[0].device.type)
+    if transform not in backend.TRANSFORMS:
+        raise ValueError(
+            f"zo_fused: transform={transform!r} uses the approximate units of GPUs, and "
+            f"{written[0].device.type!r} tensors are served here by {backend.__name__}; "
+            'use transform="portable"'
+        )
+    return getattr(backend, name)
+
+
+@torch.no_grad()
+def _route(name: str, lists: int, transform_at: int, args: tuple[Any, ...]) -> None:
+    """Run a sweep. Its first `lists` arguments are the lists of tensors that it writes."""
+    CHECKS[name](*args)
+    if not args[0]:
         return
-    sweep = getattr(dispatch.select(written[0].device.type), name)
-    with torch.no_grad():
-        # Backends see contiguous memory. A permuted parameter (rare) goes through a copy of itself.
-        dense = [t.contiguous() for t in written]
-        sweep(dense, *rest)
-        for tensor, copy in zip(written, dense, strict=True):
+    # The dispatcher leaves out arguments that have their default value.
+    transform = args[transform_at] if 0 <= transform_at < len(args) else "portable"
+    sweep = _backend(name, args[0], transform)
+    # Backends see contiguous memory. A permuted parameter (rare) goes through a copy of itself.
+    dense = [[tensor.contiguous() for tensor in tensors] for tensors in args[:lists]]
+    sweep(*dense, *args[lists:])
+    for tensors, copies in zip(args[:lists], dense, strict=True):
+        for tensor, copy in zip(tensors, copies, strict=True):
             if copy is not tensor:
                 tensor.copy_(copy)
 
 
 def _define(name: str) -> None:
     torch.library.define(f"zo_fused::{name}", SCHEMAS[name])
+    schema = getattr(torch.ops.zo_fused, name).default._schema
+    names = [argument.name for argument in schema.arguments]
+    transform_at = names.index("transform") if "transform" in names else -1
+    lists = SCHEMAS[name].count("!)[]")
 
     @torch.library.impl(f"zo_fused::{name}", "default")
     def call(*args: Any) -> None:
-        _route(name, *args)
+        _route(name, lists, transform_at, args)
 
     @torch.library.register_fake(f"zo_fused::{name}")
     def fake(*args: Any) -> None:
@@ -228,5 +362,6 @@ for _name in SCHEMAS:
 bits_ = torch.ops.zo_fused.bits_
 normal_ = torch.ops.zo_fused.normal_
 dense_ = torch.ops.zo_fused.dense_
+moments_ = torch.ops.zo_fused.moments_
 lowrank_ = torch.ops.zo_fused.lowrank_
 lowrank_momentum_ = torch.ops.zo_fused.lowrank_momentum_

@@ -15,8 +15,8 @@ import torch
 
 from zo_fused import _env
 
-BACKENDS = ("reference", "cpu", "triton")
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 _forced: str | None = _env.forced_backend()
 

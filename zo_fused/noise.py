@@ -19,16 +19,22 @@ __all__ = [
 ]
 
 
-def _fill(op, dtype, numel: int, key: int, id: int, offset: int, device) -> Tensor:  # type: ignore[no-untyped-def]
+def _fill(op, dtype, numel: int, key: int, id: int, offset: int, device, *options) -> Tensor:  # type: ignore[no-untyped-def]
     if numel < 0 or not 0 <= offset < 1 << 62:
         raise ValueError(f"need numel >= 0 and 0 <= offset < 2**62, got {numel} and {offset}")
     out = torch.empty(numel, dtype=dtype, device=device)
-    op([out], int64_tensor([id]), int64_tensor([offset]), int64_tensor([key], out.device))
+    op([out], int64_tensor([id]), int64_tensor([offset]), int64_tensor([key], out.device), *options)
     return out
 
 
 def normal(
-    numel: int, key: int, id: int = 0, offset: int = 0, device: torch.device | str = "cpu"
+    numel: int,
+    key: int,
+    id: int = 0,
+    offset: int = 0,
+    device: torch.device | str = "cpu",
+    *,
+    transform: str = "portable",
 ) -> Tensor:
     """Standard normals of elements ``offset .. offset + numel`` of parameter ``id``.
 
@@ -38,11 +44,12 @@ def normal(
         id: 64-bit parameter id.
         offset: index of the first element in the full parameter, below ``2**62``.
         device: where to make them; the values don't depend on it.
+        transform: "portable", or on GPUs "fast", whose values are close to these.
 
     Returns:
         float32 tensor [numel].
     """
-    return _fill(_ops.normal_, torch.float32, numel, key, id, offset, device)
+    return _fill(_ops.normal_, torch.float32, numel, key, id, offset, device, transform)
 
 
 def random_bits(

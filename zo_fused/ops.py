@@ -3,7 +3,12 @@
 For optimizers, other engines (vLLM workers, Ray actors, federated clients) and anyone who wants the
 kernels alone. Stream keys are used as they are; `zo_fused.noise.derive_key` makes them. Weights are
 float16, bfloat16 or float32 tensors of any shape, changed in place: read once, computed in float32,
-rounded once to nearest, written once. Nothing here records gradients.
+rounded once, written once. Nothing here records gradients.
+
+Options of all sweeps: ``rounding_key``, the key of a rounding stream (purpose ROUNDING), rounds
+16-bit weights stochastically, without bias; None rounds to nearest. ``transform="fast"`` makes
+normals with the approximate units of a GPU: close to the portable ones, but not the same bits on
+every device.
 """
 
 from __future__ import annotations
@@ -30,6 +35,8 @@ def int64_tensor(values: Sequence[int] | Tensor, device: torch.device | str = "c
 def _rows(value: Scalar | Sequence[float], like: Sequence[Tensor], *shape: int) -> Tensor:
     """A float32 table of the given shape from a number, a sequence or a tensor that broadcasts."""
     device = like[0].device if like else None
+    if isinstance(value, float | int):  # filled on the device: nothing waits for a copy
+        return torch.full(shape, value, dtype=torch.float32, device=device)
     table = torch.as_tensor(value, dtype=torch.float32, device=device)
     return table.expand(*shape).contiguous()
 
@@ -53,6 +60,12 @@ def _streams(
     return table, starts
 
 
+def _rounding(rounding_key: int | Tensor | None, like: Sequence[Tensor]) -> Tensor | None:
+    if rounding_key is None or isinstance(rounding_key, Tensor):
+        return rounding_key
+    return int64_tensor([rounding_key], like[0].device if like else "cpu")
+
+
 @torch.no_grad()
 def update_(
     params: Sequence[Tensor],
@@ -62,6 +75,8 @@ def update_(
     ids: Sequence[int] | Tensor | None = None,
     *,
     offsets: Sequence[int] | None = None,
+    rounding_key: int | Tensor | None = None,
+    transform: str = "portable",
 ) -> None:
     """``p = decay * p + sum_k coeffs[k] * z_k`` for every parameter, in one sweep.
 
@@ -75,10 +90,12 @@ def update_(
         decay: a number, or one per parameter.
         ids: 64-bit parameter ids; None: positions in the list.
         offsets: index of each tensor's first element in its full parameter, for shards.
+        rounding_key, transform: see the top of this module.
 
     Raises:
         TypeError: a parameter is not float16, bfloat16 or float32.
-        ValueError: lengths or devices differ, or two parameters share an id.
+        ValueError: lengths or devices differ, two parameters share an id, or the backend that
+            serves the device lacks the transform.
     """
     params = list(params)
     table, starts = _streams(params, ids, offsets)
@@ -91,6 +108,8 @@ def update_(
         key_row,
         _rows(coeffs, params, len(params), len(key_row)),
         _rows(decay, params, len(params)),
+        _rounding(rounding_key, params),
+        transform,
     )
 
 
@@ -101,10 +120,81 @@ def perturb_(
     ids: Sequence[int] | Tensor | None = None,
     *,
     offsets: Sequence[int] | None = None,
+    transform: str = "portable",
 ) -> None:
     """``p += scale * z`` with z the dense Gaussian of stream ``key``. Arguments as in `update_`."""
     coeffs = scale.reshape(1) if isinstance(scale, Tensor) else [scale]
-    update_(params, [key], coeffs, 1.0, ids, offsets=offsets)
+    update_(params, [key], coeffs, 1.0, ids, offsets=offsets, transform=transform)
+
+
+@torch.no_grad()
+def moments_update_(
+    params: Sequence[Tensor],
+    keys: Sequence[int] | Tensor,
+    grads: Sequence[float] | Tensor,
+    rule: str,
+    step: Scalar | Sequence[float],
+    *,
+    firsts: Sequence[Tensor] = (),
+    seconds: Sequence[Tensor] = (),
+    beta: Scalar = 0.0,
+    gain: Scalar = 1.0,
+    beta2: Scalar = 0.0,
+    gain2: Scalar = 1.0,
+    eps: Scalar = 0.0,
+    restores: Scalar | Sequence[float] = 0.0,
+    decay: Scalar | Sequence[float] = 1.0,
+    ids: Sequence[int] | Tensor | None = None,
+    offsets: Sequence[int] | None = None,
+    rounding_key: int | Tensor | None = None,
+    transform: str = "portable",
+) -> None:
+    """Element-wise moments of the estimate ``g = sum_k grads[k] * z_k``, and their step, in one
+    sweep. g exists in registers only. For each parameter p:
+
+    * ``m = beta * m + gain * g``; without `firsts`, ``m = gain * g``;
+    * rule "momentum": ``s = m``; "sign": ``s = sign(m)``; "adam": ``v = beta2 * v + gain2 * g**2``
+      and ``s = m / (sqrt(v) + eps)``;
+    * ``p = decay * p + sum_k restores[k] * z_k + step * s``.
+
+    Heavy ball is ``gain=1``, the exponential average ``gain=1 - beta``; bias corrections of Adam
+    go into `step` and `eps`. `step` is negative to descend.
+
+    Args:
+        params: tensors on one device.
+        keys: K 64-bit stream keys.
+        grads: K numbers, or a float32 tensor [K] or [len(params), K].
+        rule: "momentum", "sign" or "adam".
+        firsts: the m, like `params` in shape and strides, float32 or each in its parameter's dtype;
+            empty to keep none. Changed in place, as are
+        seconds: the v, float32, for "adam".
+        restores: a number or K numbers, that take back a perturbation.
+        decay, ids, offsets: as in `update_`.
+        rounding_key, transform: see the top of this module.
+
+    Raises:
+        TypeError, ValueError: as `update_`; also for moments of a wrong shape or dtype.
+    """
+    params = list(params)
+    table, starts = _streams(params, ids, offsets)
+    key_row = int64_tensor(keys, params[0].device if params else "cpu")
+    wide = (len(params), len(key_row))
+    columns = [_rows(x, params, len(params)) for x in (beta, gain, beta2, gain2, eps, step)]
+    _ops.moments_(
+        params,
+        list(firsts),
+        list(seconds),
+        table,
+        starts,
+        key_row,
+        _rows(grads, params, *wide),
+        _rows(restores, params, *wide),
+        torch.stack(columns, dim=-1),
+        _rows(decay, params, len(params)),
+        rule,
+        _rounding(rounding_key, params),
+        transform,
+    )
 
 
 @torch.no_grad()
@@ -149,6 +239,7 @@ def lowrank_update_(
     *,
     rank: int | None = None,
     ids: Sequence[int] | Tensor | None = None,
+    rounding_key: int | Tensor | None = None,
 ) -> None:
     """``p = decay * p + coeff * U @ V.T`` for every parameter, in one sweep.
 
@@ -162,6 +253,7 @@ def lowrank_update_(
         coeff, decay: a number, or one per parameter.
         rank: columns of factors drawn from keys.
         ids: as in `update_`.
+        rounding_key: see the top of this module.
 
     Raises:
         TypeError, ValueError: as `update_`; also for factors of a wrong shape.
@@ -169,7 +261,9 @@ def lowrank_update_(
     params = list(params)
     us, vs = factors(params, u, v, rank, ids)
     rows = [_rows(x, params, len(params)) for x in (coeff, decay)]
-    _ops.lowrank_(params, us, vs, *rows)
+    _ops.lowrank_(
+        params, us, vs, *rows, *_streams(params, ids, None), _rounding(rounding_key, params)
+    )
 
 
 def lowrank_perturb_(
@@ -199,6 +293,7 @@ def lowrank_momentum_(
     *,
     rank: int | None = None,
     ids: Sequence[int] | Tensor | None = None,
+    rounding_key: int | Tensor | None = None,
 ) -> None:
     """Momentum in the factor (LOZO-M, arXiv 2410.07698), in one sweep:
 
@@ -208,7 +303,7 @@ def lowrank_momentum_(
     Args:
         params: tensors on one device.
         moments: the N of each parameter, float32 (m, r), changed in place.
-        u, v, rank, ids: as in `lowrank_update_`.
+        u, v, rank, ids, rounding_key: as in `lowrank_update_`.
         grad: projected gradient.
         lr: learning rate.
         beta: momentum coefficient in [0, 1).
@@ -220,4 +315,13 @@ def lowrank_momentum_(
     b, g, a, s = (torch.as_tensor(x, dtype=torch.float64) for x in (beta, grad, restore, lr))
     columns = [x.to(torch.float32) for x in (b, (1 - b) * g, a, -s)]
     table = torch.stack([_rows(x, params, len(params)) for x in columns], dim=-1)
-    _ops.lowrank_momentum_(params, list(moments), us, vs, table, _rows(decay, params, len(params)))
+    _ops.lowrank_momentum_(
+        params,
+        list(moments),
+        us,
+        vs,
+        table,
+        _rows(decay, params, len(params)),
+        *_streams(params, ids, None),
+        _rounding(rounding_key, params),
+    )

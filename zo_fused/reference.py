@@ -153,9 +153,50 @@ def normal(numel: int, key: int, param_id: int, offset: int, device: torch.devic
     return torch.stack(z, dim=-1).flatten()[skip : skip + numel]
 
 
+# ---- stochastic rounding ------------------------------------------------------------------------
+
+
+def rounding_bits(numel: int, key: int, param_id: int, offset: int, device: torch.device) -> Tensor:
+    """16-bit numbers of elements ``offset .. offset + numel``, int64 [numel].
+
+    The words of the stream, in order, are cut in two: element e has the low half of word e // 2
+    if e is even, the high half if it is odd.
+    """
+    first = offset // 2
+    words = random_bits(-(-(offset + numel) // 2) - first, key, param_id, first, device)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten()
+    return halves[offset - 2 * first :][:numel]
+
+
+def stochastic(x: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
+    """float32 x rounded to a neighbour in a 16-bit dtype, to each with the probability that makes
+    the mean x. Infinities and NaN stay. float32 has nothing to round.
+
+    Args:
+        random: as many 16-bit numbers, uniform, as int64.
+
+    A number below the bits that stay is added to those that go, and they are cut off. For bfloat16
+    that is the lower half of a float32. Times 2**-112 a float32 has the exponent bits of a float16
+    and lacks 13 of its own, subnormals included.
+    """
+    if dtype == torch.float32:
+        return x
+    if dtype == torch.bfloat16:
+        cut = _bits(x) + random >> 16
+        nan = 0x7FC0
+    else:
+        bits = _bits(x * 2.0**-112)
+        magnitude = ((bits & 0x7FFFFFFF) + (random >> 3) >> 13).clamp(max=0x7C00)
+        cut = bits >> 16 & 0x8000 | magnitude
+        nan = 0x7E00
+    return torch.where(x.isnan(), nan, cut).to(torch.int16).view(dtype)
+
+
 # ---- sweeps -------------------------------------------------------------------------------------
-# The five operators of the backends. Arguments as in `zo_fused/_ops.py`, already checked:
+# The six operators of the backends. Arguments as in `zo_fused/_ops.py`, already checked:
 # parameters are contiguous; one row of `ids`, `offsets`, `coeffs`, `decay` belongs to each.
+
+TRANSFORMS = ("portable",)
 
 
 def _chunks(numel: int) -> Iterator[tuple[int, int]]:
@@ -167,6 +208,16 @@ def _integers(*tensors: Tensor) -> Iterator[tuple[int, ...]]:
     return zip(*(t.tolist() for t in tensors), strict=True)
 
 
+def _store(
+    weights: Tensor, acc: Tensor, rounding: Tensor | None, param_id: int, offset: int
+) -> None:
+    """weights = acc, rounded; their elements are ``offset, offset + 1, ..`` of a parameter."""
+    if rounding is not None and weights.dtype != torch.float32:
+        random = rounding_bits(acc.numel(), int(rounding), param_id, offset, acc.device)
+        acc = stochastic(acc, weights.dtype, random.view(acc.shape))
+    weights.copy_(acc)
+
+
 def bits_(outs: Sequence[Tensor], ids: Tensor, offsets: Tensor, keys: Tensor) -> None:
     """outs[i][e] = word of element ``offsets[i] + e``; int64 tensors."""
     for out, (id_, offset, key) in zip(outs, _integers(ids, offsets, keys), strict=True):
@@ -175,7 +226,13 @@ def bits_(outs: Sequence[Tensor], ids: Tensor, offsets: Tensor, keys: Tensor) ->
             flat[start : start + size] = random_bits(size, key, id_, offset + start, out.device)
 
 
-def normal_(outs: Sequence[Tensor], ids: Tensor, offsets: Tensor, keys: Tensor) -> None:
+def normal_(
+    outs: Sequence[Tensor],
+    ids: Tensor,
+    offsets: Tensor,
+    keys: Tensor,
+    transform: str = "portable",
+) -> None:
     """outs[i][e] = standard normal of element ``offsets[i] + e``; float32 tensors."""
     for out, (id_, offset, key) in zip(outs, _integers(ids, offsets, keys), strict=True):
         flat = out.view(-1)
@@ -190,6 +247,8 @@ def dense_(
     keys: Tensor,
     coeffs: Tensor,
     decay: Tensor,
+    rounding: Tensor | None = None,
+    transform: str = "portable",
 ) -> None:
     """p = round(decay * p + sum_k coeffs[k] * z_k), one fma a direction, in the order of k."""
     stream_keys = keys.tolist()
@@ -201,7 +260,70 @@ def dense_(
             acc = part.float() * d
             for k, key in enumerate(stream_keys):
                 acc = fma(c[k], normal(size, key, id_, offset + start, param.device), acc)
-            part.copy_(acc)
+            _store(part, acc, rounding, id_, offset + start)
+
+
+def moments_(
+    params: Sequence[Tensor],
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    ids: Tensor,
+    offsets: Tensor,
+    keys: Tensor,
+    grads: Tensor,
+    restores: Tensor,
+    coeffs: Tensor,
+    decay: Tensor,
+    rule: str,
+    rounding: Tensor | None = None,
+    transform: str = "portable",
+) -> None:
+    """The estimate ``g = sum_k grads[k] * z_k`` goes into the moments, the moments into p:
+
+    * ``m = beta * m + gain * g``; without `firsts`, ``m = gain * g`` and nothing is kept;
+    * rule "momentum": ``s = m``; "sign": ``s = sign(m)``; "adam": ``v = beta2 * v + gain2 * g * g``
+      and ``s = m / (sqrt(v) + eps)``;
+    * ``p = round(decay * p + sum_k restores[k] * z_k + step * s)``.
+
+    Columns of coeffs: beta, gain, beta2, gain2, eps, step. m is rounded to nearest where it is
+    kept in 16 bits; s takes it unrounded. Root and quotient are those of IEEE 754.
+    """
+    stream_keys = keys.tolist()
+    rows = zip(params, _integers(ids, offsets), grads, restores, coeffs, decay, strict=True)
+    for i, (
+        param,
+        (id_, offset),
+        grad,
+        restore,
+        (beta, gain, beta2, gain2, eps, step),
+        d,
+    ) in enumerate(rows):
+        flat = param.view(-1)
+        for start, size in _chunks(flat.numel()):
+            here = slice(start, start + size)
+            acc = flat[here].float() * d
+            g = torch.zeros_like(acc)
+            for k, key in enumerate(stream_keys):
+                z = normal(size, key, id_, offset + start, param.device)
+                g = fma(grad[k], z, g)
+                acc = fma(restore[k], z, acc)
+            m = g * gain
+            if firsts:
+                first = firsts[i].view(-1)[here]
+                m = fma(gain, g, first.float() * beta)
+                first.copy_(m)
+            if rule == "adam":
+                second = seconds[i].view(-1)[here]
+                second.copy_(fma(g * gain2, g, second * beta2))
+                s = m / (_sqrt(second) + eps)
+            else:
+                s = (m > 0).float() - (m < 0).float() if rule == "sign" else m
+            _store(flat[here], fma(step, s, acc), rounding, id_, offset + start)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """The correctly rounded square root of a float32 (torch's may be approximate on a GPU)."""
+    return x.double().sqrt().float()  # 53 bits are enough for 24 (Figueroa 1995)
 
 
 def _as_matrix(param: Tensor) -> Tensor:
@@ -222,21 +344,34 @@ def _row_blocks(matrix: Tensor) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
+def _streams(
+    count: int, ids: Tensor | None, offsets: Tensor | None
+) -> Iterator[tuple[int, ...]] | list[tuple[int, int]]:
+    """(id, offset) of every parameter; where there is no rounding stream, they don't matter."""
+    return [(0, 0)] * count if ids is None or offsets is None else _integers(ids, offsets)
+
+
 def lowrank_(
     params: Sequence[Tensor],
     us: Sequence[Tensor],
     vs: Sequence[Tensor],
     coeffs: Tensor,
     decay: Tensor,
+    ids: Tensor | None = None,
+    offsets: Tensor | None = None,
+    rounding: Tensor | None = None,
 ) -> None:
     """p = round(decay * p + coeff * (u @ v.T)), p seen as (size(0), numel/size(0))."""
-    for param, u, v, c, d in zip(params, us, vs, coeffs, decay, strict=True):
+    streams = _streams(len(params), ids, offsets)
+    rows = zip(params, us, vs, coeffs, decay, streams, strict=True)
+    for param, u, v, c, d, (id_, offset) in rows:
         if not param.numel():
             continue
         matrix = _as_matrix(param)
-        for rows in _row_blocks(matrix):
-            block = matrix[rows]
-            block.copy_(fma(c, _outer(u[rows], v), block.float() * d))
+        for part in _row_blocks(matrix):
+            block = matrix[part]
+            acc = fma(c, _outer(u[part], v), block.float() * d)
+            _store(block, acc, rounding, id_, offset + part.start * matrix.shape[1])
 
 
 def lowrank_momentum_(
@@ -246,16 +381,22 @@ def lowrank_momentum_(
     vs: Sequence[Tensor],
     coeffs: Tensor,
     decay: Tensor,
+    ids: Tensor | None = None,
+    offsets: Tensor | None = None,
+    rounding: Tensor | None = None,
 ) -> None:
     """moment = beta * moment + grad * u, then p = round(decay * p + a @ v.T) with
     a = restore * u + step * moment. Columns of coeffs: beta, grad, restore, step."""
-    for param, moment, u, v, c, d in zip(params, moments, us, vs, coeffs, decay, strict=True):
+    streams = _streams(len(params), ids, offsets)
+    rows = zip(params, moments, us, vs, coeffs, decay, streams, strict=True)
+    for param, moment, u, v, c, d, (id_, offset) in rows:
         if not param.numel():
             continue
         beta, grad, restore, step = c
         moment.copy_(fma(grad, u, moment * beta))
         a = fma(step, moment, u * restore)
         matrix = _as_matrix(param)
-        for rows in _row_blocks(matrix):
-            block = matrix[rows]
-            block.copy_(block.float() * d + _outer(a[rows], v))
+        for part in _row_blocks(matrix):
+            block = matrix[part]
+            acc = block.float() * d + _outer(a[part], v)
+            _store(block, acc, rounding, id_, offset + part.start * matrix.shape[1])

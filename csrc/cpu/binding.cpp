@@ -16,6 +16,7 @@
 #include <cfenv>
 #include <cstdlib>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -131,6 +132,11 @@ struct Written {
   std::vector<char*> data;
   std::vector<Dtype> dtype;
   std::vector<int64_t> item_size;
+
+  // Element `start` of tensor i; null if there are no tensors.
+  char* at(size_t i, int64_t start) const {
+    return data.empty() ? nullptr : data[i] + start * item_size[i];
+  }
 };
 
 Written weights(const Tensors& tensors) {
@@ -168,6 +174,15 @@ std::vector<RoundKeys> expand(const Tensor& keys) {
     expanded.push_back(round_keys(static_cast<uint64_t>(key[k])));
   }
   return expanded;
+}
+
+// The key of a rounding stream as the sweeps take it: null without one.
+const RoundKeys* data_or_null(const std::vector<RoundKeys>& rounding) {
+  return rounding.empty() ? nullptr : rounding.data();
+}
+
+std::vector<RoundKeys> expand(const std::optional<Tensor>& rounding) {
+  return rounding ? expand(*rounding) : std::vector<RoundKeys>();
 }
 
 // work(i, span, start) for the chunks of all tensors; `start` is the index in tensor i of the
@@ -212,17 +227,54 @@ void normal_(Tensors outs, const Tensor& ids, const Tensor& offsets, const Tenso
   });
 }
 
+// The rows of the arguments that say what becomes of each parameter's weights.
+class Updates {
+ public:
+  Updates(const Tensor& keys, const Tensor& coeffs, const Tensor& decay,
+          const std::optional<Tensor>& rounding)
+      : keys_(expand(keys)),
+        rounding_(expand(rounding)),
+        coeffs_(read<float>(coeffs)),
+        decay_(read<float>(decay)) {}
+
+  Update operator[](size_t i) const {
+    return {static_cast<int64_t>(keys_.size()), keys_.data(), coeffs_ + i * keys_.size(), decay_[i],
+            data_or_null(rounding_)};
+  }
+
+ private:
+  std::vector<RoundKeys> keys_, rounding_;
+  const float* coeffs_;
+  const float* decay_;
+};
+
 void dense_(Tensors params, const Tensor& ids, const Tensor& offsets, const Tensor& keys,
-            const Tensor& coeffs, const Tensor& decay) {
+            const Tensor& coeffs, const Tensor& decay, std::optional<Tensor> rounding) {
   const Sweeps& sweeps = *chosen().sweeps;
   const Written w = weights(params);
-  const int64_t directions = keys.numel();
-  const std::vector<RoundKeys> key = expand(keys);
-  const float* const coeff = read<float>(coeffs);
-  const float* const d = read<float>(decay);
+  const Updates updates(keys, coeffs, decay, rounding);
   for_spans(params, ids, offsets, [&](size_t i, const Span& span, int64_t start) {
-    sweeps.dense[w.dtype[i]](w.data[i] + start * w.item_size[i], span, directions, key.data(),
-                             coeff + i * directions, d[i]);
+    sweeps.dense[w.dtype[i]](w.at(i, start), span, updates[i]);
+  });
+}
+
+void moments_(Tensors params, Tensors firsts, Tensors seconds, const Tensor& ids,
+              const Tensor& offsets, const Tensor& keys, const Tensor& grads,
+              const Tensor& restores, const Tensor& coeffs, const Tensor& decay, int64_t rule,
+              std::optional<Tensor> rounding) {
+  const Sweeps& sweeps = *chosen().sweeps;
+  const Written w = weights(params);
+  const Written m = weights(firsts);
+  const auto v = outputs<float>(seconds, ScalarType::Float);
+  const Updates updates(keys, restores, decay, rounding);
+  const float* const grad = read<float>(grads);
+  const auto* const c = read<MomentCoeffs>(coeffs);
+  for_spans(params, ids, offsets, [&](size_t i, const Span& span, int64_t start) {
+    const Update update = updates[i];
+    const Moments moments = {static_cast<Rule>(rule), grad + i * update.directions, c[i]};
+    const bool wide = !m.data.empty() && m.dtype[i] == float32;
+    float* const second = v.empty() ? nullptr : v[i] + start;
+    sweeps.moments[w.dtype[i]][wide](w.at(i, start), m.at(i, start), second, span, update, moments);
   });
 }
 
@@ -275,8 +327,18 @@ void transpose(const Matrix& m) {
   }
 }
 
+// What only stochastic rounding needs.
+struct RoundingArguments {
+  std::optional<Tensor> ids, offsets, rounding;
+};
+
 void lowrank(const Sweeps& sweeps, const Written& w, std::vector<Matrix>& matrices,
-             const float* coeffs, const float* decay) {
+             const float* coeffs, const float* decay, const RoundingArguments& streams) {
+  const std::vector<RoundKeys> rounding = expand(streams.rounding);
+  STD_TORCH_CHECK(rounding.empty() || (streams.ids && streams.offsets),
+                  "stochastic rounding needs ids and offsets");
+  const int64_t* const id = rounding.empty() ? nullptr : read<int64_t>(*streams.ids);
+  const int64_t* const offset = rounding.empty() ? nullptr : read<int64_t>(*streams.offsets);
   std::vector<int64_t> one_each, counts;
   int64_t floats = 0, elements = 0;
   for (const Matrix& m : matrices) {
@@ -296,6 +358,7 @@ void lowrank(const Sweeps& sweeps, const Written& w, std::vector<Matrix>& matric
     const Matrix& m = matrices[i];
     const int64_t row = chunk / m.chunks_across() * m.chunk_rows;
     const int64_t column = chunk % m.chunks_across() * m.chunk_columns;
+    const int64_t start = row * m.columns + column;
     const Tile tile = {std::min(m.chunk_rows, m.rows - row),
                        std::min(m.chunk_columns, m.columns - column),
                        m.columns,
@@ -304,23 +367,29 @@ void lowrank(const Sweeps& sweeps, const Written& w, std::vector<Matrix>& matric
                        m.stride,
                        m.rank,
                        coeffs ? coeffs[i] : 1.0f,
-                       decay[i]};
-    sweeps.lowrank[w.dtype[i]](w.data[i] + (row * m.columns + column) * w.item_size[i], tile);
+                       decay[i],
+                       static_cast<uint64_t>(offset ? offset[i] + start : 0),
+                       static_cast<uint64_t>(id ? id[i] : 0),
+                       data_or_null(rounding)};
+    sweeps.lowrank[w.dtype[i]](w.at(i, start), tile);
   });
 }
 
-void lowrank_(Tensors params, Tensors us, Tensors vs, const Tensor& coeffs, const Tensor& decay) {
+void lowrank_(Tensors params, Tensors us, Tensors vs, const Tensor& coeffs, const Tensor& decay,
+              std::optional<Tensor> ids, std::optional<Tensor> offsets,
+              std::optional<Tensor> rounding) {
   const Sweeps& sweeps = *chosen().sweeps;
   const Written w = weights(params);
   std::vector<Matrix> matrices;
   for (size_t i = 0; i < params.size(); ++i) {
     matrices.push_back(matrix(params[i], read<float>(us[i]), vs[i]));
   }
-  lowrank(sweeps, w, matrices, read<float>(coeffs), read<float>(decay));
+  lowrank(sweeps, w, matrices, read<float>(coeffs), read<float>(decay), {ids, offsets, rounding});
 }
 
 void lowrank_momentum_(Tensors params, Tensors moments, Tensors us, Tensors vs,
-                       const Tensor& coeffs, const Tensor& decay) {
+                       const Tensor& coeffs, const Tensor& decay, std::optional<Tensor> ids,
+                       std::optional<Tensor> offsets, std::optional<Tensor> rounding) {
   const Sweeps& sweeps = *chosen().sweeps;
   const Written w = weights(params);
   const auto moment = outputs<float>(moments, ScalarType::Float);
@@ -348,7 +417,7 @@ void lowrank_momentum_(Tensors params, Tensors moments, Tensors us, Tensors vs,
   for (size_t i = 0; i < params.size(); ++i) {
     matrices.push_back(matrix(params[i], a.get() + starts[i], vs[i]));
   }
-  lowrank(sweeps, w, matrices, nullptr, read<float>(decay));
+  lowrank(sweeps, w, matrices, nullptr, read<float>(decay), {ids, offsets, rounding});
 }
 
 }  // namespace
@@ -360,13 +429,18 @@ STABLE_TORCH_LIBRARY(zo_fused_C, m) {
   m.def("normal_(Tensor(a!)[] outs, Tensor ids, Tensor offsets, Tensor keys) -> ()");
   m.def(
       "dense_(Tensor(a!)[] params, Tensor ids, Tensor offsets, Tensor keys, Tensor coeffs, "
-      "Tensor decay) -> ()");
+      "Tensor decay, Tensor? rounding=None) -> ()");
   m.def(
-      "lowrank_(Tensor(a!)[] params, Tensor[] us, Tensor[] vs, Tensor coeffs, Tensor decay)"
-      " -> ()");
+      "moments_(Tensor(a!)[] params, Tensor(b!)[] firsts, Tensor(c!)[] seconds, Tensor ids, "
+      "Tensor offsets, Tensor keys, Tensor grads, Tensor restores, Tensor coeffs, Tensor decay, "
+      "int rule, Tensor? rounding=None) -> ()");
+  m.def(
+      "lowrank_(Tensor(a!)[] params, Tensor[] us, Tensor[] vs, Tensor coeffs, Tensor decay, "
+      "Tensor? ids=None, Tensor? offsets=None, Tensor? rounding=None) -> ()");
   m.def(
       "lowrank_momentum_(Tensor(a!)[] params, Tensor(b!)[] moments, Tensor[] us, Tensor[] vs, "
-      "Tensor coeffs, Tensor decay) -> ()");
+      "Tensor coeffs, Tensor decay, Tensor? ids=None, Tensor? offsets=None, "
+      "Tensor? rounding=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zo_fused_C, CompositeExplicitAutograd, m) {
@@ -377,6 +451,7 @@ STABLE_TORCH_LIBRARY_IMPL(zo_fused_C, CPU, m) {
   m.impl("bits_", TORCH_BOX(&zo_fused::bits_));
   m.impl("normal_", TORCH_BOX(&zo_fused::normal_));
   m.impl("dense_", TORCH_BOX(&zo_fused::dense_));
+  m.impl("moments_", TORCH_BOX(&zo_fused::moments_));
   m.impl("lowrank_", TORCH_BOX(&zo_fused::lowrank_));
   m.impl("lowrank_momentum_", TORCH_BOX(&zo_fused::lowrank_momentum_));
 }

@@ -27,6 +27,16 @@ ZO_HD void random_words(typename L::U32 (&words)[4], uint64_t first, uint64_t id
   for (int i = 0; i < 4; ++i) words[i] = L::join(c[i]);
 }
 
+// The same in element order. (They are integers: `interleave` moves bits.)
+template <class L>
+ZO_HD void ordered_words(typename L::F32 (&words)[4], uint64_t first, uint64_t id,
+                         const RoundKeys& keys) {
+  typename L::U32 w[4];
+  random_words<L>(w, first, id, keys);
+  for (int i = 0; i < 4; ++i) words[i] = L::as_float(w[i]);
+  L::interleave(words);
+}
+
 // The normals of the block that starts with counter `first`, in element order.
 template <class L>
 ZO_HD void block_normals(typename L::F32 (&z)[4], uint64_t first, uint64_t id,
@@ -38,10 +48,42 @@ ZO_HD void block_normals(typename L::F32 (&z)[4], uint64_t first, uint64_t id,
   L::interleave(z);
 }
 
-// body(pointer to a whole block, its first counter) for every block of the span. The partial
-// blocks at the ends go through a buffer, so that one code path computes all elements.
-template <class L, class T, class Body>
-ZO_HD void for_blocks(T* data, const Span& span, const Body& body) {
+// The random numbers of 8 * lanes elements from element 8 * first, in element order.
+template <class L>
+ZO_HD void random_numbers(uint16_t* random, uint64_t first, uint64_t id, const RoundKeys& keys) {
+  typename L::F32 words[4];
+  ordered_words<L>(words, first, id, keys);
+  for (int i = 0; i < 4; ++i) L::store_words(random + 2 * i * L::lanes, L::bits(words[i]));
+}
+
+// ---- blocks ------------------------------------------------------------------------------------
+
+template <class T, int64_t size>
+struct Buffer {
+  T x[size] = {};
+};
+
+template <class T>
+ZO_HD void copy(T* to, const T* from, int64_t count) {
+  if (to && from) __builtin_memcpy(to, from, count * sizeof(T));
+}
+
+// body(counter, data...) for a block of which only `count` elements from element `skip` exist. It
+// goes through buffers, so that one code path computes all elements.
+template <class L, class Body, class... T>
+ZO_HD void partial_block(int64_t skip, int64_t count, uint64_t counter, const Body& body,
+                         T*... data) {
+  const auto run = [&](auto... buffer) ZO_LAMBDA {
+    (copy(buffer.x + skip, data, count), ...);
+    body(counter, (data ? buffer.x : nullptr)...);
+    (copy(data, buffer.x + skip, count), ...);
+  };
+  run(Buffer<T, block_elements<L>>{}...);
+}
+
+// body(first counter, data...) for every block of the span, `data` moved to the block. Null stays.
+template <class L, class Body, class... T>
+ZO_HD void for_blocks(const Span& span, const Body& body, T*... data) {
   constexpr int64_t size = block_elements<L>;
   // The high word is constant in a chunk, so all that hangs on it leaves the loop.
   const uint64_t high = static_cast<uint64_t>(span.first) / 4 & 0xFFFFFFFF00000000u;
@@ -50,64 +92,163 @@ ZO_HD void for_blocks(T* data, const Span& span, const Body& body) {
   for (int64_t left = span.count; left > 0; low += L::lanes) {
     const int64_t here = size - skip < left ? size - skip : left;
     if (here == size) {
-      body(data, high | low);
+      body(high | low, data...);
     } else {
-      T buffer[size] = {};
-      __builtin_memcpy(buffer + skip, data, here * sizeof(T));
-      body(buffer, high | low);
-      __builtin_memcpy(data, buffer + skip, here * sizeof(T));
+      partial_block<L>(skip, here, high | low, body, data...);
     }
-    data += here;
+    ((data = data ? data + here : nullptr), ...);
     left -= here;
     skip = 0;
   }
 }
 
+// The end of a sweep over weights: rounds them to nearest, or stochastically.
+template <class L, class T>
+ZO_HD void store_block(T* block, const typename L::F32 (&acc)[4], uint64_t first, uint64_t id,
+                       const RoundKeys* rounding) {
+  if (rounds<T> && rounding) {
+    // Half of the lanes of L make the numbers of a block.
+    alignas(64) uint16_t random[block_elements<L>];
+    random_numbers<typename L::One>(random, first / 2, id, *rounding);
+    for (int i = 0; i < 4; ++i) {
+      const int64_t at = i * L::lanes;
+      store_stochastic<L>(block + at, acc[i], L::load_bits(random + at));
+    }
+  } else {
+    for (int i = 0; i < 4; ++i) L::store(block + i * L::lanes, acc[i]);
+  }
+}
+
 template <class L>
 void bits(int64_t* out, const Span& span, const RoundKeys& keys) {
-  for_blocks<L>(out, span, [&](int64_t* block, uint64_t first) ZO_LAMBDA {
-    typename L::U32 words[4];
-    random_words<L>(words, first, span.id, keys);
-    typename L::F32 z[4];
-    for (int i = 0; i < 4; ++i) z[i] = L::as_float(words[i]);
-    L::interleave(z);
+  const auto body = [&](uint64_t first, int64_t* block) ZO_LAMBDA {
+    typename L::F32 words[4];
+    ordered_words<L>(words, first, span.id, keys);
     float ordered[block_elements<L>];
-    for (int i = 0; i < 4; ++i) L::store(ordered + i * L::lanes, z[i]);
+    for (int i = 0; i < 4; ++i) L::store(ordered + i * L::lanes, words[i]);
     for (int i = 0; i < block_elements<L>; ++i) block[i] = bits_of(ordered[i]);
-  });
+  };
+  for_blocks<L>(span, body, out);
 }
 
 template <class L>
 void normal(float* out, const Span& span, const RoundKeys& keys) {
-  for_blocks<L>(out, span, [&](float* block, uint64_t first) ZO_LAMBDA {
+  const auto body = [&](uint64_t first, float* block) ZO_LAMBDA {
     typename L::F32 z[4];
     block_normals<L>(z, first, span.id, keys);
     for (int i = 0; i < 4; ++i) L::store(block + i * L::lanes, z[i]);
-  });
+  };
+  for_blocks<L>(span, body, out);
 }
 
-// weight = decay * weight + sum_k coeffs[k] * z_k
 template <class L, class T>
-void dense(void* weights, const Span& span, int64_t directions, const RoundKeys* keys,
-           const float* coeffs, float decay) {
-  for_blocks<L>(static_cast<T*>(weights), span, [&](T* block, uint64_t first) ZO_LAMBDA {
+void dense(void* weights, const Span& span, const Update& u) {
+  const auto body = [&](uint64_t first, T* block) ZO_LAMBDA {
     typename L::F32 acc[4];
-    for (int i = 0; i < 4; ++i) acc[i] = decayed<L>(L::load(block + i * L::lanes), decay);
-    for (int64_t k = 0; k < directions; ++k) {
+    for (int i = 0; i < 4; ++i) acc[i] = decayed<L>(L::load(block + i * L::lanes), u.decay);
+    for (int64_t k = 0; k < u.directions; ++k) {
       typename L::F32 z[4];
-      block_normals<L>(z, first, span.id, keys[k]);
-      for (int i = 0; i < 4; ++i) acc[i] = step<L>(acc[i], coeffs[k], z[i]);
+      block_normals<L>(z, first, span.id, u.keys[k]);
+      for (int i = 0; i < 4; ++i) acc[i] = step<L>(acc[i], u.coeffs[k], z[i]);
     }
-    for (int i = 0; i < 4; ++i) L::store(block + i * L::lanes, acc[i]);
-  });
+    store_block<L>(block, acc, first, span.id, u.rounding);
+  };
+  for_blocks<L>(span, body, static_cast<T*>(weights));
+}
+
+// ---- moments -----------------------------------------------------------------------------------
+
+// The block's estimate g goes into its moments and they into acc.
+template <class L, Rule rule, bool kept, class M>
+ZO_HD void update_moments(typename L::F32 (&acc)[4], const typename L::F32 (&g)[4], M* firsts,
+                          float* seconds, const MomentCoeffs& coeffs) {
+  for (int i = 0; i < 4; ++i) {
+    const int64_t at = i * L::lanes;
+    typename L::F32 first{}, second{};
+    if constexpr (kept) first = L::load(firsts + at);
+    if constexpr (rule == Rule::adam) second = L::load(seconds + at);
+    acc[i] = step<L>(acc[i], coeffs.step, moments<L, rule, kept>(g[i], first, second, coeffs));
+    if constexpr (kept) L::store(firsts + at, first);
+    if constexpr (rule == Rule::adam) L::store(seconds + at, second);
+  }
+}
+
+template <class L, Rule rule, class M>
+ZO_HD void update_moments(typename L::F32 (&acc)[4], const typename L::F32 (&g)[4], M* firsts,
+                          float* seconds, const MomentCoeffs& coeffs) {
+  if (rule == Rule::adam || firsts) {
+    update_moments<L, rule, true>(acc, g, firsts, seconds, coeffs);
+  } else {
+    update_moments<L, rule, false>(acc, g, firsts, seconds, coeffs);
+  }
+}
+
+// M: the type of the first moments.
+template <class L, class T, class M>
+void moment_sweep(void* weights, void* firsts, float* seconds, const Span& span, const Update& u,
+                  const Moments& m) {
+  const auto body = [&](uint64_t first, T* block, M* firsts, float* seconds) ZO_LAMBDA {
+    typename L::F32 acc[4], g[4];
+    for (int i = 0; i < 4; ++i) {
+      acc[i] = decayed<L>(L::load(block + i * L::lanes), u.decay);
+      g[i] = L::splat(0.0f);
+    }
+    for (int64_t k = 0; k < u.directions; ++k) {
+      typename L::F32 z[4];
+      block_normals<L>(z, first, span.id, u.keys[k]);
+      for (int i = 0; i < 4; ++i) {
+        g[i] = step<L>(g[i], m.grads[k], z[i]);
+        acc[i] = step<L>(acc[i], u.coeffs[k], z[i]);
+      }
+    }
+    switch (m.rule) {
+      case Rule::momentum:
+        update_moments<L, Rule::momentum>(acc, g, firsts, seconds, m.coeffs);
+        break;
+      case Rule::sign:
+        update_moments<L, Rule::sign>(acc, g, firsts, seconds, m.coeffs);
+        break;
+      case Rule::adam:
+        update_moments<L, Rule::adam>(acc, g, firsts, seconds, m.coeffs);
+        break;
+    }
+    store_block<L>(block, acc, first, span.id, u.rounding);
+  };
+  for_blocks<L>(span, body, static_cast<T*>(weights), static_cast<M*>(firsts), seconds);
 }
 
 // ---- low rank ---------------------------------------------------------------------------------
 
-// R rows x C vectors: weight = decay * weight + coeff * (u @ vt).
+// The random numbers of a strip: R rows, so many columns that the lanes of two vectors are enough
+// for a row, wherever it starts.
+template <class L, int R>
+struct RandomStrip {
+  using N = Twice<L>;
+  static constexpr int64_t capacity = 8 * N::lanes;
+  static constexpr int64_t margin = 32, pitch = margin + 2 * capacity;
+  alignas(64) uint16_t numbers[R * pitch];
+
+  // The number of row 0, column 0.
+  ZO_HD uint16_t* begin() { return numbers + margin; }
+
+  // Rows start with elements first, first + stride, ...
+  ZO_HD void fill(uint64_t first, int64_t stride, uint64_t id, const RoundKeys& keys) {
+    for (int i = 0; i < R; ++i, first += stride) {
+      uint16_t* const out = begin() + i * pitch - first % 8;
+      const uint64_t counter = first / 8;
+      random_numbers<N>(out, counter, id, keys);
+      // A vector of counters has one high word. Where it changes, a second vector goes on.
+      const uint64_t end = (counter | 0xFFFFFFFFu) + 1;
+      if (end - counter < N::lanes) random_numbers<N>(out + 8 * (end - counter), end, id, keys);
+    }
+  }
+};
+
+// R rows x C vectors: weight = decay * weight + coeff * (u @ vt). `random` is null, or a number
+// for each weight, with rows `pitch` apart.
 template <class L, int R, int C, class T>
 ZO_HD void lowrank_block(T* weights, int64_t stride, const float* u, const float* vt,
-                         const Tile& t) {
+                         const uint16_t* random, int64_t pitch, const Tile& t) {
   typename L::F32 dot[R][C];
   for (int j = 0; j < C; ++j) {
     const auto v = L::load(vt + j * L::lanes);
@@ -124,16 +265,25 @@ ZO_HD void lowrank_block(T* weights, int64_t stride, const float* u, const float
   for (int i = 0; i < R; ++i) {
     for (int j = 0; j < C; ++j) {
       T* const p = weights + i * stride + j * L::lanes;
-      L::store(p, step<L>(decayed<L>(L::load(p), t.decay), t.coeff, dot[i][j]));
+      const auto acc = step<L>(decayed<L>(L::load(p), t.decay), t.coeff, dot[i][j]);
+      if (rounds<T> && random) {
+        store_stochastic<L>(p, acc, L::load_bits(random + i * pitch + j * L::lanes));
+      } else {
+        L::store(p, acc);
+      }
     }
   }
 }
 
-template <class L, int R, class T>
-ZO_HD void lowrank_rows(T* weights, const float* u, const Tile& t) {
-  constexpr int C = 2;
-  int64_t column = 0;
-  for (; column + C * L::lanes <= t.columns; column += C * L::lanes) {
+// Columns [column, end) of R rows. `random` begins with that column.
+template <class L, int R, int C, class T>
+ZO_HD void lowrank_columns(T* weights, const float* u, int64_t column, int64_t end,
+                           const uint16_t* random, int64_t pitch, const Tile& t) {
+  const auto advance = [&](int64_t columns) ZO_LAMBDA {
+    column += columns;
+    if (random) random += columns;
+  };
+  while (column + C * L::lanes <= end) {
     // The R rows are R short streams, too short for the hardware to run ahead in them: name what
     // the next R rows need. (Past the last row that is nothing; prefetches don't fault.)
     for (int i = 0; i < R; ++i) {
@@ -142,19 +292,41 @@ ZO_HD void lowrank_rows(T* weights, const float* u, const Tile& t) {
         __builtin_prefetch(next + byte);
       }
     }
-    lowrank_block<L, R, C>(weights + column, t.stride, u, t.vt + column, t);
+    lowrank_block<L, R, C>(weights + column, t.stride, u, t.vt + column, random, pitch, t);
+    advance(C * L::lanes);
   }
-  for (; column < t.columns; column += L::lanes) {
-    const int64_t left = t.columns - column;
+  while (column < end) {
+    const int64_t left = end - column;
     const int64_t here = left < L::lanes ? left : L::lanes;
     T buffer[R * L::lanes] = {};
     for (int i = 0; i < R; ++i) {
       __builtin_memcpy(buffer + i * L::lanes, weights + i * t.stride + column, here * sizeof(T));
     }
-    lowrank_block<L, R, 1>(buffer, L::lanes, u, t.vt + column, t);
+    lowrank_block<L, R, 1>(buffer, L::lanes, u, t.vt + column, random, pitch, t);
     for (int i = 0; i < R; ++i) {
       __builtin_memcpy(weights + i * t.stride + column, buffer + i * L::lanes, here * sizeof(T));
     }
+    advance(here);
+  }
+}
+
+template <class L, int R, class T>
+ZO_HD void lowrank_rows(T* weights, int64_t row, const Tile& t) {
+  constexpr int C = 2;
+  T* const w = weights + row * t.stride;
+  const float* const u = t.u + row * t.rank;
+  if (rounds<T> && t.rounding) {
+    RandomStrip<L, R> random;
+    // Where rows do not start with a counter's first number, up to 7 of the strip's are not used.
+    constexpr int64_t block = C * L::lanes, loss = (7 + block - 1) / block * block;
+    const int64_t width = random.capacity - ((t.first | t.stride) % 8 ? loss : 0);
+    for (int64_t column = 0; column < t.columns; column += width) {
+      const int64_t end = column + width < t.columns ? column + width : t.columns;
+      random.fill(t.first + row * t.stride + column, t.stride, t.id, *t.rounding);
+      lowrank_columns<L, R, C>(w, u, column, end, random.begin(), random.pitch, t);
+    }
+  } else {
+    lowrank_columns<L, R, C>(w, u, 0, t.columns, nullptr, 0, t);
   }
 }
 
@@ -163,10 +335,8 @@ void lowrank(void* weights, const Tile& t) {
   constexpr int R = 4;  // rows that share a load of vt
   T* const w = static_cast<T*>(weights);
   int64_t row = 0;
-  for (; row + R <= t.rows; row += R) {
-    lowrank_rows<L, R>(w + row * t.stride, t.u + row * t.rank, t);
-  }
-  for (; row < t.rows; ++row) lowrank_rows<L, 1>(w + row * t.stride, t.u + row * t.rank, t);
+  for (; row + R <= t.rows; row += R) lowrank_rows<L, R>(w, row, t);
+  for (; row < t.rows; ++row) lowrank_rows<L, 1>(w, row, t);
 }
 
 template <class L>
@@ -188,12 +358,15 @@ void momentum_factor(float* moment, const float* u, float* a, int64_t count, con
   }
 }
 
-// Noise over N, the rest over L.
-template <class L, class N = L>
+// Noise over two vectors at a time.
+template <class L, class N = Twice<L>>
 constexpr Sweeps sweeps_of = {
     bits<N>,
     normal<N>,
     {dense<N, Half>, dense<N, BFloat16>, dense<N, float>},
+    {{moment_sweep<N, Half, Half>, moment_sweep<N, Half, float>},
+     {moment_sweep<N, BFloat16, BFloat16>, moment_sweep<N, BFloat16, float>},
+     {moment_sweep<N, float, float>, moment_sweep<N, float, float>}},
     {lowrank<L, Half>, lowrank<L, BFloat16>, lowrank<L, float>},
     momentum_factor<L>,
 };

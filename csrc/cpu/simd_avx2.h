@@ -43,8 +43,11 @@ struct Avx2 {
 
   // integers
   ZO_HD static U32 splat(uint32_t x) { return _mm256_set1_epi32(x); }
+  ZO_HD static U32 add(U32 a, U32 b) { return _mm256_add_epi32(a, b); }
   ZO_HD static U32 sub(U32 a, U32 b) { return _mm256_sub_epi32(a, b); }
-  ZO_HD static U32 half(U32 a) { return _mm256_srli_epi32(a, 1); }
+  ZO_HD static U32 min(U32 a, U32 b) { return _mm256_min_epu32(a, b); }
+  ZO_HD static U32 max(U32 a, U32 b) { return _mm256_max_epu32(a, b); }
+  ZO_HD static U32 shr(U32 a, int bits) { return _mm256_srli_epi32(a, bits); }
   ZO_HD static U32 and_or(U32 a, uint32_t mask, uint32_t set) {
     return _mm256_or_si256(_mm256_and_si256(a, splat(mask)), splat(set));
   }
@@ -59,10 +62,21 @@ struct Avx2 {
 
   // floats
   ZO_HD static F32 splat(float x) { return _mm256_set1_ps(x); }
+  ZO_HD static F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
   ZO_HD static F32 sub(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
   ZO_HD static F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
+  ZO_HD static F32 div(F32 a, F32 b) { return _mm256_div_ps(a, b); }
+  ZO_HD static F32 sqrt(F32 x) { return _mm256_sqrt_ps(x); }
   ZO_HD static F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
   ZO_HD static F32 fnma(F32 a, F32 b, F32 c) { return _mm256_fnmadd_ps(a, b, c); }
+  ZO_HD static F32 sign(F32 x) {
+    const __m256 one = _mm256_or_ps(_mm256_and_ps(x, splat(-0.0f)), splat(1.0f));
+    return _mm256_and_ps(one, _mm256_cmp_ps(x, splat(0.0f), _CMP_NEQ_OQ));
+  }
+  ZO_HD static U32 unless_nan(F32 x, U32 value, uint32_t nan) {
+    const __m256 is_nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+    return bits(_mm256_blendv_ps(as_float(value), as_float(splat(nan)), is_nan));
+  }
 
   // Words 0..3 of 8 counters to element order: a 4x4 transpose in every 128-bit lane.
   ZO_HD static void interleave(F32 (&z)[4]) {
@@ -91,12 +105,17 @@ struct Avx2 {
   ZO_HD static void store(BFloat16* p, F32 x) {
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits(x), 16), splat(1u));
     const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits(x), splat(0x7FFFu)), odd);
-    const __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
-    const __m256i rounded =
-        bits(_mm256_blendv_ps(as_float(sum), as_float(splat(0x7FC00000u)), nan));
-    const __m256i words = _mm256_srli_epi32(rounded, 16);
-    store_16_bits(
-        p, _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+    store_bits(p, unless_nan(x, shr(sum, 16), 0x7FC0u));
+  }
+
+  // 16-bit numbers, one in a lane, and in their order in words.
+  ZO_HD static U32 load_bits(const uint16_t* p) { return _mm256_cvtepu16_epi32(load_16_bits(p)); }
+  ZO_HD static void store_bits(void* p, U32 x) {
+    const __m128i high = _mm256_extracti128_si256(x, 1);
+    store_16_bits(p, _mm_packus_epi32(_mm256_castsi256_si128(x), high));
+  }
+  ZO_HD static void store_words(uint16_t* p, U32 x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x);
   }
 
  private:

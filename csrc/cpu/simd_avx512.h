@@ -44,8 +44,11 @@ struct Avx512 {
 
   // integers
   ZO_HD static U32 splat(uint32_t x) { return _mm512_set1_epi32(x); }
+  ZO_HD static U32 add(U32 a, U32 b) { return _mm512_add_epi32(a, b); }
   ZO_HD static U32 sub(U32 a, U32 b) { return _mm512_sub_epi32(a, b); }
-  ZO_HD static U32 half(U32 a) { return _mm512_srli_epi32(a, 1); }
+  ZO_HD static U32 min(U32 a, U32 b) { return _mm512_min_epu32(a, b); }
+  ZO_HD static U32 max(U32 a, U32 b) { return _mm512_max_epu32(a, b); }
+  ZO_HD static U32 shr(U32 a, int bits) { return _mm512_srli_epi32(a, bits); }
   ZO_HD static U32 and_or(U32 a, uint32_t mask, uint32_t set) {
     return _mm512_ternarylogic_epi32(a, splat(mask), splat(set), 0xEA);
   }
@@ -60,10 +63,21 @@ struct Avx512 {
 
   // floats
   ZO_HD static F32 splat(float x) { return _mm512_set1_ps(x); }
+  ZO_HD static F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
   ZO_HD static F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
   ZO_HD static F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+  ZO_HD static F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
+  ZO_HD static F32 sqrt(F32 x) { return _mm512_sqrt_ps(x); }
   ZO_HD static F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
   ZO_HD static F32 fnma(F32 a, F32 b, F32 c) { return _mm512_fnmadd_ps(a, b, c); }
+  ZO_HD static F32 sign(F32 x) {
+    const __mmask16 some = _mm512_cmp_ps_mask(x, splat(0.0f), _CMP_NEQ_OQ);
+    const U32 one = and_or(bits(x), 0x80000000u, 0x3F800000u);
+    return as_float(_mm512_maskz_mov_epi32(some, one));
+  }
+  ZO_HD static U32 unless_nan(F32 x, U32 value, uint32_t nan) {
+    return _mm512_mask_mov_epi32(value, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), splat(nan));
+  }
 
   // Words 0..3 of 16 counters to element order: a 4x4 transpose in every 128-bit lane.
   ZO_HD static void interleave(F32 (&z)[4]) {
@@ -92,10 +106,13 @@ struct Avx512 {
   ZO_HD static void store(BFloat16* p, F32 x) {
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits(x), 16), splat(1u));
     const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits(x), splat(0x7FFFu)), odd);
-    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    const __m512i rounded = _mm512_mask_mov_epi32(sum, nan, splat(0x7FC00000u));
-    store_16_bits(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    store_bits(p, unless_nan(x, shr(sum, 16), 0x7FC0u));
   }
+
+  // 16-bit numbers, one in a lane, and in their order in words.
+  ZO_HD static U32 load_bits(const uint16_t* p) { return _mm512_cvtepu16_epi32(load_16_bits(p)); }
+  ZO_HD static void store_bits(void* p, U32 x) { store_16_bits(p, _mm512_cvtepi32_epi16(x)); }
+  ZO_HD static void store_words(uint16_t* p, U32 x) { _mm512_storeu_si512(p, x); }
 
  private:
   ZO_HD static __m256i load_16_bits(const void* p) {

@@ -1,7 +1,7 @@
 // What an instruction set must provide: one table of functions over plain memory.
 #pragma once
 
-#include "../philox.h"
+#include "../element.h"
 
 namespace zo_fused {
 
@@ -18,22 +18,45 @@ struct Span {
   uint64_t id;
 };
 
+// What becomes of the weights of one parameter: decay * weight + sum_k coeffs[k] * z_k, where z_k
+// has keys[k]. `rounding` is the key of a rounding stream, or null for rounding to nearest.
+struct Update {
+  int64_t directions;
+  const RoundKeys* keys;
+  const float* coeffs;
+  float decay;
+  const RoundKeys* rounding;
+};
+
+// What a sweep over moments does beside: the estimate is sum_k grads[k] * z_k.
+struct Moments {
+  Rule rule;
+  const float* grads;
+  MomentCoeffs coeffs;
+};
+
 // rows x columns of a weight matrix whose rows are `stride` apart. u is (rows, rank); vt is
-// (rank, columns), with rows `vt_stride` apart and padded to whole vectors.
+// (rank, columns), with rows `vt_stride` apart and padded to whole vectors. `first` is the index
+// in the full parameter of the first weight. Without `rounding` it does not matter, nor does id.
 struct Tile {
   int64_t rows, columns, stride;
   const float* u;
   const float* vt;
   int64_t vt_stride, rank;
   float coeff, decay;
+  uint64_t first, id;
+  const RoundKeys* rounding;
 };
 
 struct Sweeps {
   void (*bits)(int64_t* out, const Span& span, const RoundKeys& keys);
   void (*normal)(float* out, const Span& span, const RoundKeys& keys);
-  // keys and coeffs: one for each of `directions`. Indexed by Dtype, as is `lowrank`.
-  void (*dense[3])(void* weights, const Span& span, int64_t directions, const RoundKeys* keys,
-                   const float* coeffs, float decay);
+  // Indexed by the Dtype of the weights.
+  void (*dense[3])(void* weights, const Span& span, const Update& update);
+  // The second index: whether `firsts` are float32, or of the weights' type. `firsts` may be null;
+  // for all rules but Adam, `seconds` are.
+  void (*moments[3][2])(void* weights, void* firsts, float* seconds, const Span& span,
+                        const Update& update, const Moments& moments);
   void (*lowrank[3])(void* weights, const Tile& tile);
   // coeffs: beta, grad, restore, step. a = restore * u + step * (the new moment).
   void (*momentum)(float* moment, const float* u, float* a, int64_t count, const float* coeffs);

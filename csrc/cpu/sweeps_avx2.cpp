@@ -16,7 +16,7 @@
 
 namespace zo_fused {
 
-const Sweeps sweeps_avx2 = sweeps_of<Avx2, Twice<Avx2>>;
+const Sweeps sweeps_avx2 = sweeps_of<Avx2>;
 
 }  // namespace zo_fused
 

@@ -21,7 +21,7 @@
 
 namespace zo_fused {
 
-const Sweeps sweeps_avx512 = sweeps_of<Avx512, Twice<Avx512>>;
+const Sweeps sweeps_avx512 = sweeps_of<Avx512>;
 
 }  // namespace zo_fused
 

@@ -8,6 +8,7 @@ namespace zo_fused {
 
 template <class L>
 struct Twice {
+  using One = L;
   static constexpr int lanes = 2 * L::lanes;
   struct F32 {
     typename L::F32 a, b;
@@ -39,8 +40,11 @@ struct Twice {
 
   // integers
   ZO_HD static U32 splat(uint32_t x) { return {L::splat(x), L::splat(x)}; }
+  ZO_HD static U32 add(U32 x, U32 y) { return {L::add(x.a, y.a), L::add(x.b, y.b)}; }
   ZO_HD static U32 sub(U32 x, U32 y) { return {L::sub(x.a, y.a), L::sub(x.b, y.b)}; }
-  ZO_HD static U32 half(U32 x) { return {L::half(x.a), L::half(x.b)}; }
+  ZO_HD static U32 min(U32 x, U32 y) { return {L::min(x.a, y.a), L::min(x.b, y.b)}; }
+  ZO_HD static U32 max(U32 x, U32 y) { return {L::max(x.a, y.a), L::max(x.b, y.b)}; }
+  ZO_HD static U32 shr(U32 x, int bits) { return {L::shr(x.a, bits), L::shr(x.b, bits)}; }
   ZO_HD static U32 and_or(U32 x, uint32_t mask, uint32_t set) {
     return {L::and_or(x.a, mask, set), L::and_or(x.b, mask, set)};
   }
@@ -55,13 +59,20 @@ struct Twice {
 
   // floats
   ZO_HD static F32 splat(float x) { return {L::splat(x), L::splat(x)}; }
+  ZO_HD static F32 add(F32 x, F32 y) { return {L::add(x.a, y.a), L::add(x.b, y.b)}; }
   ZO_HD static F32 sub(F32 x, F32 y) { return {L::sub(x.a, y.a), L::sub(x.b, y.b)}; }
   ZO_HD static F32 mul(F32 x, F32 y) { return {L::mul(x.a, y.a), L::mul(x.b, y.b)}; }
+  ZO_HD static F32 div(F32 x, F32 y) { return {L::div(x.a, y.a), L::div(x.b, y.b)}; }
+  ZO_HD static F32 sqrt(F32 x) { return {L::sqrt(x.a), L::sqrt(x.b)}; }
   ZO_HD static F32 fma(F32 x, F32 y, F32 z) {
     return {L::fma(x.a, y.a, z.a), L::fma(x.b, y.b, z.b)};
   }
   ZO_HD static F32 fnma(F32 x, F32 y, F32 z) {
     return {L::fnma(x.a, y.a, z.a), L::fnma(x.b, y.b, z.b)};
+  }
+  ZO_HD static F32 sign(F32 x) { return {L::sign(x.a), L::sign(x.b)}; }
+  ZO_HD static U32 unless_nan(F32 x, U32 value, uint32_t nan) {
+    return {L::unless_nan(x.a, value.a, nan), L::unless_nan(x.b, value.b, nan)};
   }
 
   // To element order: the elements of a come first.
@@ -85,6 +96,18 @@ struct Twice {
   ZO_HD static void store(T* p, F32 x) {
     L::store(p, x.a);
     L::store(p + L::lanes, x.b);
+  }
+  ZO_HD static U32 load_bits(const uint16_t* p) {
+    return {L::load_bits(p), L::load_bits(p + L::lanes)};
+  }
+  template <class T>
+  ZO_HD static void store_bits(T* p, U32 x) {
+    L::store_bits(p, x.a);
+    L::store_bits(p + L::lanes, x.b);
+  }
+  ZO_HD static void store_words(uint16_t* p, U32 x) {
+    L::store_words(p, x.a);
+    L::store_words(p + 2 * L::lanes, x.b);
   }
 };
 

@@ -5,105 +5,140 @@ which for 16-bit weights is one 128-bit load and store; noise never leaves its t
 weights one counter, four elements, is 128 bits.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .blocks import block_elements, chunk_elements, index, is_whole
 from .fma import fma
-from .launch import NOISE_BLOCK, NOISE_WARPS, OPTIONS, noise_grid, vectorizes
-from .normal import normals
-from .philox import covered, locate
-from .rounding import narrow, widen
+from .launch import (
+    CHUNK,
+    DTYPES,
+    NOISE_WARPS,
+    OPTIONS,
+    STRAY,
+    UNROLLED_DIRECTIONS,
+    noise_block,
+)
+from .normal import normals, transform_of
+from .rounding import rounded, widen
+from .table import ADDRESS, ID, INDEX, OFFSET, find, pointer
 
 
 @triton.jit
-def sweep_block(
-    ptrs,  # [BLOCK] a block of weights
-    mask,  # [BLOCK] which of them the tensor has, or None: all
-    block,  # its number in the full parameter
-    id,  # parameter id
+def sweep_run(
+    ptrs,  # [COUNT] neighbouring weights
+    mask,  # [COUNT] or None
+    first,  # index of the first in the full parameter
+    id,
     keys_ptr,  # [K]
     coeffs_ptr,  # [K]
-    decay,  # scalar
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
+    directions,  # K
+    held,  # if K is 1 or 2: a tuple of keys and coefficients in registers; else empty
+    decay,
+    rounding_ptr,  # [1] or None
+    TRANSFORM: tl.constexpr,
+    COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """*ptrs = round(decay * *ptrs + sum_k coeffs[k] * z_k)"""
     w = tl.load(ptrs, mask=mask)
     acc = decay * widen(w)
-    for k in range(K):
-        z = normals(block, tl.load(keys_ptr + k), id, BLOCK, WIDTH)
-        acc = fma(tl.load(coeffs_ptr + k), z, acc)
-    tl.store(ptrs, narrow(acc, w.dtype), mask=mask)
+    if len(held) > 0:
+        for i in tl.static_range(0, len(held), 2):
+            acc = fma(held[i + 1], normals(first, held[i], id, COUNT, WIDTH, TRANSFORM), acc)
+    else:
+        for k in range(directions):
+            z = normals(first, tl.load(keys_ptr + k), id, COUNT, WIDTH, TRANSFORM)
+            acc = fma(tl.load(coeffs_ptr + k), z, acc)
+    tl.store(ptrs, rounded(acc, w.dtype, rounding_ptr, first, id, COUNT, WIDTH), mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=["p_ptr", "keys_ptr", "coeffs_ptr", "decay_ptr", "row", "n", "id", "offset"]
-)
+POINTERS = ["table_ptr", "keys_ptr", "coeffs_ptr", "decay_ptr", "rounding_ptr"]
+
+
+@triton.jit(do_not_specialize=["rows", "directions", *POINTERS])
 def _dense_kernel(
-    p_ptr,  # [n] weights, in place
+    table_ptr,  # [rows, WIDTH]
+    rows,
     keys_ptr,  # [K] stream keys
     coeffs_ptr,  # [P, K]
     decay_ptr,  # [P]
-    row: tl.int64,  # of coeffs and decay
-    n: tl.int64,  # elements
-    id: tl.int64,  # parameter id
-    offset: tl.int64,  # index of p[0] in the full parameter
-    K: tl.constexpr,
-    VECTORIZES: tl.constexpr,
+    rounding_ptr,  # [1] key of a rounding stream, or None
+    directions,  # K
+    DTYPE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
+    STRAY: tl.constexpr,
 ):
-    """p[i] = round(decay * p[i] + sum_k coeffs[k] * z_k[offset + i])"""
-    block, start = locate(offset, BLOCK)
-    ptrs = p_ptr + start
-    if VECTORIZES:
-        ptrs = tl.multiple_of(ptrs, 16)
-    ptrs = ptrs + tl.arange(0, BLOCK)
-    id = id.to(tl.int64)
-    coeffs_ptr += row * K
+    """p = round(decay * p + sum_k coeffs[k] * z_k) for all parameters p of the table"""
+    row_ptr, program = find(table_ptr, rows)
+    p_ptr = pointer(tl.load(row_ptr + ADDRESS), DTYPE)
+    id = tl.load(row_ptr + ID)
+    row = tl.load(row_ptr + INDEX)
     decay = tl.load(decay_ptr + row)
+    coeffs_ptr += row * directions
+    # Loaded here, they stay in registers from block to block, and the key schedule with them.
+    held = ()
+    if UNROLL == 1:
+        held = (tl.load(keys_ptr), tl.load(coeffs_ptr))
+    elif UNROLL == 2:
+        held = (
+            tl.load(keys_ptr),
+            tl.load(coeffs_ptr),
+            tl.load(keys_ptr + 1),
+            tl.load(coeffs_ptr + 1),
+        )
+    offset = tl.load(row_ptr + OFFSET)
+    begin, end = chunk_elements(row_ptr, program, CHUNK)
+    for block in range(begin // BLOCK, tl.cdiv(end, BLOCK)):
+        low, high = block_elements(block, begin, end, BLOCK)
+        if is_whole(row_ptr, low, high, BLOCK):
+            ptrs = tl.multiple_of(p_ptr + (low - offset), 16) + tl.arange(0, BLOCK)
+            sweep_run(
+                ptrs, None, block * BLOCK, id, keys_ptr, coeffs_ptr, directions, held,
+                decay, rounding_ptr, TRANSFORM, BLOCK, WIDTH,
+            )  # fmt: skip
+        else:
+            for i in range(low, high, STRAY):
+                first = index(i)
+                run = first + tl.arange(0, STRAY)
+                sweep_run(
+                    p_ptr + (run - offset), run < high, first, id, keys_ptr, coeffs_ptr,
+                    directions, (), decay, rounding_ptr, TRANSFORM, STRAY, 1,
+                )  # fmt: skip
 
-    # A block that the tensor fills has code of its own, free of masks: 128-bit accesses need
-    # that, and comparisons would be a fifth of the instructions.
-    if (start >= 0) & (start + BLOCK <= n):
-        sweep_block(ptrs, None, block, id, keys_ptr, coeffs_ptr, decay, K, BLOCK, WIDTH)
-    else:
-        mask = covered(start, n, BLOCK)
-        sweep_block(ptrs, mask, block, id, keys_ptr, coeffs_ptr, decay, K, BLOCK, WIDTH)
 
-
-def dense_(
-    p: Tensor, id: int, offset: int, keys: Tensor, coeffs: Tensor, decay: Tensor, row: int
+def dense(
+    launch: Any,
+    keys: Tensor,
+    coeffs: Tensor,
+    decay: Tensor,
+    rounding: Tensor | None,
+    transform: str,
 ) -> None:
-    """p = round(decay[row] * p + sum_k coeffs[row, k] * z_k), in place.
-
-    Args:
-        p: contiguous float16, bfloat16 or float32 tensor.
-        id: parameter id, a signed 64-bit integer.
-        offset: index of p's first element in the full parameter.
-        keys: [K] int64 on p's device, as are
-        coeffs: [P, K] float32, contiguous, and
-        decay: [P] float32.
-        row: which row belongs to p.
-    """
-    n = p.numel()
-    if n == 0:
-        return
-    _dense_kernel[noise_grid(n, offset)](
-        p,
+    """p = round(decay * p + sum_k coeffs[k] * z_k), in place; see `zo_fused.multi_tensor`."""
+    directions = keys.numel()
+    _dense_kernel[(launch.programs,)](
+        launch.table,
+        launch.rows,
         keys,
         coeffs,
         decay,
-        row,
-        n,
-        id,
-        offset,
-        K=keys.numel(),
-        VECTORIZES=vectorizes(p.data_ptr(), offset, p.element_size()),
-        BLOCK=NOISE_BLOCK,
-        WIDTH=16 // p.element_size(),
+        rounding,
+        directions,
+        DTYPE=DTYPES[launch.dtype],
+        UNROLL=directions if directions <= UNROLLED_DIRECTIONS else 0,
+        TRANSFORM=transform_of(transform),
+        CHUNK=CHUNK,
+        BLOCK=noise_block(directions, launch.dtype.itemsize),
+        WIDTH=16 // launch.dtype.itemsize,
+        STRAY=STRAY,
         num_warps=NOISE_WARPS,
         **OPTIONS,
     )

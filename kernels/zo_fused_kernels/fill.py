@@ -9,65 +9,59 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import NOISE_BLOCK, NOISE_WARPS, OPTIONS, noise_grid
-from .normal import normals
-from .philox import covered, locate, words
+from .blocks import chunk_elements, index
+from .launch import CHUNK, NOISE_WARPS, OPTIONS, STRAY
+from .normal import PORTABLE, normals, transform_of
+from .philox import word_at
+from .table import ADDRESS, ID, INDEX, OFFSET, find, pointer
 
 
-@triton.jit(do_not_specialize=["out_ptr", "keys_ptr", "row", "n", "id", "offset"])
-def _bits_kernel(
-    out_ptr,  # [n] int64
+@triton.jit(do_not_specialize=["table_ptr", "rows", "keys_ptr"])
+def _fill_kernel(
+    table_ptr,  # [rows, WIDTH]
+    rows,
     keys_ptr,  # [P] stream keys
-    row: tl.int64,  # of keys
-    n: tl.int64,  # elements
-    id: tl.int64,  # parameter id
-    offset: tl.int64,  # index of out[0] in the full parameter
-    BLOCK: tl.constexpr,
+    NORMALS: tl.constexpr,  # else words
+    TRANSFORM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STRAY: tl.constexpr,
 ):
-    """out[i] = word of element offset + i"""
-    block, start = locate(offset, BLOCK)
-    w0, w1, w2, w3 = words(block, tl.load(keys_ptr + row), id.to(tl.int64), BLOCK, 4, 0)
-    x = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK,)).to(tl.int64)
-    tl.store(out_ptr + start + tl.arange(0, BLOCK), x, mask=covered(start, n, BLOCK))
+    """out[i] = normal or word of element offset + i, for all tensors of the table"""
+    row_ptr, program = find(table_ptr, rows)
+    out_ptr = pointer(tl.load(row_ptr + ADDRESS), tl.float32 if NORMALS else tl.int64)
+    id = tl.load(row_ptr + ID)
+    key = tl.load(keys_ptr + tl.load(row_ptr + INDEX))
+    offset = tl.load(row_ptr + OFFSET)
+    begin, end = chunk_elements(row_ptr, program, CHUNK)
+    for i in range(begin, end, STRAY):
+        first = index(i)
+        run = first + tl.arange(0, STRAY)
+        if NORMALS:
+            x = normals(first, key, id, STRAY, 1, TRANSFORM)
+        else:
+            x = word_at(run, key, id).to(tl.int64)
+        tl.store(out_ptr + (run - offset), x, mask=run < end)
 
 
-@triton.jit(do_not_specialize=["out_ptr", "keys_ptr", "row", "n", "id", "offset"])
-def _normal_kernel(
-    out_ptr,  # [n] float32
-    keys_ptr,  # [P] stream keys
-    row: tl.int64,  # of keys
-    n: tl.int64,  # elements
-    id: tl.int64,  # parameter id
-    offset: tl.int64,  # index of out[0] in the full parameter
-    BLOCK: tl.constexpr,
-):
-    """out[i] = standard normal of element offset + i"""
-    block, start = locate(offset, BLOCK)
-    z = normals(block, tl.load(keys_ptr + row), id.to(tl.int64), BLOCK, 4)
-    tl.store(out_ptr + start + tl.arange(0, BLOCK), z, mask=covered(start, n, BLOCK))
+def _fill(launch: Any, keys: Tensor, wants_normals: bool, transform: str) -> None:
+    _fill_kernel[(launch.programs,)](
+        launch.table,
+        launch.rows,
+        keys,
+        NORMALS=wants_normals,
+        TRANSFORM=transform,
+        CHUNK=CHUNK,
+        STRAY=STRAY,
+        num_warps=NOISE_WARPS,
+        **OPTIONS,
+    )
 
 
-def _fill(kernel: Any, out: Tensor, id: int, offset: int, keys: Tensor, row: int) -> None:
-    n = out.numel()
-    if n:
-        kernel[noise_grid(n, offset)](
-            out, keys, row, n, id, offset, BLOCK=NOISE_BLOCK, num_warps=NOISE_WARPS, **OPTIONS
-        )
+def bits(launch: Any, keys: Tensor) -> None:
+    """Fill int64 tensors with words; see `zo_fused.multi_tensor`."""
+    _fill(launch, keys, False, PORTABLE.value)
 
 
-def bits_(out: Tensor, id: int, offset: int, keys: Tensor, row: int) -> None:
-    """out[i] = Philox word of element ``offset + i`` of parameter ``id``, in place.
-
-    Args:
-        out: contiguous int64 tensor.
-        id: parameter id, a signed 64-bit integer.
-        offset: index of out's first element in the full parameter.
-        keys: [P] int64 on out's device.
-        row: which key is out's.
-    """
-    _fill(_bits_kernel, out, id, offset, keys, row)
-
-
-def normal_(out: Tensor, id: int, offset: int, keys: Tensor, row: int) -> None:
-    """out[i] = standard normal of element ``offset + i``, float32; arguments as for `bits_`."""
-    _fill(_normal_kernel, out, id, offset, keys, row)
+def normal(launch: Any, keys: Tensor, transform: str) -> None:
+    """Fill float32 tensors with normals; see `zo_fused.multi_tensor`."""
+    _fill(launch, keys, True, transform_of(transform))

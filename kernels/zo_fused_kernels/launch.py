@@ -1,8 +1,10 @@
-"""How kernels are launched: block sizes, warps, grids, options. The only tuning table. Floor 0."""
+"""How kernels are launched: block sizes, warps, options. The only tuning table. Floor 0."""
 
 from __future__ import annotations
 
-import triton
+from typing import Any
+
+import torch
 import triton.language as tl
 from triton import knobs
 
@@ -13,40 +15,55 @@ INTERPRETING = tl.constexpr(bool(knobs.runtime.interpret))
 
 # Elements of a block of noise. A block is an aligned run of the *full* parameter, so that all its
 # counters share their high word. 4096 over 128 threads is 32 a thread: four 128-bit loads of
-# 16-bit weights in flight; key schedule and addresses, about 100 instructions, spread over enough
-# elements (half as many cost 2.7 instructions more each); 80 registers, six blocks on an SM.
+# 16-bit weights in flight; addresses spread over enough elements; 80 registers, six blocks on an
+# SM.
 NOISE_BLOCK = 4096
 NOISE_WARPS = 4
 
-# Rows and columns of a tile of a low-rank sweep. A thread of the 128 gets eight columns (one
-# 128-bit access of 16-bit weights) of four rows. Fewer rows and columns than threads: only then
-# does Triton let every thread load its own entries of the factors, instead of passing them round
-# through shared memory, with barriers.
-TILE_ROWS = 64
-TILE_COLUMNS = 64
-TILE_WARPS = 4
+# With moments there is more to hold, and memory moves five times as much.
+MOMENTS_BLOCK = 2048
 
-# Ranks up to here are straight-line code, larger ones end in a loop.
-UNROLL = 32
+# Elements that a program takes, block after block. Finding the parameter in the table (ten steps
+# of ten instructions for a thousand parameters) and the key schedule are paid once in 512 elements
+# of a thread; a model of 125 M elements still makes 1900 programs, three for a place on an H100.
+CHUNK = 16 * NOISE_BLOCK
 
-# Elements of a factor that a momentum update takes at once.
-FACTOR_BLOCK = 1024
-FACTOR_WARPS = 4
+# Elements that a program takes at once where wide accesses are impossible: four a thread.
+STRAY = 4 * 32 * NOISE_WARPS
 
-# Without contraction ``a * b + c`` stays two roundings, as the specification has it.
-OPTIONS = {"enable_fp_fusion": False}
+# Directions up to here are straight-line code, more are a loop.
+UNROLLED_DIRECTIONS = 2
 
 
-def noise_grid(numel: int, offset: int) -> tuple[int]:
-    """Blocks that hold elements ``offset .. offset + numel``."""
-    return (triton.cdiv(offset % NOISE_BLOCK + numel, NOISE_BLOCK),)
+def noise_block(directions: int, itemsize: int) -> int:
+    """Elements of a block of a dense sweep. More directions in blocks of the full size take more
+    registers: 160 in a loop, and two in float32 spill on sm_80."""
+    return NOISE_BLOCK if directions * itemsize <= 4 else NOISE_BLOCK // 2
 
 
-def vectorizes(address: int, offset: int, itemsize: int) -> bool:
-    """Whether eight-element groups of the full parameter lie on 16-byte boundaries in memory."""
-    return (address - offset % 8 * itemsize) % 16 == 0
+# Rows and columns of a matrix that a program of a low-rank sweep takes, GROUP rows at a time. With
+# 128 bits a thread a warp takes all the columns in 16 bits, half of them in 32, so a program has
+# four or eight warps and a thread 256 or 128 weights: enough to pay for finding the parameter, in
+# tiles of which a matrix of 768 x 768 has 18. In 16 bits four loads of weights are in flight.
+TILE = (128, 256)
+GROUP = 16
 
+# Up to this rank a thread holds its columns of v in registers: 64 of them at most.
+HELD_RANK = 8
 
-def tile_grid(m: int, n: int) -> tuple[int]:
-    """Tiles that cover an m x n matrix, row by row."""
-    return (triton.cdiv(m, TILE_ROWS) * triton.cdiv(n, TILE_COLUMNS),)
+# Two weights a thread where wide accesses are impossible, lest that code take the most registers.
+STRAY_TILE = (2, 64)
+
+# Elements of factors that a program of a sweep over momentum takes at a time.
+MOMENTUM_BLOCK = 1024
+
+# Without contraction ``a * b + c`` stays two roundings, as the specification has it. One stage:
+# there is no loop to pipeline through shared memory.
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": False, "num_stages": 1}
+
+DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.int64: tl.int64,
+}

@@ -25,36 +25,50 @@ def philox(c0, c1, c2, c3, k0, k1):
 @triton.jit
 def split(x):
     """low and high word of an int64"""
+    x = tl.cast(x, tl.int64)  # interpreted loops count in Python's integers
     return x.to(tl.uint32), (x >> 32).to(tl.uint32)
 
 
 @triton.jit
-def words(block, key, id, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr):
-    """four words of counter PART of every group of WIDTH elements in a block of a parameter"""
-    # Element e has word e % 4 of counter e // 4. The first counter of a block is a multiple of
-    # BLOCK / 4, so adding to its low word never carries.
-    low, high = split(block * (BLOCK // 4))
+def counters(first, key, id, COUNT: tl.constexpr, STRIDE: tl.constexpr):
+    """[COUNT] four words each of the counters first, first + STRIDE, ..
+
+    They must not pass a multiple of 2**32.
+    """
+    low, high = split(first)
     k0, k1 = split(key)
     id_low, id_high = split(id)
-    groups = tl.arange(0, BLOCK // WIDTH).to(tl.uint32)
-    return philox(low + (groups * (WIDTH // 4) + PART), high, id_low, id_high, k0, k1)
+    low += tl.arange(0, COUNT).to(tl.uint32) * STRIDE
+    return philox(low, high, id_low, id_high, k0, k1)
 
 
 @triton.jit
-def locate(offset, BLOCK: tl.constexpr):
-    """number of this program's block in the full parameter, and where it starts in the tensor
-
-    The tensor holds the parameter from element ``offset``; the first block may start before it.
-    """
-    pid = tl.program_id(0).to(tl.int64)
-    offset = offset.to(tl.int64)
-    return offset // BLOCK + pid, pid * BLOCK - offset % BLOCK
+def counters_at(n, key, id):
+    """four words each of any counters n, a block"""
+    low, high = split(n)
+    k0, k1 = split(key)
+    id_low, id_high = split(id)
+    return philox(low, high, id_low, id_high, k0, k1)
 
 
 @triton.jit
-def covered(start, n, BLOCK: tl.constexpr):
-    """[BLOCK] which elements of a block that starts at ``start`` are among a tensor's n"""
-    offs = tl.arange(0, BLOCK)
-    low = tl.maximum(-start, 0).to(tl.int32)
-    high = tl.minimum(n - start, BLOCK).to(tl.int32)
-    return (offs >= low) & (offs < high)
+def word_at(e, key, id):
+    """the words of elements e, a block"""
+    w0, w1, w2, w3 = counters_at(e >> 2, key, id)
+    return tl.where(e & 2 == 0, tl.where(e & 1 == 0, w0, w1), tl.where(e & 1 == 0, w2, w3))
+
+
+@triton.jit
+def halves(first, key, id, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """[COUNT] the 16-bit numbers of elements first, first + 1, ..: the words of the stream cut in
+    two; first and WIDTH as in `normal.normals`"""
+    if WIDTH == 1:
+        e = first + tl.arange(0, COUNT)
+        word = word_at(e >> 1, key, id)
+        return tl.where(e & 1 == 0, word & 0xFFFF, word >> 16)
+    else:
+        # One counter serves eight elements of a thread. Each join adds a last axis, which stays
+        # within its thread: no data moves.
+        w0, w1, w2, w3 = counters(first // 8, key, id, COUNT // 8, 1)
+        w = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        return tl.reshape(tl.join(w & 0xFFFF, w >> 16), (COUNT,))

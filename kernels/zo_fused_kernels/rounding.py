@@ -1,9 +1,10 @@
-"""Conversions between float32 and the dtypes of weights. Floor 1."""
+"""Conversions between float32 and the dtypes of weights. Floor 2."""
 
 import triton
 import triton.language as tl
 
 from .launch import INTERPRETING
+from .philox import halves
 
 
 @triton.jit
@@ -28,3 +29,30 @@ def narrow(x, DTYPE: tl.constexpr):
         return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(DTYPE)
+
+
+@triton.jit
+def narrow_randomly(x, random, DTYPE: tl.constexpr):
+    """x rounded to a neighbour in a 16-bit DTYPE, without bias; random: uint32 below 2**16"""
+    if tl.bfloat16 == DTYPE:
+        cut = (x.to(tl.uint32, bitcast=True) + random) >> 16
+        cut = tl.where(x == x, cut, 0x7FC0)
+    else:
+        # Times 2**-112 a float32 has the exponent bits of a float16, subnormals included.
+        bits = (x * 2.0**-112).to(tl.uint32, bitcast=True)
+        magnitude = tl.minimum(((bits & 0x7FFFFFFF) + (random >> 3)) >> 13, 0x7C00)
+        cut = tl.where(x == x, ((bits >> 16) & 0x8000) | magnitude, 0x7E00)
+    return cut.to(tl.uint16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def rounded(
+    x, DTYPE: tl.constexpr, rounding_ptr, first, id, COUNT: tl.constexpr, WIDTH: tl.constexpr
+):
+    """[COUNT] x, elements first, first + 1, .. of a parameter, in DTYPE: to nearest, or given the
+    key of a rounding stream at random (float32 has nothing to round)"""
+    if rounding_ptr is None or tl.float32 == DTYPE:
+        return narrow(x, DTYPE)
+    else:
+        random = halves(first, tl.load(rounding_ptr), id, COUNT, WIDTH)
+        return narrow_randomly(x, random, DTYPE)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
+TRANSFORMS = ("portable",)
+RULES = ("momentum", "sign", "adam")  # as in `Rule` of csrc/element.h
 
 _import_error: str | None = None
 try:
@@ -41,7 +45,48 @@ def _operator(name: str) -> Callable[..., Any]:
 
 
 bits_ = _operator("bits_")
-normal_ = _operator("normal_")
-dense_ = _operator("dense_")
 lowrank_ = _operator("lowrank_")
 lowrank_momentum_ = _operator("lowrank_momentum_")
+
+# Strings stay on this side: torch's stable ABI loses the memory of every one that it hands to C++.
+
+
+def normal_(
+    outs: Sequence[Tensor], ids: Tensor, offsets: Tensor, keys: Tensor, transform: str = "portable"
+) -> None:
+    torch.ops.zo_fused_C.normal_(outs, ids, offsets, keys)
+
+
+def dense_(
+    params: Sequence[Tensor],
+    ids: Tensor,
+    offsets: Tensor,
+    keys: Tensor,
+    coeffs: Tensor,
+    decay: Tensor,
+    rounding: Tensor | None = None,
+    transform: str = "portable",
+) -> None:
+    torch.ops.zo_fused_C.dense_(params, ids, offsets, keys, coeffs, decay, rounding)
+
+
+def moments_(
+    params: Sequence[Tensor],
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    ids: Tensor,
+    offsets: Tensor,
+    keys: Tensor,
+    grads: Tensor,
+    restores: Tensor,
+    coeffs: Tensor,
+    decay: Tensor,
+    rule: str,
+    rounding: Tensor | None = None,
+    transform: str = "portable",
+) -> None:
+    streams = (ids, offsets, keys, grads, restores)
+    number = RULES.index(rule)
+    torch.ops.zo_fused_C.moments_(
+        params, firsts, seconds, *streams, coeffs, decay, number, rounding
+    )

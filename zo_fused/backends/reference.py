@@ -1,8 +1,25 @@
 """The reference backend: `zo_fused.reference` on any device, in bounded scratch memory. Floor 2."""
 
-from zo_fused.reference import bits_, dense_, lowrank_, lowrank_momentum_, normal_
+from zo_fused.reference import (
+    TRANSFORMS,
+    bits_,
+    dense_,
+    lowrank_,
+    lowrank_momentum_,
+    moments_,
+    normal_,
+)
 
-__all__ = ["bits_", "dense_", "lowrank_", "lowrank_momentum_", "normal_", "why_not"]
+__all__ = [
+    "TRANSFORMS",
+    "bits_",
+    "dense_",
+    "lowrank_",
+    "lowrank_momentum_",
+    "moments_",
+    "normal_",
+    "why_not",
+]
 
 
 def why_not(device_type: str) -> str | None:

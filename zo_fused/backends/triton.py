@@ -1,19 +1,13 @@
-"""The Triton backend: NVIDIA and AMD GPUs or, for tests, Triton's interpreter. Floor 2.
-
-One launch a parameter. Keys, coefficients and decay stay on the device, where the kernels read
-them: nothing waits for the host, and nothing is compiled anew when they change.
-"""
+"""The Triton backend: NVIDIA and AMD GPUs or, for tests, Triton's interpreter. Floor 3."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+import importlib
 
-import torch
-from torch import Tensor
+from zo_fused.multi_tensor import Kernels, MultiTensor
 
 OLDEST = (3, 6)
+TRANSFORMS = ("portable", "fast")
 
 
 def why_not(device_type: str) -> str | None:
@@ -35,78 +29,15 @@ def why_not(device_type: str) -> str | None:
     )
 
 
-@contextlib.contextmanager
-def _device_of(tensor: Tensor) -> Iterator[None]:
-    """Makes the tensor's device current, to which Triton launches."""
-    with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
-        yield
+def _kernels() -> Kernels:
+    # Imported late: defining kernels needs Triton, and decides whether they are interpreted.
+    return importlib.import_module("zo_fused_kernels.sweeps")
 
 
-def _rows(tensors: Sequence[Tensor], *integers: Tensor) -> Iterator[tuple[Any, ...]]:
-    return zip(range(len(tensors)), tensors, *(t.tolist() for t in integers), strict=True)
-
-
-def bits_(outs: Sequence[Tensor], ids: Tensor, offsets: Tensor, keys: Tensor) -> None:
-    from zo_fused_kernels import fill
-
-    keys = keys.contiguous()
-    with _device_of(keys):
-        for row, out, id, offset in _rows(outs, ids, offsets):
-            fill.bits_(out, id, offset, keys, row)
-
-
-def normal_(outs: Sequence[Tensor], ids: Tensor, offsets: Tensor, keys: Tensor) -> None:
-    from zo_fused_kernels import fill
-
-    keys = keys.contiguous()
-    with _device_of(keys):
-        for row, out, id, offset in _rows(outs, ids, offsets):
-            fill.normal_(out, id, offset, keys, row)
-
-
-def dense_(
-    params: Sequence[Tensor],
-    ids: Tensor,
-    offsets: Tensor,
-    keys: Tensor,
-    coeffs: Tensor,
-    decay: Tensor,
-) -> None:
-    from zo_fused_kernels import dense
-
-    keys, coeffs, decay = keys.contiguous(), coeffs.contiguous(), decay.contiguous()
-    with _device_of(decay):
-        for row, param, id, offset in _rows(params, ids, offsets):
-            dense.dense_(param, id, offset, keys, coeffs, decay, row)
-
-
-def lowrank_(
-    params: Sequence[Tensor],
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    coeffs: Tensor,
-    decay: Tensor,
-) -> None:
-    from zo_fused_kernels import lowrank
-
-    coeffs, decay = coeffs.contiguous(), decay.contiguous()
-    with _device_of(decay):
-        for row, (param, u, v) in enumerate(zip(params, us, vs, strict=True)):
-            lowrank.lowrank_(param, u, v, coeffs, decay, row)
-
-
-def lowrank_momentum_(
-    params: Sequence[Tensor],
-    moments: Sequence[Tensor],
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    coeffs: Tensor,
-    decay: Tensor,
-) -> None:
-    from zo_fused_kernels import lowrank
-
-    coeffs, decay = coeffs.contiguous(), decay.contiguous()
-    with _device_of(decay):
-        rows = zip(params, moments, us, vs, strict=True)
-        for row, (param, moment, u, v) in enumerate(rows):
-            lowrank.lowrank_momentum_(param, moment, u, v, coeffs, decay, row)
+sweeps = MultiTensor(_kernels)
+bits_ = sweeps.bits_
+normal_ = sweeps.normal_
+dense_ = sweeps.dense_
+moments_ = sweeps.moments_
+lowrank_ = sweeps.lowrank_
+lowrank_momentum_ = sweeps.lowrank_momentum_

@@ -59,7 +59,7 @@ def examine() -> dict[str, Any]:
     """Everything the command reports, as JSON types."""
     import zo_fused
     from zo_fused import _env, dispatch
-    from zo_fused.backends import cpu
+    from zo_fused.backends import cpu, cuda
 
     versions: dict[str, str | None] = {
         "python": platform.python_version(),
@@ -80,6 +80,7 @@ def examine() -> dict[str, Any]:
         },
         "forced_backend": _env.forced_backend(),
         "cpp_extension": cpu.isa() if built else None,
+        "cuda_extension": [f"{major}.{minor}" for major, minor in cuda.architectures()] or None,
         "triton_interprets": _env.triton_interprets(),
     }
     return found | {"advice": _advice(found)}
@@ -91,7 +92,7 @@ def _advice(found: dict[str, Any]) -> list[str]:
     if found["cpp_extension"] is None:
         advice.append(f"on CPUs the slow reference serves: {backends['cpu']['cpu']}")
     if any(name.startswith("cuda") for name in found["devices"]):
-        if versions["triton"] is None:
+        if versions["triton"] is None and backends["cuda"]["cuda"] is not None:
             advice.append("on GPUs the slow reference serves: `pip install triton`")
         if found["triton_interprets"]:
             advice.append("Triton kernels run in Python: unset TRITON_INTERPRET")
@@ -128,6 +129,9 @@ def _text(found: dict[str, Any]) -> str:
         lines += ["why not", *reasons]
     isa = found["cpp_extension"]
     lines.append(f"C++ extension   {'not built' if isa is None else f'built, uses {isa}'}")
+    architectures = found["cuda_extension"]
+    what = "not built" if architectures is None else f"built for {', '.join(architectures)}"
+    lines.append(f"CUDA extension  {what}")
     how = "in its interpreter (TRITON_INTERPRET)" if found["triton_interprets"] else "compiled"
     how = how if found["versions"]["triton"] else "not installed"
     lines.append(f"Triton kernels  {how}")

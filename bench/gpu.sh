@@ -1,0 +1,169 @@
+#!/usr/bin/env bash
+# Build, tests, sanitizers and benchmarks on a machine with a GPU: one command, eight minutes.
+#
+#   bench/gpu.sh [DIRECTORY]     (or OUT=DIRECTORY bench/gpu.sh; default: bench/results/gpu-...)
+#
+# Needs no network: python3 with torch, Triton, pytest and matplotlib, nvcc, compute-sanitizer.
+# Every stage has a time limit and a log; one that fails stops no other. The directory gets
+# gpu.json, gpu.md, two plots and four logs. Exit status: 0 if every stage succeeded.
+#
+# PYTHON: the interpreter (python3). BUDGET: seconds for everything (480).
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 2
+
+python=${PYTHON:-python3}
+budget=${BUDGET:-480}
+scratch=$(mktemp -d)
+results=$scratch/results
+: >"$results"
+
+seen=$("$python" -c '
+import torch
+print(torch.cuda.get_device_name(0))
+print("{}.{}".format(*torch.cuda.get_device_capability(0)))') || {
+  echo "gpu.sh: $python sees no GPU" >&2
+  exit 2
+}
+name=$(sed -n 1p <<<"$seen" | sed 's/^NVIDIA //; s/[^A-Za-z0-9._-]/-/g')
+arch=$(sed -n 2p <<<"$seen")
+out=${1:-${OUT:-bench/results/gpu-$name-$(date +%Y%m%d-%H%M)}}
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+rm -f "$out"/{gpu.json,gpu.md,sweeps.png,steps.png,build.log,tests.log,sanitizer.log,bench.log}
+
+export PYTHONPATH=$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH} # instead of an installation
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export TRITON_CACHE_DIR=$scratch/triton TORCHINDUCTOR_CACHE_DIR=$scratch/inductor
+export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
+unset TRITON_INTERPRET ZO_FUSED_BACKEND
+
+say() { printf '[%3d s] %s\n' "$SECONDS" "$*"; }
+
+# stage NAME LIMIT LOG COMMAND...: runs a command, notes how it ended. At the limit it gets $stop.
+stop=TERM
+stage() {
+  local name=$1 limit=$2 log=$3 start=$SECONDS code=0 verdict
+  shift 3
+  ((limit < 5)) && limit=5
+  printf '\n==== %s (at most %d s): %s\n' "$name" "$limit" "$*" >>"$log"
+  timeout -s "$stop" -k 10 "$limit" "$@" >>"$log" 2>&1 </dev/null || code=$?
+  case $code in
+    0) verdict=ok ;;
+    124 | 137) verdict="out of time" ;;
+    *) verdict="FAILED ($code)" ;;
+  esac
+  printf '%s\t%s\t%d s\n' "$name" "$verdict" "$((SECONDS - start))" >>"$results"
+  say "$name: $verdict"
+  return "$code"
+}
+
+# ---- build ---------------------------------------------------------------------------------------
+
+{
+  date -u
+  nvidia-smi
+  nvidia-smi --query-gpu=clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit --format=csv
+  nvcc --version
+  "$python" --version
+  "$python" -m pip list 2>/dev/null |
+    grep -iE '^(torch|triton|numpy|pytest|hypothesis|setuptools|ninja) '
+  git describe --always --dirty
+} >"$out/build.log" 2>&1
+
+export TORCH_CUDA_ARCH_LIST=$arch
+say "$name, compute capability $arch; results in $out"
+ZO_FUSED_NATIVE=cuda stage "build" 130 "$out/build.log" "$python" setup.py build_ext --inplace ||
+  ZO_FUSED_NATIVE=cpu stage "build without CUDA" 60 "$out/build.log" \
+    "$python" setup.py build_ext --inplace
+
+# ---- checks, side by side: nothing here is timed -------------------------------------------------
+
+# pytest FILES...: warnings are shown, and fail nothing.
+tests() {
+  local name=$1 stop=INT # pytest then still tells what failed
+  shift
+  stage "$name" "$checks" "$scratch/tests-$name.log" "$python" -m pytest --require-gpu -v \
+    --tb=short -rs -W default -p no:cacheprovider --timeout=100 "$@"
+}
+
+# sanitize TOOL OPTIONS...
+sanitize() {
+  local tool=$1
+  shift
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" "$checks" "$scratch/sanitizer-$tool.log" \
+    compute-sanitizer --tool "$tool" --error-exitcode 86 --print-limit 20 "$@" \
+    "$python" bench/sanitize.py --backend cuda --guard 0
+}
+
+checks=$((budget - 215 - SECONDS)) # the benchmarks take about two minutes, and may take more
+((checks > 170)) && checks=170
+((checks < 60)) && checks=60
+compiles=(tests/test_triton_compile.py) # needs no GPU, but takes this machine's Triton
+marked=()
+for file in $(grep -lE 'mark\.gpu\b' tests/test_*.py); do
+  case $file in
+    *test_gpu_script.py | *test_triton*.py | *test_cuda.py) ;;
+    *) marked+=("$file") ;;
+  esac
+done
+(
+  export OMP_NUM_THREADS=2
+  # In three, because Triton compiles a kernel for every form of a sweep.
+  tests gpu -m gpu -k "not every_operator" "${marked[@]}" &
+  tests gpu-sweeps -m gpu -k "every_operator and not moments" tests/test_gpu.py &
+  tests gpu-moments -m gpu -k "every_operator and moments" tests/test_gpu.py &
+  for file in tests/test_triton*.py tests/test_cuda.py; do
+    [[ -e $file && $file != "${compiles[0]}" ]] && tests "$(basename "$file" .py)" "$file" &
+  done
+  [[ -e ${compiles[0]} ]] && tests "triton-compile" "${compiles[@]}" &
+  sanitize memcheck --report-api-errors no &
+  sanitize racecheck &
+  # Tiny benchmarks: whether they run, and their kernels into the caches.
+  for dtype in fp16 bf16 fp32; do
+    stage "rehearsal $dtype" "$checks" "$scratch/bench-$dtype.log" \
+      "$python" bench/gpu.py --quick --dtypes "$dtype" --budget "$checks" \
+      --out "$scratch/rehearsal-$dtype" &
+  done
+  # What the instructions promise, to be laid beside what is measured.
+  timeout "$checks" "$python" bench/sass.py --json "sm_${arch/./}" \
+    >"$scratch/sass.json" 2>"$scratch/bench-sass.log" &
+  wait
+)
+cat "$scratch"/tests-*.log >"$out/tests.log"
+cat "$scratch"/sanitizer-*.log >"$out/sanitizer.log"
+cat "$scratch"/bench-*.log >"$out/bench.log" 2>/dev/null
+
+# ---- benchmarks, alone ---------------------------------------------------------------------------
+
+left=$((budget - SECONDS - 5))
+((left > 290)) && left=290
+((left < 60)) && left=60
+predictions=()
+[[ -s $scratch/sass.json ]] && predictions=(--sass "$scratch/sass.json")
+stage "benchmarks" "$left" "$out/bench.log" \
+  "$python" bench/gpu.py --out "$out" --budget "$((left - 20))" "${predictions[@]}"
+# Killed, it left rows but no page.
+[[ -e $out/gpu.json && ! -e $out/gpu.md ]] &&
+  stage "report" 30 "$out/bench.log" "$python" bench/gpu_report.py "$out"
+
+# ---- summary -------------------------------------------------------------------------------------
+
+counts() { # the last line of each pytest run
+  grep -hE '^=+ .*(passed|failed|error|skipped|deselected|no tests ran).* =+$' "$out/tests.log" |
+    sed 's/^=* //; s/ =*$//'
+}
+{
+  printf '\n## Stages\n\n| stage | result | time |\n|---|---|---|\n'
+  sed 's/\t/ | /g; s/^/| /; s/$/ |/' "$results"
+  printf '\nTests: %s.\n' "$(counts | paste -sd ';' | sed 's/;/; /g')"
+} >>"$out/gpu.md"
+
+echo
+sed -n '/^## Goals/,/^## /{/^|/p}' "$out/gpu.md"
+echo
+grep -hE '^(FAILED|ERROR) ' "$out/tests.log" | head -20
+counts
+column -t -s $'\t' "$results" 2>/dev/null || cat "$results"
+failures=$(grep -cv $'\tok\t' "$results")
+rm -rf "$out/gpu.partial" "$scratch"
+say "done, $failures stages failed: $out"
+exit "$((failures > 0))"

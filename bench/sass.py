@@ -1,0 +1,481 @@
+"""What Triton's compiler makes of the kernels, on a machine with no GPU.
+
+``python bench/sass.py`` (``make sass``) compiles every kernel for each GPU generation and prints
+tables: instructions per element on the path that nearly all elements take, registers, memory
+accesses, and the fraction of a GPU's bandwidth that `roofline` predicts from them. ``--json
+TARGET`` prints all that was found for one target; the tests read that. Kernels are compiled by the
+launchers themselves; only the last step, the launch, is left out.
+
+Run it in a process of its own: Triton can't compile where it interprets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import roofline
+import torch
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+NVIDIA = [name for name in TARGETS if name.startswith("sm_")]
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+SEARCH_STEPS = 10  # to find one of a thousand parameters in the table
+
+# ---- compiling ----------------------------------------------------------------------------------
+
+
+class OfflineDriver:
+    """As much of a Triton driver as compiling takes."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return "offline"
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def record_kernels(target: str) -> list[Any]:
+    """From now on, launching a kernel compiles it for the target and appends it to this list."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    driver.set_active(OfflineDriver(GPUTarget(*TARGETS[target])))
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled.append(kernel)
+        return kernel
+
+    JITFunction.run = compile_only
+    return compiled
+
+
+# ---- reading machine code -----------------------------------------------------------------------
+
+
+_STORES_128 = ("STG.E.128", "buffer_store_dwordx4", "global_store_dwordx4")
+
+
+class Instruction(NamedTuple):
+    address: int
+    opcode: str
+    conditional: bool
+    target: int | None  # where a branch goes
+
+    @property
+    def ends(self) -> bool:
+        return self.opcode in ("EXIT", "s_endpgm")
+
+    @property
+    def stores_128(self) -> bool:
+        return self.opcode.startswith(_STORES_128)
+
+
+def cuobjdump(cubin: bytes, option: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run(
+            [tool, option, file.name], capture_output=True, text=True, check=True
+        ).stdout
+
+
+def parse_sass(text: str) -> list[Instruction]:
+    """The instructions of a function in cuobjdump's output, without padding."""
+    line = re.compile(
+        r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)\s*([^;]*);", re.M
+    )
+    found = []
+    for address, predicate, opcode, operands in line.findall(text):
+        target = None
+        if opcode.startswith(("BRA", "CALL.REL.NOINC")):  # ptxas may leave a loop by a call
+            target = int(operands.split("0x")[-1].rstrip(" `()"), 16)
+        conditional = bool(predicate) or (target is not None and "," in operands)
+        if opcode != "NOP":
+            found.append(Instruction(int(address, 16), opcode, conditional, target))
+    return found
+
+
+def parse_gcn(text: str) -> list[Instruction]:
+    """The instructions of an AMD kernel in assembler, numbered in place of addresses."""
+    labels: dict[str, int] = {}
+    lines: list[tuple[str, str]] = []
+    for line in text.splitlines():
+        if match := re.match(r"^(\.LBB\w+):", line):
+            labels[match[1]] = len(lines)
+        elif match := re.match(r"^\s+([sv]_\w+|global_\w+|buffer_\w+|ds_\w+)\s*([^;]*)", line):
+            lines.append((match[1], match[2].strip()))
+    return [
+        Instruction(
+            i,
+            opcode,
+            opcode.startswith("s_cbranch"),
+            labels[operands] if opcode.startswith(("s_cbranch", "s_branch")) else None,
+        )
+        for i, (opcode, operands) in enumerate(lines)
+    ]
+
+
+def shortest_path(code: list[Instruction], stores: int) -> list[Instruction] | None:
+    """The shortest way from the first instruction to an end, or back to where it has been, that
+    stores 128 bits so many times."""
+    addresses = [step.address for step in code]
+    # By instruction: length of the rest of the way by the stores on it, and the next instruction.
+    rest: list[dict[int, tuple[int, int | None]]] = [{} for _ in code]
+    for i in reversed(range(len(code))):
+        step = code[i]
+        ends, following = step.ends, [i + 1]
+        if step.ends or step.target is not None:
+            following = [i + 1] if step.conditional else []
+        if step.target is not None:
+            if step.target > step.address:
+                following.append(bisect_left(addresses, step.target))  # it may be padding
+            elif not step.conditional:
+                ends = True
+        here = int(step.stores_128)
+        ways = [(here, 1, None)] if ends else []
+        for j in following:
+            if j < len(code):
+                ways += [(n + here, length + 1, j) for n, (length, _) in rest[j].items()]
+        for n, length, j in ways:
+            if n <= stores and (n not in rest[i] or length < rest[i][n][0]):
+                rest[i][n] = (length, j)
+    path: list[Instruction] = []
+    at: int | None = 0
+    while at is not None:
+        if stores not in rest[at]:
+            return None
+        path.append(code[at])
+        at, stores = rest[at][stores][1], stores - code[at].stores_128
+    return path
+
+
+def loops(code: list[Instruction]) -> list[range]:
+    """Addresses of every loop, from where it is entered to where it goes back."""
+    return [
+        range(step.target, step.address + 1)
+        for step in code
+        if step.target is not None and step.target < step.address
+    ]
+
+
+def fast_path(code: list[Instruction], unit: Unit) -> dict[str, Any] | None:
+    """The path of a unit that fills its place in a parameter: all its weights in 128-bit stores.
+
+    Returns:
+        ``inside``: opcodes for a unit; ``mix``: opcodes per element, with what a program does once
+        shared out among its elements. None: no such path.
+    """
+    path = shortest_path(code, unit.stores)
+    if path is None:
+        return None
+    store = next(step.address for step in path if step.stores_128)
+    around = [loop for loop in loops(code) if store in loop]
+    body = min(around, key=len) if around else range(1 << 62)
+    # The first loop of every kernel searches the table; a path may go past it.
+    before = [loop for loop in loops(code) if loop.stop <= body.start]
+    search = min(before, key=lambda loop: loop.start, default=range(0))
+    inner = [loop for loop in loops(code) if store not in loop and loop.start in body]
+    inside: Counter[str] = Counter()
+    once: Counter[str] = Counter()
+    for step in path:
+        if step.address in body:
+            inside[step.opcode] += unit.trips if any(step.address in x for x in inner) else 1
+        elif step.address not in search:
+            once[step.opcode] += 1
+    for step in code:
+        if step.address in search:
+            once[step.opcode] += SEARCH_STEPS
+    mix: Counter[str] = Counter()
+    for opcodes, elements in ((inside, 1), (once, unit.in_program)):
+        for opcode, count in opcodes.items():
+            mix[opcode] += count / elements / unit.elements
+    return {"inside": inside, "mix": mix, "per_element": sum(mix.values())}
+
+
+def asked_fmas(llir: str) -> int:
+    """Fused multiply-adds that the kernel's source asks for."""
+    widths = re.findall(r"call [^\n]*@llvm\.fma\.(?:v(\d+))?f32", llir)
+    return sum(int(width or 1) for width in widths)
+
+
+def facts_of(kernel: Any, unit: Unit | None = None) -> dict[str, Any]:
+    """All that the table shows and the tests check of a compiled kernel."""
+    asm = kernel.asm
+    facts: dict[str, Any] = {
+        "name": kernel.metadata.name,
+        "shared": kernel.metadata.shared,
+        "asked_fmas": asked_fmas(asm["llir"]),
+        "fast_math": re.findall(r"\bf(?:add|mul|sub) (fast|contract|reassoc)\b", asm["llir"]),
+    }
+    if "amdgcn" in asm:
+        text = asm["amdgcn"]
+        code = parse_gcn(text)
+        packed = len(re.findall(r"^\s+v_pk_fma_f32", text, re.M))
+        single = len(re.findall(r"^\s+v_(?:fma|mad|fmac|mac)\w*_(?:f32|mix\w+)", text, re.M))
+        # Conversion and product in one, with -0 to add. (The mixed instructions round to float32
+        # and then to float16, as the source does: github.com/llvm/llvm-project/pull/219723.)
+        plain = len(re.findall(r"^\s+v_fma_mix_f32 [^\n]*, neg\(0\)", text, re.M))
+        facts["made_fmas"] = single - plain + 2 * packed
+        facts["stack"] = int(re.search(r"ScratchSize: (\d+)", text)[1])  # type: ignore[index]
+        facts["registers"] = int(re.search(r"NumVgprs: (\d+)", text)[1])  # type: ignore[index]
+        facts["keeps_subnormals"] = "denorm_mode_32 3" in text
+    else:
+        code = parse_sass(cuobjdump(asm["cubin"], "-sass"))
+        usage = cuobjdump(asm["cubin"], "-res-usage")
+        ops = [step.opcode for step in code]
+        ptx = re.findall(r"\b(?:add|sub|mul|fma)\.[a-z.]*f32(?:x2)?\b", asm["ptx"])
+        # ptxas fuses nothing that says `.rn` (PTX ISA). Compilers drop what they find twice.
+        facts["made_fmas"] = sum(1 + op.endswith("x2") for op in ptx if op.startswith("fma"))
+        facts["unrounded"] = [op for op in ptx if ".rn" not in op]
+        facts["flushes"] = [op for op in ops if re.match(r"(FFMA|FMUL|FADD).*FTZ", op)]
+        facts["double"] = [op for op in ops if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|F2F.*F64", op)]
+        facts["stack"] = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
+        facts["local"] = [op for op in ops if op.startswith(("LDL", "STL"))]
+        facts["registers"] = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
+    if unit is not None:
+        facts["bytes"] = unit.bytes
+        facts["fast"] = fast_path(code, unit)
+    return facts
+
+
+# ---- the cases ----------------------------------------------------------------------------------
+
+
+class Unit(NamedTuple):
+    """What a thread does at a time on its fast path."""
+
+    elements: int
+    stores: int  # of 128 bits
+    in_program: int  # units that a program takes one after the other
+    bytes: float  # read and written, per element
+    trips: int = 1  # of a loop within
+
+
+class Case(NamedTuple):
+    name: str
+    run: Callable[[], None]
+    unit: Unit | None  # None: no path is counted
+
+
+class FakeLaunch(NamedTuple):
+    """What launchers read of a `zo_fused.table.Launch`."""
+
+    dtype: torch.dtype
+    state_dtypes: tuple[torch.dtype, ...] = ()
+    rank: int = 0
+    programs: int = 7
+    rows: int = 3
+
+    @property
+    def table(self) -> torch.Tensor:
+        return torch.zeros(self.rows, 12, dtype=torch.int64)
+
+
+def cases(target: str) -> Iterator[Case]:
+    """Every kernel in the forms that users meet."""
+    from zo_fused_kernels import launch, sweeps
+
+    warp = TARGETS[target][2]
+    keys = torch.zeros(3, dtype=torch.int64)
+    key, one = keys[:1], torch.zeros(1)
+
+    def noise_unit(block: int, *dtypes: torch.dtype) -> Unit:
+        elements = block // (launch.NOISE_WARPS * warp)
+        width = sum(dtype.itemsize for dtype in dtypes)
+        return Unit(elements, elements * width // 16, launch.CHUNK // block, 2 * width)
+
+    def dense(
+        dtype: torch.dtype, directions: int, rounding: bool = False, transform: str = "portable"
+    ) -> None:
+        sweeps.dense(
+            FakeLaunch(dtype), keys[:directions], torch.zeros(1, directions), one,
+            key if rounding else None, transform,
+        )  # fmt: skip
+
+    def moments(dtype: torch.dtype, rule: str, states: tuple[torch.dtype, ...]) -> None:
+        scalars = (torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 6), one)
+        sweeps.moments(FakeLaunch(dtype, states), key, *scalars, rule, None, "portable")
+
+    def lowrank(dtype: torch.dtype, rank: int, scaled: bool, rounding: bool) -> None:
+        coeffs = one if scaled else None
+        sweeps.lowrank(FakeLaunch(dtype, rank=rank), coeffs, one, key if rounding else None)
+
+    def lowrank_unit(dtype: torch.dtype, rank: int) -> Unit:
+        elements = launch.GROUP * launch.TILE[1] // (2 * dtype.itemsize * warp)
+        # Factors that don't stay in registers stream by in a loop, after their first part.
+        trips = 1 if rank <= launch.HELD_RANK else rank // math.gcd(rank, 4) - 1
+        in_program = launch.TILE[0] // launch.GROUP
+        return Unit(
+            elements, elements * dtype.itemsize // 16, in_program, 2 * dtype.itemsize, trips
+        )
+
+    for name, dtype in DTYPES.items():
+        for label, options in (
+            ("dense", (1,)),
+            ("dense, 2 directions", (2,)),
+            ("dense, any directions", (3,)),
+            ("dense, stochastic", (1, True)),
+            ("dense, fast", (1, False, "fast")),
+        ):
+            yield Case(
+                f"{label} {name}",
+                lambda dtype=dtype, options=options: dense(dtype, *options),  # type: ignore[misc]
+                # No path tells how often the loop over any number of directions runs.
+                None
+                if "any" in label
+                else noise_unit(launch.noise_block(options[0], dtype.itemsize), dtype),
+            )
+        for rule, states in (
+            ("momentum", (torch.float32,)),
+            ("momentum", (dtype,)),
+            ("adam", (torch.float32, torch.float32)),
+            ("sign", ()),
+        ):
+            kept = f", m {next(n for n, d in DTYPES.items() if d == states[0])}" if states else ""
+            if rule == "momentum" and name == "fp32" and states == (dtype,):
+                continue
+            yield Case(
+                f"moments, {rule}{kept} {name}",
+                lambda dtype=dtype, rule=rule, states=states: moments(dtype, rule, states),  # type: ignore[misc]
+                noise_unit(launch.MOMENTS_BLOCK, dtype, *states),
+            )
+        for rank in RANKS:
+            yield Case(
+                f"low-rank r={rank} {name}",
+                lambda dtype=dtype, rank=rank: lowrank(dtype, rank, True, False),  # type: ignore[misc]
+                lowrank_unit(dtype, rank),
+            )
+    half = torch.float16
+    for label, options in (("in the factor", (False, False)), ("stochastic", (True, True))):
+        yield Case(
+            f"low-rank, {label} r=4 fp16",
+            lambda options=options: lowrank(half, 4, *options),  # type: ignore[misc]
+            None,
+        )
+    yield Case(
+        "momentum of factors",
+        lambda: sweeps.momentum(
+            FakeLaunch(torch.float32, (torch.float32, torch.float32)), torch.zeros(1, 4)
+        ),
+        None,
+    )
+    yield Case("normals", lambda: sweeps.normal(FakeLaunch(torch.float32), key, "portable"), None)
+    yield Case("words", lambda: sweeps.bits(FakeLaunch(torch.int64), key), None)
+
+
+def examine(
+    target: str, compiled: list[Any], wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, Any]:
+    """What was found for the cases whose names are wanted; compiled: from `record_kernels`."""
+    found: dict[str, Any] = {}
+    for case in cases(target):
+        if wanted(case.name):
+            case.run()
+            found[case.name] = facts_of(compiled.pop(), case.unit)
+    return found
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def reports(targets: list[str], wanted: str = "") -> dict[str, dict[str, Any]]:
+    """`examine` for several targets, each in a process of its own, two at a time."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+    def report(target: str) -> dict[str, Any]:
+        command = [sys.executable, __file__, "--json", target, "--only", wanted]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{target}: {done.stderr[-3000:]}")
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(targets, pool.map(report, targets), strict=True))
+
+
+def tables(found: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Markdown: instructions and registers by target, then predicted fractions of copy by GPU."""
+    names = [name for name, facts in next(iter(found.values())).items() if facts.get("fast")]
+    yield "Instructions per element / registers (s: shared memory, L: local memory)\n"
+    yield "| sweep | " + " | ".join(found) + " |"
+    yield "|---|" + "---|" * len(found)
+    for name in names:
+        cells = []
+        for target in found:
+            facts = found[target][name]
+            marks = " s" * bool(facts["shared"]) + " L" * bool(facts["stack"])
+            fast = facts["fast"]
+            count = f"{fast['per_element']:.1f}" if fast else "no 128-bit path"
+            cells.append(f"{count} / {facts['registers']}{marks}")
+        yield f"| {name} | " + " | ".join(cells) + " |"
+    gpus = {name: gpu for name, gpu in roofline.GPUS.items() if gpu.target in found}
+    yield "\nPredicted fraction of copy bandwidth, and what limits it where that is not memory\n"
+    yield "| sweep | " + " | ".join(gpus) + " |"
+    yield "|---|" + "---|" * len(gpus)
+    for name in names:
+        cells = []
+        for gpu, model in gpus.items():
+            facts = found[model.target][name]
+            if not facts["fast"]:
+                cells.append("")
+                continue
+            fraction, limit = roofline.predict(facts["fast"]["mix"], facts["bytes"], gpu)
+            cells.append(f"{fraction:.2f}" + (f" {limit}" if limit != "memory" else ""))
+        yield f"| {name} | " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("targets", nargs="*", default=list(TARGETS), help="default: all")
+    parser.add_argument(
+        "--json", metavar="TARGET", choices=TARGETS, help="print JSON for one target"
+    )
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--out", type=Path, help="also write the tables to this file")
+    options = parser.parse_args()
+    if options.json:
+        compiled = record_kernels(options.json)
+        print(json.dumps(examine(options.json, compiled, lambda name: options.only in name)))
+        return
+    text = "\n".join(tables(reports(options.targets, options.only)))
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+// Which kernel serves which arguments. Compiled by nvcc and, for tests on a CPU, with
+// tests/cuda_emulation/emulation.h, which has its own `launch`.
+
+#include "kernels.h"
+
+namespace zo_fused {
+namespace {
+
+#if defined(__CUDACC__)
+template <class... Parameters, class... Arguments>
+Error launch(void (*kernel)(Table, Parameters...), void* stream, const Table& table,
+             Arguments... arguments) {
+  const auto blocks =
+      static_cast<unsigned>(table.programs < most_blocks ? table.programs : most_blocks);
+  kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(table, arguments...);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+#endif
+
+template <class Call>
+Error with_dtype(Dtype dtype, const Call& call) {
+  switch (dtype) {
+    case Dtype::float16:
+      return call(Half{});
+    case Dtype::bfloat16:
+      return call(BFloat16{});
+    default:
+      return call(float{});
+  }
+}
+
+struct True {
+  static constexpr bool value = true;
+};
+
+struct False {
+  static constexpr bool value = false;
+};
+
+template <class Call>
+Error with_flag(bool flag, const Call& call) {
+  return flag ? call(True{}) : call(False{});
+}
+
+// call(weight, whether it is rounded stochastically)
+template <class Call>
+Error with_writing(Dtype dtype, const Writing& writing, const Call& call) {
+  return with_dtype(dtype, [&](auto weight) {
+    if constexpr (rounds<decltype(weight)>) {
+      return with_flag(writing.rounding != nullptr, [&](auto flag) { return call(weight, flag); });
+    } else {
+      return call(weight, False{});
+    }
+  });
+}
+
+}  // namespace
+
+std::vector<int64_t> architectures() {
+#if defined(__CUDA_ARCH_LIST__)
+  return {__CUDA_ARCH_LIST__};
+#else
+  return {};
+#endif
+}
+
+Error launch_bits(const Table& table, const int64_t* keys, void* stream) {
+  return launch(bits, stream, table, keys);
+}
+
+Error launch_normal(const Table& table, const int64_t* keys, bool fast, void* stream) {
+  return launch(fast ? normal<true> : normal<false>, stream, table, keys);
+}
+
+Error launch_dense(const Table& table, Dtype dtype, const Directions& directions,
+                   const float* coeffs, const Writing& writing, bool fast, void* stream) {
+  return with_writing(dtype, writing, [&](auto weight, auto stochastically) {
+    return with_flag(directions.count == 1, [&](auto one) {
+      return with_flag(fast, [&](auto quick) {
+        return launch(dense<decltype(weight), decltype(one)::value,
+                            decltype(stochastically)::value, decltype(quick)::value>,
+                      stream, table, directions.keys, directions.count, coeffs, writing.decays,
+                      writing.rounding);
+      });
+    });
+  });
+}
+
+Error launch_moments(const Table& table, Dtype dtype, First first, Rule rule,
+                     const Directions& directions, const float* grads, const float* restores,
+                     const float* coeffs, const Writing& writing, bool fast, void* stream) {
+  return with_writing(dtype, writing, [&](auto weight, auto stochastically) {
+    return launch(moments<decltype(weight), decltype(stochastically)::value>, stream, table,
+                  directions.keys, directions.count, grads, restores, coeffs, writing.decays, rule,
+                  first, writing.rounding, fast);
+  });
+}
+
+Error launch_lowrank(const Table& table, Dtype dtype, int64_t rank, const float* coeffs,
+                     const Writing& writing, void* stream) {
+  return with_writing(dtype, writing, [&](auto weight, auto stochastically) {
+    using T = decltype(weight);
+    constexpr bool s = decltype(stochastically)::value;
+    auto kernel = lowrank<T, 0, s>;
+    if constexpr (!s) {  // random bits outweigh what a known rank saves
+      kernel = rank == 1   ? lowrank<T, 1, s>
+               : rank == 2 ? lowrank<T, 2, s>
+               : rank == 4 ? lowrank<T, 4, s>
+               : rank == 8 ? lowrank<T, 8, s>
+                           : kernel;
+    }
+    return launch(kernel, stream, table, coeffs, writing.decays, writing.rounding);
+  });
+}
+
+Error launch_momentum(const Table& table, const float* coeffs, void* stream) {
+  return launch(factor_momentum, stream, table, coeffs);
+}
+
+}  // namespace zo_fused

@@ -1,0 +1,158 @@
+"""The CUDA backend: the kernels of the extension ``zo_fused._CUDA``, on NVIDIA GPUs. Floor 3."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_fused.multi_tensor import MultiTensor
+from zo_fused.table import Launch
+
+TRANSFORMS = ("portable", "fast")
+
+# Numbers of the enumerations in csrc/cuda/launch.h and csrc/element.h.
+_DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+_RULES = {"momentum": 0, "sign": 1, "adam": 2}
+_NOTHING, _FLOAT32, _LIKE_WEIGHTS = range(3)
+
+_import_error: str | None = None
+try:
+    importlib.import_module("zo_fused._CUDA")  # registers zo_fused_CUDA::*
+except ImportError as error:
+    _import_error = str(error)
+
+
+def why_not(device_type: str) -> str | None:
+    """None if this backend serves the device, else the reason."""
+    if device_type != "cuda" or torch.version.hip is not None:
+        return "the cuda backend serves tensors on NVIDIA GPUs"
+    if _import_error is not None:
+        return (
+            f"the CUDA extension zo_fused._CUDA is not built ({_import_error}); build it with "
+            "`ZO_FUSED_NATIVE=cuda pip install --no-build-isolation -e .` in a checkout, with "
+            "nvcc on the PATH"
+        )
+    if torch.cuda.is_available():
+        here, oldest = torch.cuda.get_device_capability(), min(architectures())
+        if here < oldest:
+            return (
+                f"the CUDA extension was built for GPUs from compute capability {oldest[0]}."
+                f"{oldest[1]} on, this one has {here[0]}.{here[1]} (8.0 is possible)"
+            )
+    return None
+
+
+def architectures() -> list[tuple[int, int]]:
+    """Compute capabilities that the extension was compiled for; empty if it is not built."""
+    numbers = [] if _import_error else torch.ops.zo_fused_CUDA.architectures()
+    return [(number // 100, number % 100 // 10) for number in numbers]
+
+
+def _stream(launch: Launch) -> int:
+    """Handle of the current stream."""
+    device = launch.table.device
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+class Kernels:
+    """The kernels, as `zo_fused.multi_tensor.Kernels`, which tells what each computes."""
+
+    def __init__(self, operators: Any) -> None:
+        """operators: the namespace of ``torch.ops`` in which the extension registered them."""
+        self._operators = operators
+        self.CHUNK, *tile = operators.sizes()
+        self.TILE = (tile[0], tile[1])
+
+    def bits(self, launch: Launch, keys: Tensor) -> None:
+        self._operators.bits(launch.table, launch.programs, keys, _stream(launch))
+
+    def normal(self, launch: Launch, keys: Tensor, transform: str) -> None:
+        fast = transform == "fast"
+        self._operators.normal(launch.table, launch.programs, keys, fast, _stream(launch))
+
+    def dense(
+        self,
+        launch: Launch,
+        keys: Tensor,
+        coeffs: Tensor,
+        decay: Tensor,
+        rounding: Tensor | None,
+        transform: str,
+    ) -> None:
+        self._operators.dense(
+            launch.table,
+            launch.programs,
+            _DTYPES[launch.dtype],
+            keys,
+            coeffs,
+            decay,
+            rounding,
+            transform == "fast",
+            _stream(launch),
+        )
+
+    def moments(
+        self,
+        launch: Launch,
+        keys: Tensor,
+        grads: Tensor,
+        restores: Tensor,
+        coeffs: Tensor,
+        decay: Tensor,
+        rule: str,
+        rounding: Tensor | None,
+        transform: str,
+    ) -> None:
+        first = _NOTHING
+        if launch.state_dtypes:
+            first = _FLOAT32 if launch.state_dtypes[0] == torch.float32 else _LIKE_WEIGHTS
+        self._operators.moments(
+            launch.table,
+            launch.programs,
+            _DTYPES[launch.dtype],
+            first,
+            _RULES[rule],
+            keys,
+            grads,
+            restores,
+            coeffs,
+            decay,
+            rounding,
+            transform == "fast",
+            _stream(launch),
+        )
+
+    def lowrank(
+        self, launch: Launch, coeffs: Tensor | None, decay: Tensor, rounding: Tensor | None
+    ) -> None:
+        self._operators.lowrank(
+            launch.table,
+            launch.programs,
+            _DTYPES[launch.dtype],
+            launch.rank,
+            coeffs,
+            decay,
+            rounding,
+            _stream(launch),
+        )
+
+    def momentum(self, launch: Launch, coeffs: Tensor) -> None:
+        self._operators.momentum(launch.table, launch.programs, coeffs, _stream(launch))
+
+
+@functools.cache
+def _kernels() -> Kernels:
+    return Kernels(torch.ops.zo_fused_CUDA)
+
+
+sweeps = MultiTensor(_kernels)
+bits_ = sweeps.bits_
+normal_ = sweeps.normal_
+dense_ = sweeps.dense_
+moments_ = sweeps.moments_
+lowrank_ = sweeps.lowrank_
+lowrank_momentum_ = sweeps.lowrank_momentum_

@@ -1,0 +1,238 @@
+"""The sweeps of GPU backends: from lists of tensors to launches over tables. Floor 2.
+
+Triton and CUDA differ only in `Kernels`. Keys, coefficients and decay stay on the device, where the
+kernels read them: nothing waits for the host, and a sweep can be captured in a CUDA graph (once it
+has run, so that its table exists).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from zo_fused import table
+from zo_fused.table import Launch
+
+
+class Kernels(Protocol):
+    """What a GPU backend provides. Each function is one launch, on the current stream.
+
+    `launch` has the parameters; tensors are contiguous, on its device and as in `zo_fused/_ops.py`;
+    rounding is the int64 [1] key of a rounding stream or None.
+    """
+
+    CHUNK: int  # elements of a parameter that a program of a sweep over noise takes
+    TILE: tuple[int, int]  # rows and columns of a matrix that a program of a low-rank sweep takes
+
+    def bits(self, launch: Launch, keys: Tensor) -> None:
+        """Fill int64 tensors with words; keys: [P]."""
+
+    def normal(self, launch: Launch, keys: Tensor, transform: str) -> None:
+        """Fill float32 tensors with normals; keys: [P]."""
+
+    def dense(
+        self,
+        launch: Launch,
+        keys: Tensor,
+        coeffs: Tensor,
+        decay: Tensor,
+        rounding: Tensor | None,
+        transform: str,
+    ) -> None:
+        """p = round(decay * p + sum_k coeffs[k] * z_k)"""
+
+    def moments(
+        self,
+        launch: Launch,
+        keys: Tensor,
+        grads: Tensor,
+        restores: Tensor,
+        coeffs: Tensor,
+        decay: Tensor,
+        rule: str,
+        rounding: Tensor | None,
+        transform: str,
+    ) -> None:
+        """As `zo_fused.reference.moments_`; the states of the launch are m and, for adam, v."""
+
+    def lowrank(
+        self, launch: Launch, coeffs: Tensor | None, decay: Tensor, rounding: Tensor | None
+    ) -> None:
+        """p = round(decay * p + coeff * u @ v.T); without coeffs, round(decay * p + u @ v.T)"""
+
+    def momentum(self, launch: Launch, coeffs: Tensor) -> None:
+        """The tensors of the launch are factors n, its states u and a:
+        n = beta * n + grad * u, a = restore * u + step * n; coeffs: [P, 4]."""
+
+
+@contextlib.contextmanager
+def _device_of(tensor: Tensor) -> Iterator[None]:
+    """Makes the tensor's device current, to which kernels are launched."""
+    with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+        yield
+
+
+class MultiTensor:
+    """The six sweeps over the kernels that `load` returns (loaded at the first sweep)."""
+
+    def __init__(self, load: Callable[[], Kernels]) -> None:
+        self._load = load
+        self.cache = table.Cache()
+
+    def _noise(
+        self,
+        tensors: Sequence[Tensor],
+        ids: Tensor,
+        offsets: Tensor,
+        states: Sequence[Sequence[Tensor]] = (),
+    ) -> list[Launch]:
+        states = [state for state in states if state]
+
+        def build() -> list[Launch]:
+            chunk = self._load().CHUNK
+            rows = table.noise_rows(tensors, ids.tolist(), offsets.tolist(), states, chunk)
+            return table.launches(rows, tensors[0].device)
+
+        return self.cache.get(("noise", *_key(tensors, *states), *_key(ids, offsets)), build)
+
+    def _lowrank(
+        self,
+        params: Sequence[Tensor],
+        us: Sequence[Tensor],
+        vs: Sequence[Tensor],
+        ids: Tensor | None,
+        offsets: Tensor | None,
+    ) -> list[Launch]:
+        zeros = torch.zeros(len(params), dtype=torch.int64)
+        ids = zeros if ids is None else ids
+        offsets = zeros if offsets is None else offsets
+
+        def build() -> list[Launch]:
+            tile = self._load().TILE
+            rows = table.lowrank_rows(params, us, vs, ids.tolist(), offsets.tolist(), tile)
+            return table.launches(rows, params[0].device)
+
+        return self.cache.get(("low rank", *_key(params, us, vs), *_key(ids, offsets)), build)
+
+    def _momentum(
+        self, params: Sequence[Tensor], moments: Sequence[Tensor], us: Sequence[Tensor]
+    ) -> tuple[list[Launch], list[Tensor]]:
+        """Launches over the moments of parameters that have elements, and the factors that they
+        write: as long as the launches are kept, in the same memory."""
+
+        def build() -> tuple[list[Launch], list[Tensor]]:
+            factors = [torch.empty_like(u) for u in us]
+            zeros = [0] * len(us)
+            rows = table.noise_rows(moments, zeros, zeros, (us, factors), self._load().CHUNK)
+            for row, param in zip(rows, params, strict=True):
+                row.programs *= param.numel() > 0
+            return table.launches(rows, us[0].device), factors
+
+        empty = tuple(p.numel() == 0 for p in params)
+        return self.cache.get(("momentum", empty, *_key(moments, us)), build)
+
+    def bits_(self, outs: Sequence[Tensor], ids: Tensor, offsets: Tensor, keys: Tensor) -> None:
+        with _device_of(keys):
+            for launch in self._noise(outs, ids, offsets):
+                self._load().bits(launch, keys.contiguous())
+
+    def normal_(
+        self,
+        outs: Sequence[Tensor],
+        ids: Tensor,
+        offsets: Tensor,
+        keys: Tensor,
+        transform: str = "portable",
+    ) -> None:
+        with _device_of(keys):
+            for launch in self._noise(outs, ids, offsets):
+                self._load().normal(launch, keys.contiguous(), transform)
+
+    def dense_(
+        self,
+        params: Sequence[Tensor],
+        ids: Tensor,
+        offsets: Tensor,
+        keys: Tensor,
+        coeffs: Tensor,
+        decay: Tensor,
+        rounding: Tensor | None = None,
+        transform: str = "portable",
+    ) -> None:
+        keys, coeffs, decay = keys.contiguous(), coeffs.contiguous(), decay.contiguous()
+        with _device_of(decay):
+            for launch in self._noise(params, ids, offsets):
+                self._load().dense(launch, keys, coeffs, decay, rounding, transform)
+
+    def moments_(
+        self,
+        params: Sequence[Tensor],
+        firsts: Sequence[Tensor],
+        seconds: Sequence[Tensor],
+        ids: Tensor,
+        offsets: Tensor,
+        keys: Tensor,
+        grads: Tensor,
+        restores: Tensor,
+        coeffs: Tensor,
+        decay: Tensor,
+        rule: str,
+        rounding: Tensor | None = None,
+        transform: str = "portable",
+    ) -> None:
+        keys, grads, restores = keys.contiguous(), grads.contiguous(), restores.contiguous()
+        coeffs, decay = coeffs.contiguous(), decay.contiguous()
+        scalars = (keys, grads, restores, coeffs, decay)
+        with _device_of(decay):
+            for launch in self._noise(params, ids, offsets, (firsts, seconds)):
+                self._load().moments(launch, *scalars, rule, rounding, transform)
+
+    def lowrank_(
+        self,
+        params: Sequence[Tensor],
+        us: Sequence[Tensor],
+        vs: Sequence[Tensor],
+        coeffs: Tensor,
+        decay: Tensor,
+        ids: Tensor | None = None,
+        offsets: Tensor | None = None,
+        rounding: Tensor | None = None,
+    ) -> None:
+        coeffs, decay = coeffs.contiguous(), decay.contiguous()
+        with _device_of(decay):
+            for launch in self._lowrank(params, us, vs, ids, offsets):
+                self._load().lowrank(launch, coeffs, decay, rounding)
+
+    def lowrank_momentum_(
+        self,
+        params: Sequence[Tensor],
+        moments: Sequence[Tensor],
+        us: Sequence[Tensor],
+        vs: Sequence[Tensor],
+        coeffs: Tensor,
+        decay: Tensor,
+        ids: Tensor | None = None,
+        offsets: Tensor | None = None,
+        rounding: Tensor | None = None,
+    ) -> None:
+        coeffs, decay = coeffs.contiguous(), decay.contiguous()
+        with _device_of(decay):
+            launches, factors = self._momentum(params, moments, us)
+            for launch in launches:
+                self._load().momentum(launch, coeffs)
+            for launch in self._lowrank(params, factors, vs, ids, offsets):
+                self._load().lowrank(launch, None, decay, rounding)
+
+
+def _key(*parts: Sequence[Tensor] | Tensor) -> tuple[object, ...]:
+    """What a table depends on: where tensors are and what they are; what host tensors hold."""
+    return tuple(
+        part.numpy().tobytes()
+        if isinstance(part, Tensor)
+        else tuple((t.data_ptr(), t.dtype, t.shape, t.device) for t in part)
+        for part in parts
+    )
