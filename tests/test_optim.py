@@ -517,6 +517,52 @@ def test_bad_lozo_hyperparameters_are_refused(bad: dict[str, float]) -> None:
         zo_fused.LOZO([nn.Parameter(torch.zeros(2))], **bad)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_updates_add_up_with_stochastic_rounding(dtype: torch.dtype) -> None:
+    """Forty updates of a fortieth of an ulp and less: to nearest, no weight ever moves; rounded
+    stochastically, weights move as asked, on average. Without perturbations, which move them too.
+    """
+    n, steps = 1 << 17, 40
+    ulp = torch.finfo(dtype).eps / 2  # of weights in [1/2, 1)
+    lr = ulp / 200
+    z = sum(
+        noise.normal(n, derive_key(0, Purpose.DENSE, step), parameter_id("w")).double()
+        for step in range(steps)
+    )
+    moved = {}
+    for rounding in ("nearest", "stochastic"):
+        w = nn.Parameter(torch.full((n,), 0.7, dtype=dtype))
+        opt = zo_fused.MeZO([("w", w)], lr=lr, eps=0.5, rounding=rounding)
+        for _ in range(steps):
+            opt.step(loss_plus=1.0, loss_minus=0.0)  # projected gradient 1
+        moved[rounding] = w.detach().double() - torch.tensor(0.7, dtype=dtype).double()
+    assert (moved["nearest"] == 0).all()
+    # The least squares slope of the moves on those asked for. A rounding has a variance of ulp**2
+    # f (1 - f) at most, with f the fraction of an ulp that was asked for, on average below 1/200.
+    slope = float(moved["stochastic"] @ -z / (z @ z * lr))
+    deviation = ulp * (steps / 200) ** 0.5 / (lr * float(z.norm()))
+    assert abs(slope - 1) < 4 * deviation
+    assert 4 * deviation < 0.5
+
+
+def test_stochastic_rounding_leaves_float32_as_it_is(make: Make) -> None:
+    one, two = network(), network()
+    a = make(one.named_parameters())
+    b = make(two.named_parameters(), rounding="stochastic")
+    for _ in range(3):
+        a.step(loss_of(one))
+        b.step(loss_of(two))
+    assert same(snapshot(one), snapshot(two))
+
+
+def test_bad_rounding_is_refused() -> None:
+    w, v = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="rounding must be one of"):
+        zo_fused.MeZO([w], rounding="up")
+    with pytest.raises(ValueError, match="same in all"):
+        zo_fused.MeZO([{"params": [w]}, {"params": [v], "rounding": "stochastic"}])
+
+
 def test_lr_scheduler_and_tensor_lr(make: Make) -> None:
     one, two = network(), network()
     a = make(one.named_parameters(), lr=1e-2)
@@ -544,11 +590,12 @@ def test_hooks_run_around_step() -> None:
 # ---- state --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("cut", [1, 4])
-def test_resume_is_bit_exact(make: Make, dtype: torch.dtype, cut: int) -> None:
+def test_resume_is_bit_exact(make: Make, dtype: torch.dtype, cut: int, rounding: str) -> None:
     model = network(dtype)
-    opt = make(model.named_parameters())
+    opt = make(model.named_parameters(), rounding=rounding)
     for _ in range(cut):
         opt.step(loss_of(model))
     file = io.BytesIO()

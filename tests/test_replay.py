@@ -27,9 +27,10 @@ METHODS: dict[str, Callable[..., ZerothOrderOptimizer]] = {
 }
 
 
-@pytest.fixture(params=list(METHODS))
+@pytest.fixture(params=[f"{name} {how}" for name in METHODS for how in ("nearest", "stochastic")])
 def make(request: pytest.FixtureRequest) -> Callable[..., ZerothOrderOptimizer]:
-    return METHODS[request.param]
+    name, rounding = request.param.split()
+    return lambda params, **kw: METHODS[name](params, rounding=rounding, **kw)
 
 
 @pytest.fixture(params=[torch.float16, torch.float32], ids=["fp16", "fp32"])

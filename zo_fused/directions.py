@@ -28,8 +28,10 @@ class Direction(Protocol):
         step: int,
         coeffs: Tensor,
         decay: Tensor,
+        rounding: Tensor | None = None,
     ) -> None:
-        """``p = decay * p + coeff * z`` in one call; coeffs, decay: float32 [P]."""
+        """``p = decay * p + coeff * z`` in one call; coeffs, decay: float32 [P]; rounding: the key
+        of a rounding stream, int64 [1], or None: to nearest."""
 
     def update_scale(self, bucket: Bucket, groups: list[dict[str, Any]]) -> Tensor | None:
         """Factor of the update relative to z, float64, one a parameter; None for 1."""
@@ -46,9 +48,11 @@ class Dense:
         step: int,
         coeffs: Tensor,
         decay: Tensor,
+        rounding: Tensor | None = None,
     ) -> None:
         key = int64_tensor([derive_key(seed, Purpose.DENSE, step)], bucket.device)
-        _ops.dense_(bucket.params, bucket.ids, bucket.offsets, key, coeffs[:, None], decay)
+        rows = (bucket.ids, bucket.offsets, key, coeffs[:, None], decay)
+        _ops.dense_(bucket.params, *rows, rounding)
 
     def update_scale(self, bucket: Bucket, groups: list[dict[str, Any]]) -> Tensor | None:
         return None
@@ -74,9 +78,11 @@ class LowRank:
         step: int,
         coeffs: Tensor,
         decay: Tensor,
+        rounding: Tensor | None = None,
     ) -> None:
         us, vs = self.factors(bucket, groups, seed, step)
-        _ops.lowrank_(bucket.params, us, vs, coeffs, decay)
+        rows = (coeffs, decay, bucket.ids, bucket.offsets)
+        _ops.lowrank_(bucket.params, us, vs, *rows, rounding)
 
     def update_scale(self, bucket: Bucket, groups: list[dict[str, Any]]) -> Tensor | None:
         if not self.divide_by_rank:

@@ -30,6 +30,7 @@ class Update:
     lr: Tensor
     decay: Tensor  # 1 - lr * weight_decay
     finite: Tensor  # False: only restore
+    rounding: Tensor | None  # key of the step's rounding stream, int64 [1]; None: to nearest
 
 
 class Rule(Protocol):
@@ -49,7 +50,8 @@ class SGD:
         u = update
         coeffs = torch.where(u.finite, u.decay * u.restore - u.lr * u.grad, u.restore)
         decay = torch.where(u.finite, u.decay, torch.ones_like(u.decay))
-        direction.sweep(u.bucket, u.groups, u.seed, u.step, _float32(coeffs), _float32(decay))
+        rows = (_float32(coeffs), _float32(decay))
+        direction.sweep(u.bucket, u.groups, u.seed, u.step, *rows, u.rounding)
 
 
 class FactorMomentum:
@@ -87,7 +89,8 @@ class FactorMomentum:
         )
         coeffs = _float32(torch.stack(columns, dim=-1))
         decay = _float32(torch.where(u.finite, u.decay, one))
-        _ops.lowrank_momentum_(bucket.params, moments, us, vs, coeffs, decay)
+        rows = (coeffs, decay, bucket.ids, bucket.offsets)
+        _ops.lowrank_momentum_(bucket.params, moments, us, vs, *rows, u.rounding)
 
 
 GRID = 2.0**40  # |v_old * v_new| < 44, so 2**17 rows sum below 2**63

@@ -14,6 +14,7 @@ METHOD = "lozo"
 COMMON: dict[str, Any] = {
     "eps": 1e-3,
     "weight_decay": 0.0,
+    "rounding": "nearest",
     "steps": 20_000,
     "batch_size": 16,
     "eval_steps": 1000,

@@ -24,7 +24,7 @@ With no arguments, the embedded model on the embedded data set: a run of a minut
 With your own model and data, the same, with your options. The output directory becomes a model
 directory of transformers, with the replay log, the history, a picture and a summary beside it."""
 
-HYPER = ("lr", "eps", "weight_decay", "rank", "interval", "momentum")
+HYPER = ("lr", "eps", "weight_decay", "rounding", "rank", "interval", "momentum")
 _PLAN = ("steps", "batch_size", "eval_steps", "seed", "loss", "lr_scheduler")
 
 
@@ -101,6 +101,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--momentum", type=float, help=f"lozo: in [0, 1), LOZO-M if not 0 ({default('momentum')})"
     )
     method.add_argument("--weight-decay", type=float, help=f"({default('weight_decay')})")
+    method.add_argument(
+        "--rounding",
+        choices=("nearest", "stochastic"),
+        help=f"of updates in 16-bit weights ({default('rounding')})",
+    )
 
     run = parser.add_argument_group("run")
     run.add_argument("--steps", type=_whole, help=f"({default('steps')})")

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from zo_fused import replay_log
 from zo_fused.directions import Direction
 from zo_fused.interrupts import uninterrupted
+from zo_fused.ops import int64_tensor
 from zo_fused.parameters import Bucket, make_buckets, parameter_ids, signature
 from zo_fused.rules import Rule, Update
-from zo_fused.streams import CONTRACT_VERSION
+from zo_fused.streams import CONTRACT_VERSION, Purpose, derive_key
 
 logger = logging.getLogger("zo_fused")
 
@@ -40,6 +41,8 @@ def _plain_tensors(method: Method) -> Method:
     return decorated
 
 
+ROUNDINGS = ("nearest", "stochastic")
+
 # Kept in every param group, where `state_dict` leaves integers as they are.
 _COUNTERS = ("seed", "step", "restores", "contract")
 
@@ -51,7 +54,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     the step: it is drawn anew in every sweep from (seed, step, parameter id, element index).
 
     The sweeps of a step are ``+eps``, ``-2 eps``, and restore together with the update. In 16 bits
-    a restore is exact only up to the rounding of the dtype (docs/noise.md, "Rounding").
+    a restore is exact only up to the rounding of the dtype (docs/noise.md, "Rounding"). With
+    ``rounding="stochastic"`` the update is rounded at random, without bias, so that updates far
+    below a weight's last place add up over the steps instead of being lost; perturbations are
+    rounded to nearest all the same. float32 weights have nothing to round.
 
     Args:
         params: ``model.named_parameters()`` (best: noise is tied to names), ``model.parameters()``
@@ -120,6 +126,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             if not math.isfinite(value) or value < 0 or (positive and value == 0):
                 bound = "> 0" if positive else ">= 0"
                 raise ValueError(f"{name} must be a finite number {bound}, got {group[name]}")
+        if group["rounding"] not in ROUNDINGS:
+            raise ValueError(f"rounding must be one of {ROUNDINGS}, got {group['rounding']!r}")
+        if group["rounding"] != self.param_groups[0]["rounding"]:
+            raise ValueError("rounding must be the same in all param groups: one sweep serves them")
 
     @property
     def seed(self) -> int:
@@ -347,6 +357,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                     lr=bucket.rows(lr),
                     decay=bucket.rows(1 - lr * self._hyper("weight_decay")),
                     finite=finite.to(bucket.device),
+                    rounding=self._rounding_key(bucket.device),
                 )
                 self._rule.apply(update, self._direction, self.state)
             path, self._path = self._path, []
@@ -354,6 +365,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self.projected_grad = projected_grad
             self._note(step, path, projected_grad, finite)
             self._count(step=step + 1, restores=0)
+
+    def _rounding_key(self, device: torch.device) -> Tensor | None:
+        if self.param_groups[0]["rounding"] == "nearest":
+            return None
+        return int64_tensor([derive_key(self.seed, Purpose.ROUNDING, self.step_count)], device)
 
     def _hyper(self, name: str) -> Tensor:
         """A hyper-parameter of every group, float64 [G]."""

@@ -36,6 +36,7 @@ class LOZO(ZerothOrderOptimizer):
             momentum is chosen for the run; a group can only set its coefficient.
         weight_decay: decay, with the learning rate as factor.
         divide_by_rank: scale the update of matrices by 1/rank, as the paper does.
+        rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
         seed: base seed of the run.
     """
 
@@ -49,6 +50,7 @@ class LOZO(ZerothOrderOptimizer):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         divide_by_rank: bool = False,
+        rounding: str = "nearest",
         seed: int = 0,
     ) -> None:
         defaults = {
@@ -58,6 +60,7 @@ class LOZO(ZerothOrderOptimizer):
             "interval": interval,
             "momentum": momentum,
             "weight_decay": weight_decay,
+            "rounding": rounding,
         }
         rule = FactorMomentum() if momentum else SGD()
         # Groups may set their own momentum; this one chose the rule, so a replay needs it.

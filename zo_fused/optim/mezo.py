@@ -25,6 +25,7 @@ class MeZO(ZerothOrderOptimizer):
         lr: learning rate. The paper uses 1e-7 to 1e-6 for whole OPT models.
         eps: perturbation radius.
         weight_decay: decay, with the learning rate as factor.
+        rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
         seed: base seed of the run.
     """
 
@@ -34,7 +35,8 @@ class MeZO(ZerothOrderOptimizer):
         lr: float | Tensor = 1e-6,
         eps: float = 1e-3,
         weight_decay: float = 0.0,
+        rounding: str = "nearest",
         seed: int = 0,
     ) -> None:
-        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rounding": rounding}
         super().__init__(params, defaults, Dense(), SGD(), seed)
