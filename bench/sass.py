@@ -23,6 +23,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -431,6 +432,7 @@ def reports(targets: list[str], wanted: str = "") -> dict[str, dict[str, Any]]:
 def tables(found: dict[str, dict[str, Any]]) -> Iterator[str]:
     """Markdown: instructions and registers by target, then predicted fractions of copy by GPU."""
     names = [name for name, facts in next(iter(found.values())).items() if facts.get("fast")]
+    yield f"`make sass`, Triton {version('triton')}\n"
     yield "Instructions per element / registers (s: shared memory, L4: four local accesses)\n"
     yield "| sweep | " + " | ".join(found) + " |"
     yield "|---|" + "---|" * len(found)
