@@ -25,11 +25,18 @@ Scalar = float | Tensor
 Factor = int | Sequence[Tensor]
 
 
+def on_device(host: Tensor, device: torch.device | str) -> Tensor:
+    """A copy of a host tensor on a device; the host does not wait for GPUs."""
+    if torch.device(device).type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
 def int64_tensor(values: Sequence[int] | Tensor, device: torch.device | str = "cpu") -> Tensor:
     """Unsigned or signed 64-bit integers as an int64 tensor of the same bits."""
     if isinstance(values, Tensor):
         return values.to(device=device, dtype=torch.int64)
-    return torch.tensor([as_int64(int(v)) for v in values], dtype=torch.int64, device=device)
+    return on_device(torch.tensor([as_int64(int(v)) for v in values], dtype=torch.int64), device)
 
 
 def _rows(value: Scalar | Sequence[float], like: Sequence[Tensor], *shape: int) -> Tensor:

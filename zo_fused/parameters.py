@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zo_fused import _ops
-from zo_fused.ops import int64_tensor
+from zo_fused.ops import int64_tensor, on_device
 from zo_fused.streams import parameter_id
 
 
@@ -31,7 +31,7 @@ class Bucket:
 
     def rows(self, per_group: Tensor) -> Tensor:
         """A per-group vector as a per-parameter vector on this bucket's device."""
-        return per_group.to(self.device)[self.group_index]
+        return on_device(per_group, self.device)[self.group_index]
 
 
 def signature(param_groups: list[dict[str, Any]]) -> tuple[Any, ...]:

@@ -56,8 +56,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     The sweeps of a step are ``+eps``, ``-2 eps``, and restore together with the update. In 16 bits
     a restore is exact only up to the rounding of the dtype (docs/noise.md, "Rounding"). With
     ``rounding="stochastic"`` the update is rounded at random, without bias, so that updates far
-    below a weight's last place add up over the steps instead of being lost; perturbations are
-    rounded to nearest all the same. float32 weights have nothing to round.
+    below a weight's last place add up over the steps also where no restore goes with them
+    (docs/performance.md); perturbations are rounded to nearest all the same. float32 weights have
+    nothing to round.
 
     Args:
         params: ``model.named_parameters()`` (best: noise is tied to names), ``model.parameters()``
