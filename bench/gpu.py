@@ -40,9 +40,9 @@ from pathlib import Path
 from typing import Any
 
 import gpu_report
-import models
+import roofline
 import torch
-from models import opt_shapes
+from models import DTYPES, opt_shapes
 from published import EPS, LR, METHODS
 from torch import Tensor, nn
 
@@ -51,19 +51,11 @@ from zo_fused import dispatch
 from zo_fused.noise import Purpose, derive_key
 from zo_fused.ops import int64_tensor
 
-try:
-    import roofline
-except ImportError:  # then there are no predictions
-    roofline = None
-
 Call = Callable[[], object]
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 LOZO_RANK = 2  # the default of both LOZOs
 SMALL = 1e-9  # coefficient of a timed sweep: weights stay what they are, however often it runs
-# hidden, layers, ffn as in `models.OPT` (arXiv 2205.01068, table 1); "opt-tiny" is for tests.
-models.OPT |= {"opt-13b": (5120, 40, 20480), "opt-tiny": (16, 1, 32)}
 
 
 class OutOfTimeError(Exception):
@@ -191,7 +183,7 @@ class Bench:
         """What `roofline` makes of a kernel's instructions, where `sass.py` found them."""
         name = self.record.data["machine"]["device"]
         facts = self._compiled.get(case, {})
-        gpus = [gpu for gpu in roofline.GPUS if gpu in name] if roofline else []
+        gpus = [gpu for gpu in roofline.GPUS if gpu in name]
         if not gpus or not facts.get("fast"):
             return {}
         fraction, limit = roofline.predict(facts["fast"]["mix"], facts["bytes"], gpus[0])

@@ -5,8 +5,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-# hidden, layers, ffn: the published OPT configurations (arXiv 2205.01068, table 1).
-OPT = {"opt-125m": (768, 12, 3072), "opt-1.3b": (2048, 24, 8192)}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+# hidden, layers, ffn: the published OPT configurations (arXiv 2205.01068, table 1), and one for
+# tests.
+OPT = {
+    "opt-tiny": (16, 1, 32),
+    "opt-125m": (768, 12, 3072),
+    "opt-1.3b": (2048, 24, 8192),
+    "opt-13b": (5120, 40, 20480),
+}
 VOCABULARY, POSITIONS = 50272, 2050
 
 

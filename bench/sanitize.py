@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from models import DTYPES
 from torch import Tensor
 
 import zo_fused
@@ -25,7 +26,6 @@ from zo_fused import dispatch
 from zo_fused.noise import Purpose, derive_key
 from zo_fused.ops import int64_tensor
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SIZES = (1, 7, 0, 4099)
 LONG = (*SIZES, 2**15 + 13)  # longer than the chunk of a program; the reference is slow
 OFFSETS = (0, 3, 4 * 2**32 - 5)  # at the last the low counter word wraps

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import roofline
 import torch
+from models import DTYPES
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -37,7 +38,6 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 NVIDIA = [name for name in TARGETS if name.startswith("sm_")]
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 SEARCH_STEPS = 10  # to find one of a thousand parameters in the table
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import published
 import torch
+from models import DTYPES
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,7 +26,6 @@ import zo_fused
 from zo_fused import noise
 
 EPS = 1e-3
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 RATES = (1e-7, 1e-6, 1e-5, 1e-4)
 
 

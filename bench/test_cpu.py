@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import opt_parameters
+from models import DTYPES, opt_parameters
 from published import EPS, LR, METHODS
 
 import zo_fused
 from zo_fused import noise
 
 Race = Callable[..., None]
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 ROUNDS = {"opt-125m": (9, 3), "opt-1.3b": (5, 1)}  # of zo_fused, of the published code
 
 

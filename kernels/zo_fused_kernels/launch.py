@@ -15,7 +15,7 @@ INTERPRETING = tl.constexpr(bool(knobs.runtime.interpret))
 
 # Elements of a block of noise. A block is an aligned run of the *full* parameter, so that all its
 # counters share their high word. 4096 over 128 threads is 32 a thread: four 128-bit loads of
-# 16-bit weights in flight; addresses spread over enough elements; 80 registers, six blocks on an
+# 16-bit weights in flight; addresses spread over enough elements; 88 registers, five blocks on an
 # SM.
 NOISE_BLOCK = 4096
 NOISE_WARPS = 4

@@ -30,7 +30,7 @@ from .launch import (
     STRAY_TILE,
     TILE,
 )
-from .philox import counters_at, word_at
+from .philox import counters_at, half_at
 from .rounding import narrow, narrow_randomly, widen
 from .table import (
     ADDRESS,
@@ -251,9 +251,7 @@ def stray_block(
     if rounding_ptr is None or tl.float32 == w.dtype:
         acc = narrow(acc, w.dtype)
     else:
-        e = first + offs
-        word = word_at(e >> 1, tl.load(rounding_ptr), id)
-        acc = narrow_randomly(acc, tl.where(e & 1 == 0, word & 0xFFFF, word >> 16), w.dtype)
+        acc = narrow_randomly(acc, half_at(first + offs, tl.load(rounding_ptr), id), w.dtype)
     tl.store(p_ptr + offs, acc, mask=mask)
 
 

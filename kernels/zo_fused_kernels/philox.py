@@ -59,13 +59,18 @@ def word_at(e, key, id):
 
 
 @triton.jit
+def half_at(e, key, id):
+    """the 16-bit numbers of elements e, a block: the words of the stream cut in two"""
+    word = word_at(e >> 1, key, id)
+    return tl.where(e & 1 == 0, word & 0xFFFF, word >> 16)
+
+
+@triton.jit
 def halves(first, key, id, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    """[COUNT] the 16-bit numbers of elements first, first + 1, ..: the words of the stream cut in
-    two; first and WIDTH as in `normal.normals`"""
+    """[COUNT] the 16-bit numbers of elements first, first + 1, ..; first and WIDTH as in
+    `normal.normals`"""
     if WIDTH == 1:
-        e = first + tl.arange(0, COUNT)
-        word = word_at(e >> 1, key, id)
-        return tl.where(e & 1 == 0, word & 0xFFFF, word >> 16)
+        return half_at(first + tl.arange(0, COUNT), key, id)
     else:
         # One counter serves eight elements of a thread. Each join adds a last axis, which stays
         # within its thread: no data moves.
