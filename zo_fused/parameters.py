@@ -5,8 +5,12 @@ Floor 5.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from operator import attrgetter
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,31 +19,79 @@ from zo_fused import _ops
 from zo_fused.ops import int64_tensor, on_device
 from zo_fused.streams import parameter_id
 
+Made = TypeVar("Made")
+
+
+def _prepare(name, lists, ids, offsets):  # INTERIM
+    op = getattr(_ops, name)
+    if name == "lowrank_":
+        return lambda c, d, r=None: op(*lists, c, d, ids, offsets, r)
+    return lambda *a: op(*lists, ids, offsets, *a)
+
 
 @dataclass
 class Bucket:
     """Parameters on one device, with a row for each in every table."""
 
     device: torch.device
+    fixed: list[dict[str, Any]]  # per group, hyper-parameters that stay while the bucket is in use
     params: list[Tensor] = field(default_factory=list)
     group: list[int] = field(default_factory=list)  # index of the param group
     id_list: list[int] = field(default_factory=list)
     ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     offsets: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     group_index: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    scratch: dict[str, Any] = field(default_factory=dict)  # buffers that directions reuse
+    _made: dict[Any, Any] = field(default_factory=dict)
 
     def rows(self, per_group: Tensor) -> Tensor:
         """A per-group vector as a per-parameter vector on this bucket's device."""
         return on_device(per_group, self.device)[self.group_index]
 
+    def hyper(self, param_groups: list[dict[str, Any]], name: str) -> Tensor:
+        """A hyper-parameter as a float64 vector with a row a parameter; the host waits for nothing,
+        also where it is a tensor."""
+        values = [group[name] for group in param_groups]
+        if any(isinstance(v, Tensor) and v.device.type != "cpu" for v in values):
+            there = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values]
+            return torch.stack([v.reshape(()) for v in there])[self.group_index]
+        return self.rows(torch.tensor([float(v) for v in values], dtype=torch.float64))
 
-def signature(param_groups: list[dict[str, Any]]) -> tuple[Any, ...]:
-    """What must not change for buckets to stay valid."""
-    return tuple(
-        (id(p), p.data_ptr(), p.dtype, p.device, p.requires_grad)
-        for group in param_groups
-        for p in group["params"]
+    def sweep(self, name: str, *lists: list[Tensor], key: Any = None) -> Callable[..., None]:
+        """The sweep of that name over the parameters and further lists of tensors, ready to be
+        called with its scalars; made once per key."""
+        made = [self.params, *lists]
+        return self.once((name, key), lambda: _prepare(name, made, self.ids, self.offsets))
+
+    def fill(self, outs: list[Tensor], rows: list[int], key: Any) -> Callable[[Tensor], None]:
+        """Fills tensors with the normals of the parameters in these rows; called with a key each.
+        Made once per key."""
+        ids, offsets = self.ids[rows], self.offsets[rows]
+        return self.once(("normal_", key), lambda: _prepare("normal_", [outs], ids, offsets))
+
+    def once(self, key: Any, make: Callable[[], Made]) -> Made:
+        """What `make` returned when it was first called under this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
+
+
+# Read of every parameter once a step: loops in C.
+_READ = attrgetter("requires_grad", "dtype")
+
+
+def signature(param_groups: list[dict[str, Any]], names: Sequence[str]) -> tuple[Any, ...]:
+    """What must not change for buckets to stay valid.
+
+    Args:
+        names: hyper-parameters that buckets hold on to.
+    """
+    params = list(chain.from_iterable(group["params"] for group in param_groups))
+    return (
+        tuple(map(id, params)),
+        tuple(map(torch.Tensor.data_ptr, params)),
+        tuple(map(_READ, params)),
+        tuple(group[name] for group in param_groups for name in names),
     )
 
 
@@ -59,6 +111,16 @@ def parameter_ids(param_groups: list[dict[str, Any]]) -> list[int]:
     return ids
 
 
+def fingerprint(tensors: list[Tensor]) -> str:
+    """A short hash of the ends of every tensor, to recognise the weights a log starts from."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        ends = torch.cat([flat[:64], flat[-64:]]).float().cpu()
+        digest.update(ends.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _refuse_unsupported(p: Tensor, label: str) -> None:
     if p.device.type == "meta":
         raise ValueError(
@@ -76,30 +138,34 @@ def _refuse_unsupported(p: Tensor, label: str) -> None:
         )
 
 
-def make_buckets(param_groups: list[dict[str, Any]], trainable: set[int] | None) -> list[Bucket]:
+def make_buckets(
+    param_groups: list[dict[str, Any]], trainable: set[int] | None, names: Sequence[str] = ()
+) -> list[Bucket]:
     """One bucket per device, of the parameters that require gradients.
 
     Args:
         param_groups: of a `torch.optim.Optimizer`.
         trainable: positions to take instead of those with ``requires_grad`` (for replay).
+        names: hyper-parameters that buckets hold on to.
 
     A tensor that appears twice (tied weights under two names) is taken once, by its first name.
     """
     buckets: dict[torch.device, Bucket] = {}
     seen: set[tuple[Any, ...]] = set()
     ids = parameter_ids(param_groups)
+    fixed = [{name: group[name] for name in names} for group in param_groups]
     position = -1
     for group_number, group in enumerate(param_groups):
-        names = group.get("param_names")
+        labels = group.get("param_names")
         for i, p in enumerate(group["params"]):
             position += 1
             chosen = p.requires_grad if trainable is None else position in trainable
             memory = (p.device, p.data_ptr(), tuple(p.shape), tuple(p.stride()))
             if not chosen or p.numel() == 0 or memory in seen:
                 continue
-            _refuse_unsupported(p, f"parameter {names[i] if names else position!r}")
+            _refuse_unsupported(p, f"parameter {labels[i] if labels else position!r}")
             seen.add(memory)
-            bucket = buckets.setdefault(p.device, Bucket(p.device))
+            bucket = buckets.setdefault(p.device, Bucket(p.device, fixed))
             bucket.params.append(p)
             bucket.group.append(group_number)
             bucket.id_list.append(ids[position])

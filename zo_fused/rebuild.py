@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from zo_fused import replay_log
-from zo_fused.optim.base import ZerothOrderOptimizer, fingerprint
+from zo_fused.optim.base import ZerothOrderOptimizer
+from zo_fused.parameters import fingerprint
 from zo_fused.streams import CONTRACT_VERSION
 
 METHODS = {"LOZO": "zo_fused.optim.lozo", "MeZO": "zo_fused.optim.mezo"}
@@ -48,6 +49,7 @@ def replay(
         events = tqdm(events, desc="replay", unit="step")
     for event in events:
         optimizer.replay_event(event)
+    optimizer.flush()  # a run that was cut off left its weights where its schedule has them
     return sum(not event.restored for event in record.events)
 
 

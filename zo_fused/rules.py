@@ -1,7 +1,8 @@
-"""What a projected gradient does to the weights: one class per update rule. Floor 7.
+"""What a projected gradient does to the weights: one class per update rule. Floor 8.
 
-A rule takes back the last perturbation and applies the update in the same sweep. All scalars are
-float64 vectors on the bucket's device, one row a parameter; nothing waits for the host.
+A rule takes back the last perturbation, applies the update and, where the schedule asks for it,
+perturbs along the next step's z, all in one sweep. All scalars are float64 vectors on the bucket's
+device, one row a parameter; nothing waits for the host.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from zo_fused import _ops
-from zo_fused.directions import Direction, LowRank
+from zo_fused.directions import Direction, LowRank, Term
+from zo_fused.factors import Factors
 from zo_fused.parameters import Bucket
 
 
@@ -29,8 +30,20 @@ class Update:
     grad: Tensor  # projected gradient, times the direction's update scale
     lr: Tensor
     decay: Tensor  # 1 - lr * weight_decay
-    finite: Tensor  # False: only restore
+    ahead: Tensor | None  # coefficient of the next step's z; None: the weights end at rest
+    finite: Tensor  # False: no update
     rounding: Tensor | None  # key of the step's rounding stream, int64 [1]; None: to nearest
+
+    def if_finite(self, value: Tensor, otherwise: Tensor | float) -> Tensor:
+        """The value of a good step, or what stands for it in a step that is skipped."""
+        return torch.where(self.finite, value, otherwise)
+
+    def sweep(self, direction: Direction, *terms: Term) -> None:
+        """``p = decay * p + sum of the terms``, and the next perturbation."""
+        if self.ahead is not None:
+            terms = (*terms, Term(self.step + 1, self.ahead))
+        decay = self.if_finite(self.decay, 1.0)
+        direction.sweep(self.bucket, self.seed, terms, decay, self.rounding)
 
 
 class Rule(Protocol):
@@ -39,19 +52,13 @@ class Rule(Protocol):
     def apply(self, update: Update, direction: Any, state: dict[Any, Any]) -> None: ...
 
 
-def _float32(x: Tensor) -> Tensor:
-    return x.to(torch.float32)
-
-
 class SGD:
     """``theta = (1 - lr * weight_decay) * theta - lr * g * z`` from the perturbed weights."""
 
     def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
         u = update
-        coeffs = torch.where(u.finite, u.decay * u.restore - u.lr * u.grad, u.restore)
-        decay = torch.where(u.finite, u.decay, torch.ones_like(u.decay))
-        rows = (_float32(coeffs), _float32(decay))
-        direction.sweep(u.bucket, u.groups, u.seed, u.step, *rows, u.rounding)
+        coeffs = u.if_finite(u.decay * u.restore - u.lr * u.grad, u.restore)
+        u.sweep(direction, Term(u.step, coeffs))
 
 
 class FactorMomentum:
@@ -67,30 +74,35 @@ class FactorMomentum:
 
     def apply(self, update: Update, direction: LowRank, state: dict[Any, Any]) -> None:
         u, bucket = update, update.bucket
-        us, vs = direction.factors(bucket, u.groups, u.seed, u.step)
-        moments = []
-        for row, (p, factor) in enumerate(zip(bucket.params, us, strict=True)):
-            entry = state[p]
-            if "momentum_factor" not in entry:
-                entry["momentum_factor"] = torch.zeros_like(factor)
-            moments.append(entry["momentum_factor"])
-            interval = u.groups[bucket.group[row]]["interval"]
-            if u.step > 0 and u.step % interval == 0 and p.dim() >= 2:
-                old = direction.previous_v(bucket, u.groups, u.seed, u.step, row)
-                moments[row].copy_(project(moments[row], old, vs[row]))
-        betas = torch.tensor([group["momentum"] for group in u.groups], dtype=torch.float64)
-        beta = bucket.rows(betas)
-        one, zero = torch.ones_like(beta), torch.zeros_like(beta)
-        columns = (
-            torch.where(u.finite, beta, one),
-            torch.where(u.finite, (1 - beta) * u.grad, zero),
-            torch.where(u.finite, u.decay * u.restore, u.restore),
-            torch.where(u.finite, -u.lr, zero),
+        factors = direction.factors(bucket)
+        flat, moments = bucket.once("momentum", lambda: gathered(bucket, factors, state))
+        if u.step > 0 and any(u.step % group["interval"] == 0 for group in bucket.fixed):
+            old = factors.of(u.seed, u.step - 1).vs
+            new = factors.of(u.seed, u.step).vs
+            for row, (p, g) in enumerate(zip(bucket.params, bucket.group, strict=True)):
+                if p.dim() >= 2 and u.step % bucket.fixed[g]["interval"] == 0:
+                    moments[row].copy_(project(moments[row], old[row], new[row]))
+        beta = bucket.hyper(u.groups, "momentum")
+        flat.mul_(factors.spread(u.if_finite(beta, 1.0)))
+        gain = factors.spread(u.if_finite((1 - beta) * u.grad, 0.0))
+        flat.add_(gain * factors.of(u.seed, u.step).flat_u)
+        u.sweep(
+            direction,
+            Term(u.step, u.if_finite(u.decay * u.restore, u.restore)),
+            Term(u.step, u.if_finite(-u.lr, 0.0), flat),
         )
-        coeffs = _float32(torch.stack(columns, dim=-1))
-        decay = _float32(torch.where(u.finite, u.decay, one))
-        rows = (coeffs, decay, bucket.ids, bucket.offsets)
-        _ops.lowrank_momentum_(bucket.params, moments, us, vs, *rows, u.rounding)
+
+
+def gathered(
+    bucket: Bucket, factors: Factors, state: dict[Any, Any]
+) -> tuple[Tensor, list[Tensor]]:
+    """The momenta of a bucket in one tensor, and its parts, which the state then holds."""
+    flat, parts = factors.buffer(factors.u_shapes)
+    for p, part in zip(bucket.params, parts, strict=True):
+        if "momentum_factor" in state[p]:
+            part.copy_(state[p]["momentum_factor"])
+        state[p]["momentum_factor"] = part
+    return flat, parts
 
 
 GRID = 2.0**40  # |v_old * v_new| < 44, so 2**17 rows sum below 2**63

@@ -1,4 +1,4 @@
-"""The step that all zeroth-order optimizers share. Floor 8.
+"""The step that all zeroth-order optimizers share. Floor 10.
 
 A method is a direction (`zo_fused.directions`: how z is made) and an update rule (`zo_fused.rules`:
 what a projected gradient does). This file perturbs, evaluates, restores, guards and records.
@@ -6,11 +6,11 @@ what a projected gradient does). This file perturbs, evaluates, restores, guards
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from zo_fused import replay_log
-from zo_fused.directions import Direction
+from zo_fused.directions import Direction, Retry, Term
 from zo_fused.interrupts import uninterrupted
 from zo_fused.ops import int64_tensor
-from zo_fused.parameters import Bucket, make_buckets, parameter_ids, signature
+from zo_fused.parameters import Bucket, fingerprint, make_buckets, parameter_ids, signature
 from zo_fused.rules import Rule, Update
 from zo_fused.streams import CONTRACT_VERSION, Purpose, derive_key
 
@@ -48,15 +48,20 @@ _COUNTERS = ("seed", "step", "restores", "contract")
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
-    """Base of the optimizers: two-sided estimates along one direction a step, three sweeps.
+    """Base of the optimizers: two-sided estimates along one direction a step.
 
     ``g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)`` (SPSA; Spall 1992), where z belongs to
     the step: it is drawn anew in every sweep from (seed, step, parameter id, element index).
 
-    The sweeps of a step are ``+eps``, ``-2 eps``, and restore together with the update. In 16 bits
-    a restore is exact only up to the rounding of the dtype (docs/noise.md, "Rounding"). With
-    ``rounding="stochastic"`` the update is rounded at random, without bias, so that updates far
-    below a weight's last place add up over the steps also where no restore goes with them
+    The sweeps of a step are ``+eps``, ``-2 eps``, and restore together with the update; with
+    ``deferred=True`` the last one also moves to ``+eps`` of the next step, so that there are two,
+    and weights rest perturbed between steps. `flush` puts them at theta; the optimizer does so
+    itself before its `state_dict` and on exceptions, and before ``model.state_dict()`` if it was
+    given the module. Evaluate the model under ``with opt.unperturbed():``.
+
+    In 16 bits a restore is exact only up to the rounding of the dtype (docs/noise.md, "Rounding").
+    With ``rounding="stochastic"`` the update is rounded at random, without bias, so that updates
+    far below a weight's last place add up over the steps also where no restore goes with them
     (docs/performance.md); perturbations are rounded to nearest all the same. float32 weights have
     nothing to round.
 
@@ -67,6 +72,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         defaults: hyper-parameters of the groups.
         direction, rule: see above.
         seed: base seed of the run, ``0 <= seed < 2**64``. The global generators are never used.
+        deferred: see above.
         options: arguments of the method that groups don't tell, recorded in the replay log.
 
     Attributes:
@@ -82,15 +88,18 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         direction: Direction,
         rule: Rule,
         seed: int,
+        deferred: bool = False,
         options: dict[str, Any] | None = None,
     ) -> None:
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed must lie in [0, 2**64), got {seed}")
         if isinstance(params, nn.Module):
+            params.register_state_dict_pre_hook(_FlushBeforeSaving(self))
             params = params.named_parameters()
         self._direction = direction
         self._rule = rule
-        self._options = options or {}
+        self._deferred = deferred
+        self._options = {"deferred": deferred, **(options or {})}
         self._reset()
         counters = {"seed": seed, "step": 0, "restores": 0, "contract": CONTRACT_VERSION}
         super().__init__(params, {**defaults, **counters})
@@ -100,8 +109,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.projected_grad: Tensor | None = None
         self.timings: dict[str, float] | None = None
         self._skipped: int | Tensor = 0
-        self._displacement = 0.0  # where the weights are, in units of eps
-        self._path: list[float] = []  # displacements since the last update or restore
+        self._at: list[float] = []  # coefficient of z in the weights, a group; empty: at theta
+        self._path: list[float] = []  # displacements of this step, in units of eps
+        self._ahead = False  # displaced by the last step's sweep; this step has not begun
         self._buckets: list[Bucket] = []
         self._signature: tuple[Any, ...] | None = None
         self._log: replay_log.Writer | None = None
@@ -116,6 +126,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             ValueError: a hyper-parameter is out of range, or two parameters share a name.
         """
         if self.param_groups:
+            self.flush()
             param_group |= {name: self.param_groups[0][name] for name in _COUNTERS}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -152,8 +163,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             group.update(counters)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("_direction", "_rule", "_options")}
-        return {**super().__getstate__(), **own}
+        if self._at:  # too late to flush: the weights may have been copied already
+            raise RuntimeError("weights are perturbed: call flush() before copying or pickling")
+        own = ("_direction", "_rule", "_deferred", "_options")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_direction" in state:  # unpickled, not loaded from a state_dict
@@ -161,8 +174,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, bit for bit, with weights at rest (an open perturbation is taken back)."""
-        self.restore()
+        """The state, bit for bit; the weights are flushed first."""
+        self.flush()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -171,7 +184,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the state was written under another version of the noise contract.
         """
-        self.restore()
+        self.flush()
         for group in state_dict["param_groups"]:
             if group.get("contract") != CONTRACT_VERSION:
                 raise ValueError(
@@ -199,39 +212,53 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def perturb(self, sign: float) -> None:
         """Put the weights at ``theta + sign * eps * z`` of the coming step, from wherever they are.
 
-        One sweep. `step` with losses merges the way back with the update; `restore` goes back.
+        One sweep, or none if they are there. `step` with losses merges the way back with the
+        update; `flush` goes back without.
         """
-        if sign == self._displacement:
-            return
         with self._timed("perturb"), uninterrupted():
-            self._refresh()
-            move = torch.tensor(
-                [(sign - self._displacement) * float(g["eps"]) for g in self.param_groups],
-                dtype=torch.float64,
-            )
-            for bucket in self._buckets:
-                coeffs = bucket.rows(move).to(torch.float32)
-                self._direction.sweep(
-                    bucket,
-                    self.param_groups,
-                    self.seed,
-                    self.step_count,
-                    coeffs,
-                    torch.ones_like(coeffs),
-                )
-            self._displacement = sign
-            self._path.append(sign)
+            if self._ahead or not self._at:
+                self._refresh()
+            moved = self._move([sign * float(group["eps"]) for group in self.param_groups])
+            if moved or self._ahead:
+                self._path.append(sign)
+            self._ahead = False
 
-    def restore(self) -> None:
-        """Put perturbed weights back to theta (up to rounding), without an update."""
-        if self._displacement == 0.0 and not self._path:
-            return
+    def _move(self, to: list[float]) -> bool:
+        """Sweep the weights to ``theta + to[group] * z``; False if they were there."""
+        at = self._at or [0.0] * len(to)
+        if to == at:
+            return False
+        distance = torch.tensor([b - a for a, b in zip(at, to, strict=True)], dtype=torch.float64)
+        for bucket in self._buckets:
+            term = Term(self.step_count, bucket.rows(distance))
+            self._direction.sweep(bucket, self.seed, [term], torch.ones_like(term.coeffs))
+        self._at = to if any(to) else []
+        self._direction.attach(self._buckets if self._at else [])
+        return True
+
+    @_plain_tensors
+    def flush(self) -> None:
+        """Put the weights at theta (up to rounding), whatever the schedule keeps beside them.
+
+        One sweep, or none if they are there.
+        """
         with uninterrupted():
-            self.perturb(0.0)
-            path, self._path = self._path, []
+            moved = self._move([0.0] * len(self.param_groups)) if self._at else False
+            settled = self._settle(self.param_groups[0]["restores"] + 1)
+            path, self._path, self._ahead = self._path, [], False
+            if not (moved or settled or path):
+                return
             if self._log is not None:
                 self._log.restore(self.step_count, path, *self._settings())
             self._count(restores=self.param_groups[0]["restores"] + 1)
+
+    def _settle(self, query: int) -> bool:
+        """Write what the direction keeps beside the weights; False if there is nothing."""
+        done = [
+            self._direction.settle(bucket, self._rounding_key(bucket.device, query))
+            for bucket in self._buckets
+        ]
+        return any(done)
 
     @contextmanager
     def perturbed(self, sign: float) -> Iterator[None]:
@@ -246,13 +273,19 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         finally:
             self.perturb(0.0)
 
+    @contextmanager
+    def unperturbed(self) -> Iterator[None]:
+        """``with opt.unperturbed(): evaluate(model)``: a block with the weights at theta."""
+        self.flush()
+        yield
+
     def _refresh(self) -> None:
-        """Look again at the parameters: what requires gradients, where it lies."""
-        if self._displacement != 0.0:
-            return  # the way back goes over the parameters that were perturbed
-        now = signature(self.param_groups)
+        """Look again at the parameters before a step: what requires gradients, where it lies."""
+        now = (signature(self.param_groups, self._direction.fixed), self._trainable_override)
         if now != self._signature:
-            self._buckets = make_buckets(self.param_groups, self._trainable_override)
+            self.flush()  # over the parameters and in the windows that it began with
+            names = self._direction.fixed
+            self._buckets = make_buckets(self.param_groups, self._trainable_override, names)
             self._signature = now
         if not self._buckets:
             raise ValueError("zo_fused: no parameter requires gradients; there is nothing to tune")
@@ -281,7 +314,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: the loss is not a scalar.
-            Whatever the closure raises; the weights are then back at theta.
+            Whatever the closure raises; the weights are then at theta.
 
         If a loss is not finite, the weights go back to theta, the step is counted in
         `skipped_steps` and nothing is applied.
@@ -295,7 +328,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         try:
             plus, minus = self._scalar(loss_plus), self._scalar(loss_minus)
         except BaseException:
-            self.restore()
+            self.flush()
             raise
         with self._timed("update"):
             eps = float(self.param_groups[0]["eps"])
@@ -304,20 +337,24 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return ((plus + minus) / 2).to(torch.float32)
 
     def _evaluate_both(self, closure: Closure) -> tuple[Loss, Loss]:
-        try:
-            self._refresh()
-            generators = _GeneratorStates([b.device for b in self._buckets])
-            self.perturb(1.0)
-            with self._timed("forward"):
-                plus = self._scalar(closure())
-            generators.rewind()
-            self.perturb(-1.0)
-            with self._timed("forward"):
-                minus = self._scalar(closure())
-            return plus, minus
-        except BaseException:
-            self.restore()
-            raise
+        while True:
+            try:
+                self.perturb(1.0)
+                generators = _GeneratorStates([b.device for b in self._buckets])
+                with self._timed("forward"):
+                    plus = self._scalar(closure())
+                generators.rewind()
+                self.perturb(-1.0)
+                with self._timed("forward"):
+                    minus = self._scalar(closure())
+                return plus, minus
+            except Retry as reason:
+                self.flush()
+                generators.rewind()
+                logger.info("step %d is evaluated again: %s", self.step_count, reason)
+            except BaseException:
+                self.flush()
+                raise
 
     def _scalar(self, loss: Any) -> Tensor:
         """A loss as float64 tensor [] on the device of the first parameter."""
@@ -336,47 +373,46 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _update(self, projected_grad: Tensor) -> None:
         """Take back the perturbation and apply the update of `projected_grad` in one sweep."""
-        self._refresh()
-        groups = self.param_groups
-        step = self.step_count
-        grad = projected_grad.double()
+        if not self._at or self._ahead:
+            self._refresh()
+        groups, step = self.param_groups, self.step_count
         finite = torch.isfinite(projected_grad)
-        eps = self._hyper("eps")
-        lr = self._hyper("lr")
+        at = torch.tensor(self._at or [0.0] * len(groups), dtype=torch.float64)
         with uninterrupted():
             for bucket in self._buckets:
-                scale = self._direction.update_scale(bucket, groups)
+                lr, eps = bucket.hyper(groups, "lr"), bucket.hyper(groups, "eps")
                 # A group with its own eps has its own estimate from the same two losses.
-                grads = grad.to(bucket.device) * bucket.rows(eps[0] / eps)
+                grads = projected_grad.to(bucket.device).double() * (float(groups[0]["eps"]) / eps)
+                scale = self._direction.update_scale(bucket)
                 update = Update(
                     bucket=bucket,
                     groups=groups,
                     seed=self.seed,
                     step=step,
-                    restore=bucket.rows(-self._displacement * eps),
+                    restore=-bucket.rows(at),
                     grad=grads if scale is None else grads * scale,
-                    lr=bucket.rows(lr),
-                    decay=bucket.rows(1 - lr * self._hyper("weight_decay")),
+                    lr=lr,
+                    decay=1 - lr * bucket.hyper(groups, "weight_decay"),
+                    ahead=eps if self._deferred else None,
                     finite=finite.to(bucket.device),
                     rounding=self._rounding_key(bucket.device),
                 )
                 self._rule.apply(update, self._direction, self.state)
             path, self._path = self._path, []
-            self._displacement = 0.0
+            self._at = [float(group["eps"]) for group in groups] if self._deferred else []
+            self._ahead = self._deferred
+            self._direction.attach(self._buckets if self._at else [])
+            if any(self._direction.window_ends(bucket, step) for bucket in self._buckets):
+                self._settle(query=0)
             self.projected_grad = projected_grad
             self._note(step, path, projected_grad, finite)
             self._count(step=step + 1, restores=0)
 
-    def _rounding_key(self, device: torch.device) -> Tensor | None:
+    def _rounding_key(self, device: torch.device, query: int = 0) -> Tensor | None:
         if self.param_groups[0]["rounding"] == "nearest":
             return None
-        return int64_tensor([derive_key(self.seed, Purpose.ROUNDING, self.step_count)], device)
-
-    def _hyper(self, name: str) -> Tensor:
-        """A hyper-parameter of every group, float64 [G]."""
-        return torch.tensor(
-            [float(group[name]) for group in self.param_groups], dtype=torch.float64
-        )
+        key = derive_key(self.seed, Purpose.ROUNDING, self.step_count, query)
+        return int64_tensor([key], device)
 
     def _note(self, step: int, path: list[float], grad: Tensor, finite: Tensor) -> None:
         """Count and report skipped steps; write the log."""
@@ -424,7 +460,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             ValueError: the log is of another run, or the optimizer already has momentum that a new
                 log would lack.
         """
-        self.restore()
+        self.flush()
         self.close_log()
         self._refresh()
         if not resume and self.step_count > 0 and self.state:
@@ -485,28 +521,32 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def replay_event(self, event: replay_log.Event) -> None:
         """Do to the weights what a logged event did (used by `zo_fused.replay`)."""
         self._trainable_override = set(event.trainable)
-        self._signature = None
         for group, values in zip(self.param_groups, event.groups, strict=True):
             group.update(values)
         self._count(step=event.step)
         for sign in event.path:
             self.perturb(sign)
         if event.restored:
-            self.restore()
+            self.flush()
         else:
             grad = math.nan if event.projected_grad is None else event.projected_grad
-            self._refresh()
-            self._update(torch.tensor(grad, dtype=torch.float32, device=self._buckets[0].device))
+            self._update(torch.tensor(grad, dtype=torch.float32))
 
 
-def fingerprint(tensors: list[Tensor]) -> str:
-    """A short hash of the ends of every tensor, to recognise the weights a log starts from."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        flat = tensor.detach().reshape(-1)
-        ends = torch.cat([flat[:64], flat[-64:]]).float().cpu()
-        digest.update(ends.numpy().tobytes())
-    return digest.hexdigest()[:16]
+class _FlushBeforeSaving:
+    """Hook of a module: its weights are at theta in every `state_dict`."""
+
+    def __init__(self, optimizer: ZerothOrderOptimizer | None) -> None:
+        self._optimizer = weakref.ref(optimizer) if optimizer is not None else None
+
+    def __call__(self, *_: Any) -> None:
+        optimizer = self._optimizer() if self._optimizer else None
+        # in the middle of a step it is the perturbed weights that are wanted
+        if optimizer is not None and (optimizer._ahead or not optimizer._at):
+            optimizer.flush()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _FlushBeforeSaving, (None,)  # a copy of the module has no optimizer
 
 
 class _GeneratorStates:

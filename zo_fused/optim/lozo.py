@@ -21,7 +21,8 @@ class LOZO(ZerothOrderOptimizer):
     ``theta = theta - lr * (N V^T + weight_decay * theta)``, and N is projected on every new V
     (``N = N V_old^T V_new / n``, through the r x r product).
 
-    Two forward passes, three sweeps. No state; with momentum (m, rank) float32 a matrix.
+    Two forward passes, three sweeps (two with ``deferred``). No state; with momentum (m, rank)
+    float32 a matrix.
 
     Paper and released code differ: the paper divides the estimate of a matrix by the rank, the code
     does not, so ``lr_code = lr_paper / rank``. The default is the code's.
@@ -38,6 +39,8 @@ class LOZO(ZerothOrderOptimizer):
         divide_by_rank: scale the update of matrices by 1/rank, as the paper does.
         rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
         seed: base seed of the run.
+        deferred: two sweeps a step instead of three; weights rest perturbed between steps, see
+            `ZerothOrderOptimizer` and `flush`.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class LOZO(ZerothOrderOptimizer):
         divide_by_rank: bool = False,
         rounding: str = "nearest",
         seed: int = 0,
+        deferred: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -65,7 +69,7 @@ class LOZO(ZerothOrderOptimizer):
         rule = FactorMomentum() if momentum else SGD()
         # Groups may set their own momentum; this one chose the rule, so a replay needs it.
         options = {"divide_by_rank": divide_by_rank, "momentum": momentum}
-        super().__init__(params, defaults, LowRank(divide_by_rank), rule, seed, options)
+        super().__init__(params, defaults, LowRank(divide_by_rank), rule, seed, deferred, options)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

@@ -17,8 +17,8 @@ class MeZO(ZerothOrderOptimizer):
     ``z ~ N(0, I)``, ``g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)``,
     ``theta = theta - lr * (g z + weight_decay * theta)``.
 
-    Two forward passes, three sweeps, no state. The released code decays parameters by name (all but
-    biases and layer norms); here the param groups decide.
+    Two forward passes, three sweeps (two with ``deferred``), no state. The released code decays
+    parameters by name (all but biases and layer norms); here the param groups decide.
 
     Args:
         params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
@@ -27,6 +27,8 @@ class MeZO(ZerothOrderOptimizer):
         weight_decay: decay, with the learning rate as factor.
         rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
         seed: base seed of the run.
+        deferred: two sweeps a step instead of three; weights rest perturbed between steps, see
+            `ZerothOrderOptimizer` and `flush`.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class MeZO(ZerothOrderOptimizer):
         weight_decay: float = 0.0,
         rounding: str = "nearest",
         seed: int = 0,
+        deferred: bool = False,
     ) -> None:
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rounding": rounding}
-        super().__init__(params, defaults, Dense(), SGD(), seed)
+        super().__init__(params, defaults, Dense(), SGD(), seed, deferred)

@@ -156,7 +156,8 @@ class Finetuning:
         step = self.optimizer.step_count
         if not self.data.get(split) or step in dict(self.history.accuracies(split)):
             return
-        accuracy = self.scorer.accuracy(self.data[split], self.plan.batch_size)
+        with self.optimizer.unperturbed():
+            accuracy = self.scorer.accuracy(self.data[split], self.plan.batch_size)
         self.history.add(**{"step": step, f"{split}_accuracy": accuracy})
         bar.write(f"step {step}: {split} accuracy {accuracy:.3f}")
 

@@ -144,6 +144,7 @@ def finetune(options: Options) -> dict[str, Any]:
         "backend": zo_fused.backend_of(device),
         "zo_fused": zo_fused.__version__,
     }
+    optimizer.flush()
     save_model(model, tokenizer, options.output)
     draw(history, options.title, options.output / "curve.png")
     write_text(options.output / "summary.json", to_json(summary, indent=2) + "\n")

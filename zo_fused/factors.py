@@ -1,0 +1,140 @@
+"""The low-rank factors of a bucket: U and V of a step, in flat buffers. Floor 6.
+
+A parameter is seen as a matrix (m, n) with U (m, rank) and V (n, rank), float32. All U of a bucket
+lie one after the other in one tensor, so that a sum of factors is one operation for the whole
+model. A step's noise is drawn at most once, and the factors of two steps are kept: the next one's,
+where a schedule looks ahead, or the last one's, where momentum moves to a new window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zo_fused import _ops
+from zo_fused.ops import int64_tensor, on_device
+from zo_fused.parameters import Bucket
+from zo_fused.streams import Purpose, derive_key
+
+Pair = tuple[list[Tensor], list[Tensor]]
+
+
+@dataclass
+class StepFactors:
+    """The factors of one step."""
+
+    flat_u: Tensor
+    flat_v: Tensor
+    us: list[Tensor]  # parts of flat_u, (m, rank) each
+    vs: list[Tensor]
+    number: int  # 0 or 1
+    step: tuple[int, int] | None = None  # seed and step whose U is in it
+    windows: tuple[int, ...] | None = None  # stream keys of V, one a group
+
+
+class Factors:
+    """U fresh every step and V fixed for a window of ``interval`` steps, from their own streams.
+
+    One-dimensional parameters get dense noise: U is the noise itself, V is 1.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
+        shapes = [
+            (*_ops.matrix_shape(p), bucket.fixed[g]["rank"]) if p.dim() >= 2 else (p.numel(), 1, 1)
+            for p, g in zip(bucket.params, bucket.group, strict=True)
+        ]
+        self.u_shapes = [(m, rank) for m, _, rank in shapes]
+        self.v_shapes = [(n, rank) for _, n, rank in shapes]
+        self._all = list(range(len(shapes)))
+        self._matrices = [i for i, p in enumerate(bucket.params) if p.dim() >= 2]
+        vector = torch.tensor([p.dim() < 2 for p in bucket.params])
+        self._is_vector = on_device(vector, bucket.device)
+        sizes = torch.tensor([m * rank for m, rank in self.u_shapes])
+        # which parameter an element of a flat U belongs to
+        self._owner = on_device(torch.arange(len(sizes)).repeat_interleave(sizes), bucket.device)
+        self._slots = [self._slot(0), self._slot(1)]
+
+    def _slot(self, number: int) -> StepFactors:
+        u, us = self.buffer(self.u_shapes)
+        v, vs = self.buffer(self.v_shapes)
+        return StepFactors(u, v.fill_(1.0), us, vs, number)  # the ones of vectors stay
+
+    def buffer(
+        self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Zeros in one tensor, and its parts in these shapes."""
+        sizes = [rows * columns for rows, columns in shapes]
+        flat = torch.zeros(sum(sizes), dtype=dtype, device=self._bucket.device)
+        parts = zip(flat.split(sizes), shapes, strict=True)
+        return flat, [part.view(shape) for part, shape in parts]
+
+    def spread(self, per_parameter: Tensor) -> Tensor:
+        """A number a parameter as a number an element of a flat U, float32."""
+        return per_parameter.to(torch.float32)[self._owner]
+
+    def of(self, seed: int, step: int) -> StepFactors:
+        """The factors of a step; those of the step before it stay as they are."""
+        slot = self._slots[step % 2]
+        if slot.step != (seed, step):
+            self._draw_u(slot, seed, step)
+            windows = self._windows(seed, step)
+            if slot.windows != windows:
+                self._draw_v(slot, windows)
+            slot.step, slot.windows = (seed, step), windows
+        return slot
+
+    def _windows(self, seed: int, step: int) -> tuple[int, ...]:
+        intervals = (group["interval"] for group in self._bucket.fixed)
+        return tuple(derive_key(seed, Purpose.V, step // interval) for interval in intervals)
+
+    def _draw_u(self, slot: StepFactors, seed: int, step: int) -> None:
+        dense = derive_key(seed, Purpose.DENSE, step)
+        u = derive_key(seed, Purpose.U, step)
+        keys = int64_tensor([u, dense], self._bucket.device)[self._is_vector.long()]
+        self._bucket.fill(slot.us, self._all, ("u", slot.number))(keys)
+
+    def _draw_v(self, slot: StepFactors, windows: tuple[int, ...]) -> None:
+        keys = int64_tensor(windows, self._bucket.device)[self._bucket.group_index]
+        vs = [slot.vs[i] for i in self._matrices]
+        self._bucket.fill(vs, self._matrices, ("v", slot.number))(keys[self._matrices])
+
+    def total(self, summands: Sequence[tuple[Tensor, Tensor]], number: int) -> list[Tensor]:
+        """``sum of coeff * factor`` in buffer 0 or 1, which the next call with it overwrites.
+
+        Product and sum are rounded one by one, so that every device has the same bits.
+
+        Args:
+            summands: coefficients [P] and flat factors of the shape of U.
+        """
+        flat, parts = self._bucket.once(("total", number), lambda: self.buffer(self.u_shapes))
+        for place, (coeffs, factor) in enumerate(summands):
+            product = self.spread(coeffs) * factor
+            flat.copy_(product) if place == 0 else flat.add_(product)
+        return parts
+
+    def joined(self, parts: Sequence[Pair]) -> Pair:
+        """Two products ``U V^T`` as one of twice the rank, in memory that the next call overwrites.
+
+        Args:
+            parts: twice the U's and V's of all parameters.
+        """
+        us, vs, halves = self._bucket.once("joined", self._wide)
+        for half, part in zip(halves, parts, strict=True):
+            torch._foreach_copy_(half[0] + half[1], part[0] + part[1])
+        return us, vs
+
+    def _wide(self) -> tuple[list[Tensor], list[Tensor], list[Pair]]:
+        """Buffers of twice the rank, and views of their left and right halves."""
+        us, vs = (
+            self.buffer([(rows, 2 * rank) for rows, rank in shapes])[1]
+            for shapes in (self.u_shapes, self.v_shapes)
+        )
+        halves = [
+            ([u.chunk(2, dim=1)[side] for u in us], [v.chunk(2, dim=1)[side] for v in vs])
+            for side in (0, 1)
+        ]
+        return us, vs, halves
