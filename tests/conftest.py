@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -58,3 +59,19 @@ def use_backend() -> Iterator[Callable[[str | None], None]]:
     zo_fused.set_backend(previous)
     yield zo_fused.set_backend
     zo_fused.set_backend(previous)
+
+
+@pytest.fixture
+def sweeps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the sweeps over weights that optimizers make, as they make them."""
+    from zo_fused.parameters import Bucket
+
+    made: list[str] = []
+    original = Bucket.sweep
+
+    def sweep(self: Bucket, name: str, *lists: Any, **options: Any) -> Any:
+        run = original(self, name, *lists, **options)
+        return lambda *args: (made.append(name), run(*args))[1]
+
+    monkeypatch.setattr(Bucket, "sweep", sweep)
+    return made

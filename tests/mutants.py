@@ -27,6 +27,7 @@ def mutate_sweeps(change: Callable[..., Any], names: tuple[str, ...] = SWEEPS) -
 
         def mutated(device_type: str) -> SimpleNamespace:
             attributes = dict(vars(select(device_type)))
+            attributes.pop("prepare", None)  # prepared sweeps then go through these, too
             for name in names:
                 attributes[name] = lambda *args, n=name, f=attributes[name]: change(f, n, *args)
             return SimpleNamespace(**attributes)

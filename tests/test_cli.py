@@ -71,7 +71,9 @@ def test_options_not_given_get_the_defaults(tmp_path):
     task.write_text('{"template": "{text}", "verbalizer": {"a": "x", "b": "y"}}')
     own = ["--model", "org/some-model", "--train", "t.jsonl", "--task", str(task)]
     options = finetune.options(parse(*own, "--method", "mezo", "--eps", "0.01"))
-    assert options.hyper == {"lr": 1e-6, "eps": 0.01, "weight_decay": 0.0, "rounding": "nearest"}
+    assert options.hyper == {
+        "lr": 1e-6, "eps": 0.01, "weight_decay": 0.0, "rounding": "nearest", "schedule": "deferred",
+    }  # fmt: skip
     assert options.plan.steps == defaults.COMMON["steps"]
     assert options.sources == {"train": "t.jsonl"}
     assert options.output.parts == ("zo-fused-runs", "some-model-mezo")
@@ -79,7 +81,7 @@ def test_options_not_given_get_the_defaults(tmp_path):
     (tmp_path / "test.jsonl").write_text("")
     options = finetune.options(parse("--model", "m", "--train", str(tmp_path), "--dev", "d"))
     assert options.sources == {"train": str(tmp_path), "dev": "d", "test": str(tmp_path)}
-    common = {"lr", "eps", "weight_decay", "rounding"}
+    common = {"lr", "eps", "weight_decay", "rounding", "schedule"}
     assert options.hyper.keys() == common | {"rank", "interval", "momentum"}
     assert options.task.answers == ("x", "y")
 

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,18 +28,35 @@ METHODS: dict[str, Callable[..., ZerothOrderOptimizer]] = {
 }
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "stochastic": {"rounding": "stochastic"},
     "deferred": {"deferred": True},
     "deferred, stochastic": {"deferred": True, "rounding": "stochastic"},
+    "factored": {"mode": "factored"},
+    "factored, stochastic": {"mode": "factored", "rounding": "stochastic"},
 }
 
 
-@pytest.fixture(params=[f"{name}: {variant}" for name in METHODS for variant in VARIANTS])
+def with_module(params: Any) -> dict[str, Any]:
+    """A list of parameters belongs to no module: then all are perturbed in place."""
+    return {} if isinstance(params, nn.Module) else {"module": nn.Module()}
+
+
+@pytest.fixture(
+    params=[
+        f"{name}: {variant}"
+        for name in METHODS
+        for variant in VARIANTS
+        if name != "MeZO" or "factored" not in variant
+    ]
+)
 def make(request: pytest.FixtureRequest) -> Callable[..., ZerothOrderOptimizer]:
     name, variant = request.param.split(": ")
-    return lambda params, **kw: METHODS[name](params, **VARIANTS[variant], **kw)
+    options = VARIANTS[variant]
+    return lambda params, **kw: METHODS[name](
+        params, **options, **(with_module(params) if "mode" in options else {}), **kw
+    )
 
 
 @pytest.fixture(params=[torch.float16, torch.float32], ids=["fp16", "fp32"])

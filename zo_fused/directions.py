@@ -6,11 +6,12 @@ keeps nothing that the seed and the step do not give back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zo_fused.factors import Factors, StepFactors
 from zo_fused.ops import int64_tensor
@@ -26,21 +27,17 @@ class Term(NamedTuple):
     factor: Tensor | None = None  # low rank: a flat factor instead of the step's U
 
 
-class Retry(BaseException):
-    """Raised out of an evaluation that must be made again, from theta.
-
-    Not an `Exception`: code between the weights and the optimizer must not handle it.
-    """
-
-
 class Direction:
     """What an optimizer and its update rule need from a direction.
 
-    The last three are for directions that keep a part of the weights beside them
-    (`zo_fused.factored`); for the others there is nothing to do.
+    What follows `update_scale` is for directions that keep a part of the weights beside them
+    (`zo_fused.factored`); the others have nothing to do.
     """
 
     fixed: tuple[str, ...] = ()  # hyper-parameters that shape the noise: see `Bucket.fixed`
+    beside = False  # whether matrices get buckets of their own: see `Bucket.beside`
+    module: nn.Module | None = None  # that takes part in evaluations
+    paired = False  # whether both signs are evaluated at once, by `both`
 
     def sweep(
         self,
@@ -63,8 +60,28 @@ class Direction:
         """Factor of the update relative to z, float64 [P]; None for 1."""
         return None
 
+    def out_of_reach(self, buckets: Sequence[Bucket]) -> list[tuple[Tensor, str]]:
+        """Matrices beside which nothing can be kept, and why."""
+        return []
+
     def attach(self, buckets: Sequence[Bucket]) -> None:
         """The model is to be evaluated with the parameters of these buckets; none: no more."""
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around an evaluation."""
+        yield
+
+    def both(
+        self,
+        buckets: Sequence[Bucket],
+        groups: list[dict[str, Any]],
+        seed: int,
+        step: int,
+        closure: Callable[[], Any],
+    ) -> Tensor:
+        """The losses at both signs, [2]."""
+        raise NotImplementedError
 
     def window_ends(self, bucket: Bucket, step: int) -> bool:
         """Whether what is kept beside the weights must be written after this step."""
@@ -101,7 +118,7 @@ class LowRank(Direction):
     get dense noise from stream (dense, step): U is the noise itself, V is 1.
     """
 
-    fixed = ("rank", "interval")
+    fixed: tuple[str, ...] = ("rank", "interval")
 
     def __init__(self, divide_by_rank: bool = False) -> None:
         self.divide_by_rank = divide_by_rank

@@ -2,7 +2,10 @@
 
 Triton and CUDA differ only in `Kernels`. Keys, coefficients and decay stay on the device, where the
 kernels read them: nothing waits for the host, and a sweep can be captured in a CUDA graph (once it
-has run, so that its table exists).
+has run or been prepared, so that its table exists).
+
+Every sweep is prepared first, which finds its launches. The functions on lists do it at every call,
+`zo_fused.prepared` keeps what `MultiTensor.prepare` returns.
 """
 
 from __future__ import annotations
@@ -83,7 +86,9 @@ class MultiTensor:
         self._load = load
         self.cache = table.Cache()
 
-    def _noise(
+    # ---- launches ---------------------------------------------------------------------------
+
+    def _noise_launches(
         self,
         tensors: Sequence[Tensor],
         ids: Tensor,
@@ -99,7 +104,7 @@ class MultiTensor:
 
         return self.cache.get(("noise", *_key(tensors, *states), *_key(ids, offsets)), build)
 
-    def _lowrank(
+    def _lowrank_launches(
         self,
         params: Sequence[Tensor],
         us: Sequence[Tensor],
@@ -118,7 +123,7 @@ class MultiTensor:
 
         return self.cache.get(("low rank", *_key(params, us, vs), *_key(ids, offsets)), build)
 
-    def _momentum(
+    def _momentum_launches(
         self, params: Sequence[Tensor], moments: Sequence[Tensor], us: Sequence[Tensor]
     ) -> tuple[list[Launch], list[Tensor]]:
         """Launches over the moments of parameters that have elements, and the factors that they
@@ -135,10 +140,142 @@ class MultiTensor:
         empty = tuple(p.numel() == 0 for p in params)
         return self.cache.get(("momentum", empty, *_key(moments, us)), build)
 
+    # ---- prepared ---------------------------------------------------------------------------
+
+    def prepare(
+        self,
+        name: str,
+        lists: Sequence[Sequence[Tensor]],
+        ids: Tensor | None,
+        offsets: Tensor | None,
+    ) -> Callable[..., None]:
+        """A sweep over these tensors, which must stay alive and where they are. It takes the other
+        arguments in the order of the schema."""
+        makers: dict[str, Callable[..., Callable[..., None]]] = {
+            "bits_": self._bits,
+            "normal_": self._normal,
+            "dense_": self._dense,
+            "moments_": self._moments,
+            "lowrank_": self._lowrank,
+            "lowrank_momentum_": self._lowrank_momentum,
+        }
+        with _device_of(lists[0][0]):
+            return makers[name](*lists, ids, offsets)
+
+    def _bits(self, outs: Sequence[Tensor], ids: Tensor, offsets: Tensor) -> Callable[..., None]:
+        kernels, launches = self._load(), self._noise_launches(outs, ids, offsets)
+
+        def sweep(keys: Tensor) -> None:
+            with _device_of(keys):
+                for launch in launches:
+                    kernels.bits(launch, keys.contiguous())
+
+        return sweep
+
+    def _normal(self, outs: Sequence[Tensor], ids: Tensor, offsets: Tensor) -> Callable[..., None]:
+        kernels, launches = self._load(), self._noise_launches(outs, ids, offsets)
+
+        def sweep(keys: Tensor, transform: str = "portable") -> None:
+            with _device_of(keys):
+                for launch in launches:
+                    kernels.normal(launch, keys.contiguous(), transform)
+
+        return sweep
+
+    def _dense(self, params: Sequence[Tensor], ids: Tensor, offsets: Tensor) -> Callable[..., None]:
+        kernels, launches = self._load(), self._noise_launches(params, ids, offsets)
+
+        def sweep(
+            keys: Tensor,
+            coeffs: Tensor,
+            decay: Tensor,
+            rounding: Tensor | None = None,
+            transform: str = "portable",
+        ) -> None:
+            keys, coeffs, decay = keys.contiguous(), coeffs.contiguous(), decay.contiguous()
+            with _device_of(decay):
+                for launch in launches:
+                    kernels.dense(launch, keys, coeffs, decay, rounding, transform)
+
+        return sweep
+
+    def _moments(
+        self,
+        params: Sequence[Tensor],
+        firsts: Sequence[Tensor],
+        seconds: Sequence[Tensor],
+        ids: Tensor,
+        offsets: Tensor,
+    ) -> Callable[..., None]:
+        kernels = self._load()
+        launches = self._noise_launches(params, ids, offsets, (firsts, seconds))
+
+        def sweep(
+            keys: Tensor,
+            grads: Tensor,
+            restores: Tensor,
+            coeffs: Tensor,
+            decay: Tensor,
+            rule: str,
+            rounding: Tensor | None = None,
+            transform: str = "portable",
+        ) -> None:
+            keys, grads, restores = keys.contiguous(), grads.contiguous(), restores.contiguous()
+            coeffs, decay = coeffs.contiguous(), decay.contiguous()
+            scalars = (keys, grads, restores, coeffs, decay)
+            with _device_of(decay):
+                for launch in launches:
+                    kernels.moments(launch, *scalars, rule, rounding, transform)
+
+        return sweep
+
+    def _lowrank(
+        self,
+        params: Sequence[Tensor],
+        us: Sequence[Tensor],
+        vs: Sequence[Tensor],
+        ids: Tensor | None,
+        offsets: Tensor | None,
+    ) -> Callable[..., None]:
+        kernels, launches = self._load(), self._lowrank_launches(params, us, vs, ids, offsets)
+
+        def sweep(coeffs: Tensor, decay: Tensor, rounding: Tensor | None = None) -> None:
+            coeffs, decay = coeffs.contiguous(), decay.contiguous()
+            with _device_of(decay):
+                for launch in launches:
+                    kernels.lowrank(launch, coeffs, decay, rounding)
+
+        return sweep
+
+    def _lowrank_momentum(
+        self,
+        params: Sequence[Tensor],
+        moments: Sequence[Tensor],
+        us: Sequence[Tensor],
+        vs: Sequence[Tensor],
+        ids: Tensor | None,
+        offsets: Tensor | None,
+    ) -> Callable[..., None]:
+        kernels = self._load()
+        moment_launches, factors = self._momentum_launches(params, moments, us)
+        launches = self._lowrank_launches(params, factors, vs, ids, offsets)
+
+        def sweep(coeffs: Tensor, decay: Tensor, rounding: Tensor | None = None) -> None:
+            coeffs, decay = coeffs.contiguous(), decay.contiguous()
+            with _device_of(decay):
+                for launch in moment_launches:
+                    kernels.momentum(launch, coeffs)
+                for launch in launches:
+                    kernels.lowrank(launch, None, decay, rounding)
+
+        # The launches hold only addresses; the sweep must hold the memory.
+        sweep.factors = factors  # type: ignore[attr-defined]
+        return sweep
+
+    # ---- on lists ---------------------------------------------------------------------------
+
     def bits_(self, outs: Sequence[Tensor], ids: Tensor, offsets: Tensor, keys: Tensor) -> None:
-        with _device_of(keys):
-            for launch in self._noise(outs, ids, offsets):
-                self._load().bits(launch, keys.contiguous())
+        self.prepare("bits_", (outs,), ids, offsets)(keys)
 
     def normal_(
         self,
@@ -148,9 +285,7 @@ class MultiTensor:
         keys: Tensor,
         transform: str = "portable",
     ) -> None:
-        with _device_of(keys):
-            for launch in self._noise(outs, ids, offsets):
-                self._load().normal(launch, keys.contiguous(), transform)
+        self.prepare("normal_", (outs,), ids, offsets)(keys, transform)
 
     def dense_(
         self,
@@ -163,10 +298,8 @@ class MultiTensor:
         rounding: Tensor | None = None,
         transform: str = "portable",
     ) -> None:
-        keys, coeffs, decay = keys.contiguous(), coeffs.contiguous(), decay.contiguous()
-        with _device_of(decay):
-            for launch in self._noise(params, ids, offsets):
-                self._load().dense(launch, keys, coeffs, decay, rounding, transform)
+        rows = (keys, coeffs, decay, rounding, transform)
+        self.prepare("dense_", (params,), ids, offsets)(*rows)
 
     def moments_(
         self,
@@ -184,12 +317,8 @@ class MultiTensor:
         rounding: Tensor | None = None,
         transform: str = "portable",
     ) -> None:
-        keys, grads, restores = keys.contiguous(), grads.contiguous(), restores.contiguous()
-        coeffs, decay = coeffs.contiguous(), decay.contiguous()
-        scalars = (keys, grads, restores, coeffs, decay)
-        with _device_of(decay):
-            for launch in self._noise(params, ids, offsets, (firsts, seconds)):
-                self._load().moments(launch, *scalars, rule, rounding, transform)
+        rows = (keys, grads, restores, coeffs, decay, rule, rounding, transform)
+        self.prepare("moments_", (params, firsts, seconds), ids, offsets)(*rows)
 
     def lowrank_(
         self,
@@ -202,10 +331,7 @@ class MultiTensor:
         offsets: Tensor | None = None,
         rounding: Tensor | None = None,
     ) -> None:
-        coeffs, decay = coeffs.contiguous(), decay.contiguous()
-        with _device_of(decay):
-            for launch in self._lowrank(params, us, vs, ids, offsets):
-                self._load().lowrank(launch, coeffs, decay, rounding)
+        self.prepare("lowrank_", (params, us, vs), ids, offsets)(coeffs, decay, rounding)
 
     def lowrank_momentum_(
         self,
@@ -219,13 +345,8 @@ class MultiTensor:
         offsets: Tensor | None = None,
         rounding: Tensor | None = None,
     ) -> None:
-        coeffs, decay = coeffs.contiguous(), decay.contiguous()
-        with _device_of(decay):
-            launches, factors = self._momentum(params, moments, us)
-            for launch in launches:
-                self._load().momentum(launch, coeffs)
-            for launch in self._lowrank(params, factors, vs, ids, offsets):
-                self._load().lowrank(launch, None, decay, rounding)
+        lists = (params, moments, us, vs)
+        self.prepare("lowrank_momentum_", lists, ids, offsets)(coeffs, decay, rounding)
 
 
 def _key(*parts: Sequence[Tensor] | Tensor) -> tuple[object, ...]:

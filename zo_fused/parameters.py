@@ -17,24 +17,19 @@ from torch import Tensor
 
 from zo_fused import _ops
 from zo_fused.ops import int64_tensor, on_device
+from zo_fused.prepared import prepare
 from zo_fused.streams import parameter_id
 
 Made = TypeVar("Made")
 
 
-def _prepare(name, lists, ids, offsets):  # INTERIM
-    op = getattr(_ops, name)
-    if name == "lowrank_":
-        return lambda c, d, r=None: op(*lists, c, d, ids, offsets, r)
-    return lambda *a: op(*lists, ids, offsets, *a)
-
-
-@dataclass
+@dataclass(eq=False)
 class Bucket:
     """Parameters on one device, with a row for each in every table."""
 
     device: torch.device
     fixed: list[dict[str, Any]]  # per group, hyper-parameters that stay while the bucket is in use
+    beside: bool = False  # matrices whose changes a direction keeps beside them
     params: list[Tensor] = field(default_factory=list)
     group: list[int] = field(default_factory=list)  # index of the param group
     id_list: list[int] = field(default_factory=list)
@@ -42,6 +37,7 @@ class Bucket:
     offsets: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     group_index: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     _made: dict[Any, Any] = field(default_factory=dict)
+    _hypers: dict[str, Any] = field(default_factory=dict)
 
     def rows(self, per_group: Tensor) -> Tensor:
         """A per-group vector as a per-parameter vector on this bucket's device."""
@@ -49,24 +45,32 @@ class Bucket:
 
     def hyper(self, param_groups: list[dict[str, Any]], name: str) -> Tensor:
         """A hyper-parameter as a float64 vector with a row a parameter; the host waits for nothing,
-        also where it is a tensor."""
+        also where it is a tensor on the device. Not to be changed: it may be returned again."""
         values = [group[name] for group in param_groups]
         if any(isinstance(v, Tensor) and v.device.type != "cpu" for v in values):
             there = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values]
             return torch.stack([v.reshape(()) for v in there])[self.group_index]
-        return self.rows(torch.tensor([float(v) for v in values], dtype=torch.float64))
+        numbers = [float(v) for v in values]
+        if self._hypers.get(name, (None,))[0] != numbers:
+            rows = self.rows(torch.tensor(numbers, dtype=torch.float64))
+            self._hypers[name] = (numbers, rows)
+        return self._hypers[name][1]
 
-    def sweep(self, name: str, *lists: list[Tensor], key: Any = None) -> Callable[..., None]:
-        """The sweep of that name over the parameters and further lists of tensors, ready to be
-        called with its scalars; made once per key."""
-        made = [self.params, *lists]
-        return self.once((name, key), lambda: _prepare(name, made, self.ids, self.offsets))
+    def sweep(
+        self, name: str, *lists: list[Tensor], key: Any = None, params: list[Tensor] | None = None
+    ) -> Callable[..., None]:
+        """The sweep of that name over the parameters (or tensors like them) and further lists of
+        tensors, ready to be called with its scalars; made once per key."""
+        made = [self.params if params is None else params, *lists]
+        return self.once((name, key), lambda: prepare(name, made, self.ids, self.offsets))
 
     def fill(self, outs: list[Tensor], rows: list[int], key: Any) -> Callable[[Tensor], None]:
         """Fills tensors with the normals of the parameters in these rows; called with a key each.
         Made once per key."""
-        ids, offsets = self.ids[rows], self.offsets[rows]
-        return self.once(("normal_", key), lambda: _prepare("normal_", [outs], ids, offsets))
+        return self.once(
+            ("normal_", key),
+            lambda: prepare("normal_", [outs], self.ids[rows], self.offsets[rows]),
+        )
 
     def once(self, key: Any, make: Callable[[], Made]) -> Made:
         """What `make` returned when it was first called under this key."""
@@ -139,7 +143,10 @@ def _refuse_unsupported(p: Tensor, label: str) -> None:
 
 
 def make_buckets(
-    param_groups: list[dict[str, Any]], trainable: set[int] | None, names: Sequence[str] = ()
+    param_groups: list[dict[str, Any]],
+    trainable: set[int] | None,
+    names: Sequence[str] = (),
+    in_place: set[int] | None = None,
 ) -> list[Bucket]:
     """One bucket per device, of the parameters that require gradients.
 
@@ -147,10 +154,11 @@ def make_buckets(
         param_groups: of a `torch.optim.Optimizer`.
         trainable: positions to take instead of those with ``requires_grad`` (for replay).
         names: hyper-parameters that buckets hold on to.
+        in_place: if given, matrices but for those at these positions get buckets of their own.
 
     A tensor that appears twice (tied weights under two names) is taken once, by its first name.
     """
-    buckets: dict[torch.device, Bucket] = {}
+    buckets: dict[Any, Bucket] = {}
     seen: set[tuple[Any, ...]] = set()
     ids = parameter_ids(param_groups)
     fixed = [{name: group[name] for name in names} for group in param_groups]
@@ -165,7 +173,8 @@ def make_buckets(
                 continue
             _refuse_unsupported(p, f"parameter {labels[i] if labels else position!r}")
             seen.add(memory)
-            bucket = buckets.setdefault(p.device, Bucket(p.device, fixed))
+            beside = in_place is not None and p.dim() == 2 and position not in in_place
+            bucket = buckets.setdefault((p.device, beside), Bucket(p.device, fixed, beside))
             bucket.params.append(p)
             bucket.group.append(group_number)
             bucket.id_list.append(ids[position])

@@ -76,7 +76,11 @@ def _optimizer(model: nn.Module | Mapping[str, Tensor], record: replay_log.Log) 
         raise ValueError("the log was written for other base weights than these")
     method = getattr(importlib.import_module(METHODS[header["method"]]), header["method"])
     defaults = {**header["groups"][0], **header["options"]}  # every group has values of its own
-    optimizer: ZerothOrderOptimizer = method(groups, **defaults, seed=header["seed"])
+    factored = defaults.get("mode") == "factored"
+    module = {"module": nn.Module()} if factored else {}
+    optimizer: ZerothOrderOptimizer = method(groups, **defaults, **module, seed=header["seed"])
+    if factored:
+        optimizer._direction.module = None  # nothing will be evaluated
     return optimizer
 
 

@@ -7,6 +7,7 @@ One header line, then one line an event:
 * ``[step, "restore", path]``: perturbations that were taken back without an update
 * ``{"groups": [...]}``: hyper-parameters of the groups from here on
 * ``{"trainable": [...]}``: positions of the trainable parameters from here on
+* ``{"in_place": [...]}``: those that a factored run perturbs in place all the same
 
 A line that a killed process left unfinished is ignored.
 """
@@ -35,6 +36,7 @@ class Event:
     restored: bool  # True: taken back without an update; the step is still to come
     groups: list[dict[str, Any]]
     trainable: list[int]
+    in_place: list[int]
 
 
 @dataclass
@@ -68,12 +70,16 @@ def _check_header(path: Path, header: Any, contract: int) -> None:
             )
 
 
-def _event(value: Any, groups: list[dict[str, Any]], trainable: list[int]) -> Event:
+Settings = dict[str, Any]  # the values of these names, as the log has them
+_SETTINGS = ("groups", "trainable", "in_place")
+
+
+def _event(value: Any, settings: Settings) -> Event:
     step, what, *rest = value
     path = [float(x) for x in rest[0]] if rest else USUAL_PATH
     restored = what == "restore"
     grad = None if restored or what is None else float(what)
-    return Event(int(step), path, grad, restored, groups, trainable)
+    return Event(int(step), path, grad, restored, **settings)
 
 
 def read(path: str | os.PathLike[str], contract: int) -> Log:
@@ -85,20 +91,18 @@ def read(path: str | os.PathLike[str], contract: int) -> Log:
     """
     path = Path(path)
     log: Log | None = None
-    groups: list[dict[str, Any]] = []
-    trainable: list[int] = []
+    settings: Settings = {}
     for number, _, value in _lines(path):
         if log is None:
             _check_header(path, value, contract)
             log = Log(value)
-            groups, trainable = value["groups"], value["trainable"]
+            settings = {name: value[name] for name in _SETTINGS}
             continue
         try:
             if isinstance(value, dict):
-                groups = value.get("groups", groups)
-                trainable = value.get("trainable", trainable)
+                settings = settings | {name: value[name] for name in _SETTINGS if name in value}
             else:
-                log.events.append(_event(value, groups, trainable))
+                log.events.append(_event(value, settings))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: not an event ({error})") from None
     if log is None:
@@ -109,10 +113,9 @@ def read(path: str | os.PathLike[str], contract: int) -> Log:
 class Writer:
     """Writes a log as the run goes. The file is closed between lines, so nothing is left behind."""
 
-    def __init__(self, path: Path, groups: list[dict[str, Any]], trainable: list[int]) -> None:
+    def __init__(self, path: Path, settings: Settings) -> None:
         self._path = path
-        self._groups = groups
-        self._trainable = trainable
+        self._settings = settings
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> Writer:
@@ -120,7 +123,7 @@ class Writer:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("", encoding="utf-8")
-        writer = cls(path, header["groups"], header["trainable"])
+        writer = cls(path, {name: header[name] for name in _SETTINGS})
         writer._write({"format": FORMAT, "version": VERSION, **header})
         return writer
 
@@ -141,8 +144,7 @@ class Writer:
         """
         path = Path(path)
         kept: list[str] = []
-        groups: list[dict[str, Any]] = []
-        trainable: list[int] = []
+        settings: Settings = {}
         next_step = -1
         for number, text, value in _lines(path):
             if number == 1:
@@ -150,11 +152,10 @@ class Writer:
                 for name in ("method", "seed", "options", "parameters"):
                     if value[name] != header[name]:
                         raise ValueError(f"{path} is the log of another run: {name} differs")
-                groups, trainable = value["groups"], value["trainable"]
+                settings = {name: value[name] for name in _SETTINGS}
                 next_step = value["first_step"]
             elif isinstance(value, dict):
-                groups = value.get("groups", groups)
-                trainable = value.get("trainable", trainable)
+                settings |= {name: value[name] for name in _SETTINGS if name in value}
             elif value[0] > step or (value[0] == step and value[1] != "restore"):
                 break
             elif value[0] == step:
@@ -172,39 +173,30 @@ class Writer:
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, path)
-        return cls(path, groups, trainable)
+        return cls(path, settings)
 
     def update(
         self,
         step: int,
         path: list[float],
         projected_grad: float | None,
-        groups: list[dict[str, Any]],
-        trainable: list[int],
+        settings: Settings,
     ) -> None:
         """An update was applied, or skipped (None)."""
-        self._settings(groups, trainable)
+        self._set(settings)
         event = [step, projected_grad] if path == USUAL_PATH else [step, projected_grad, path]
         self._write(event)
 
-    def restore(
-        self,
-        step: int,
-        path: list[float],
-        groups: list[dict[str, Any]],
-        trainable: list[int],
-    ) -> None:
-        """Perturbations were taken back."""
-        self._settings(groups, trainable)
+    def restore(self, step: int, path: list[float], settings: Settings) -> None:
+        """Perturbations were taken back, and what was kept beside the weights written."""
+        self._set(settings)
         self._write([step, "restore", path])
 
-    def _settings(self, groups: list[dict[str, Any]], trainable: list[int]) -> None:
-        if groups != self._groups:
-            self._groups = groups
-            self._write({"groups": groups})
-        if trainable != self._trainable:
-            self._trainable = trainable
-            self._write({"trainable": trainable})
+    def _set(self, settings: Settings) -> None:
+        for name in _SETTINGS:
+            if settings[name] != self._settings[name]:
+                self._write({name: settings[name]})
+        self._settings = settings
 
     def _write(self, value: Any) -> None:
         with open(self._path, "a", encoding="utf-8") as file:

@@ -6,6 +6,7 @@ Floor 0, pure Python integers. ``docs/noise.md`` is the contract in prose, with 
 from __future__ import annotations
 
 import enum
+import functools
 import hashlib
 
 CONTRACT_VERSION = 1
@@ -42,6 +43,7 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
+@functools.lru_cache(maxsize=256)  # a step asks for its keys again and again
 def derive_key(seed: int, purpose: int, step: int = 0, query: int = 0) -> int:
     """The 64-bit key of a stream.
 

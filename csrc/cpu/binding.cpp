@@ -1,6 +1,7 @@
 // The operators of zo_fused_C: argument unpacking, choice of instruction set, threads.
-// Schemas are explained in zo_fused/_ops.py, whose router has checked every shape and device.
-// Only PyTorch's stable ABI is used, so one binary serves many versions.
+// What they compute is explained in zo_fused/_ops.py, whose router has checked every shape and
+// device. Parameters come as a table of addresses, made by zo_fused/backends/cpu.py, whose callers
+// keep them alive. Only PyTorch's stable ABI is used, so one binary serves many versions.
 
 #include <Python.h>
 
@@ -15,6 +16,7 @@
 #include <algorithm>
 #include <cfenv>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -22,12 +24,11 @@
 
 #include "sweeps.h"
 
-namespace zo_fused {
+namespace zo_fused::operators {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
 
 // ---- instruction set ---------------------------------------------------------------------------
 
@@ -127,43 +128,42 @@ const T* read(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
-// Memory and dtype of the tensors that a sweep writes.
-struct Written {
-  std::vector<char*> data;
-  std::vector<Dtype> dtype;
-  std::vector<int64_t> item_size;
-
-  // Element `start` of tensor i; null if there are no tensors.
-  char* at(size_t i, int64_t start) const {
-    return data.empty() ? nullptr : data[i] + start * item_size[i];
-  }
+// A parameter in the table of a sweep over noise. Column by column as in `noise_table` of cpu.py.
+struct Noise {
+  char* data;  // float16, bfloat16 or float32 weights; of bits, int64; of normal, float32
+  int64_t dtype, numel;
+  uint64_t id;
+  int64_t offset;
+  char* first;  // null if not kept
+  int64_t first_dtype;
+  float* second;
 };
 
-Written weights(const Tensors& tensors) {
-  Written written;
-  for (const Tensor& tensor : tensors) {
-    const ScalarType type = tensor.scalar_type();
-    const bool half = type == ScalarType::Half, bfloat = type == ScalarType::BFloat16;
-    STD_TORCH_CHECK(half || bfloat || type == ScalarType::Float,
-                    "weights must be float16, bfloat16 or float32");
-    written.dtype.push_back(half ? float16 : bfloat ? bfloat16 : float32);
-    written.item_size.push_back(half || bfloat ? 2 : 4);
-  }
-  for (const Tensor& tensor : tensors) {
-    written.data.push_back(static_cast<char*>(tensor.mutable_data_ptr()));
-  }
-  return written;
+// A parameter in the table of a low-rank sweep. Column by column as in `lowrank_table` of cpu.py.
+struct Product {
+  char* data;
+  int64_t dtype;
+  uint64_t id;
+  int64_t offset, rows, columns, rank;
+  const float* u;
+  const float* v;
+  float* moment;
+
+  int64_t numel() const { return rows * columns; }
+};
+
+template <class Row>
+std::vector<Row> rows_of(const Tensor& table) {
+  static_assert(sizeof(void*) == sizeof(int64_t) && sizeof(Row) % sizeof(int64_t) == 0);
+  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Long && table.is_contiguous() &&
+                      table.dim() == 2 && table.size(1) * sizeof(int64_t) == sizeof(Row),
+                  "not a table of this sweep");
+  std::vector<Row> rows(table.size(0));
+  if (!rows.empty()) std::memcpy(rows.data(), table.const_data_ptr(), rows.size() * sizeof(Row));
+  return rows;
 }
 
-template <class T>
-std::vector<T*> outputs(const Tensors& tensors, ScalarType type) {
-  for (const Tensor& tensor : tensors) {
-    STD_TORCH_CHECK(tensor.scalar_type() == type, "output of an unsupported dtype");
-  }
-  std::vector<T*> data;
-  for (const Tensor& tensor : tensors) data.push_back(static_cast<T*>(tensor.mutable_data_ptr()));
-  return data;
-}
+int64_t item_size(int64_t dtype) { return dtype == float32 ? 4 : 2; }
 
 // ---- sweeps over noise -------------------------------------------------------------------------
 
@@ -185,45 +185,42 @@ std::vector<RoundKeys> expand(const std::optional<Tensor>& rounding) {
   return rounding ? expand(*rounding) : std::vector<RoundKeys>();
 }
 
-// work(i, span, start) for the chunks of all tensors; `start` is the index in tensor i of the
+// work(i, span, start) for the chunks of all parameters; `start` is the index in parameter i of the
 // span's first element.
 template <class Work>
-void for_spans(const Tensors& tensors, const Tensor& ids, const Tensor& offsets, const Work& work) {
-  const int64_t* const id = read<int64_t>(ids);
-  const int64_t* const offset = read<int64_t>(offsets);
-  std::vector<int64_t> numels, counts;
+void for_spans(const std::vector<Noise>& rows, const Work& work) {
+  std::vector<int64_t> counts;
   int64_t elements = 0;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const int64_t numel = tensors[i].numel();
-    numels.push_back(numel);
-    elements += numel;
-    counts.push_back(ceil_div(offset[i] % chunk_elements + numel, chunk_elements));
-    if (numel == 0) counts.back() = 0;
+  for (const Noise& row : rows) {
+    elements += row.numel;
+    counts.push_back(
+        row.numel ? ceil_div(row.offset % chunk_elements + row.numel, chunk_elements) : 0);
   }
   for_chunks(counts, elements, [&](size_t i, int64_t chunk) {
-    const int64_t aligned = offset[i] / chunk_elements * chunk_elements + chunk * chunk_elements;
-    const int64_t first = std::max(aligned, offset[i]);
-    const int64_t last = std::min(aligned + chunk_elements, offset[i] + numels[i]);
-    const Span span = {first, last - first, static_cast<uint64_t>(id[i])};
-    work(i, span, first - offset[i]);
+    const Noise& row = rows[i];
+    const int64_t aligned = (row.offset / chunk_elements + chunk) * chunk_elements;
+    const int64_t first = std::max(aligned, row.offset);
+    const int64_t last = std::min(aligned + chunk_elements, row.offset + row.numel);
+    const Span span = {first, last - first, row.id};
+    work(i, span, first - row.offset);
   });
 }
 
-void bits_(Tensors outs, const Tensor& ids, const Tensor& offsets, const Tensor& keys) {
+void bits(const Tensor& table, const Tensor& keys) {
   const Sweeps& sweeps = *chosen().sweeps;
-  const auto out = outputs<int64_t>(outs, ScalarType::Long);
+  const std::vector<Noise> rows = rows_of<Noise>(table);
   const std::vector<RoundKeys> key = expand(keys);
-  for_spans(outs, ids, offsets, [&](size_t i, const Span& span, int64_t start) {
-    sweeps.bits(out[i] + start, span, key[i]);
+  for_spans(rows, [&](size_t i, const Span& span, int64_t start) {
+    sweeps.bits(reinterpret_cast<int64_t*>(rows[i].data) + start, span, key[i]);
   });
 }
 
-void normal_(Tensors outs, const Tensor& ids, const Tensor& offsets, const Tensor& keys) {
+void normal(const Tensor& table, const Tensor& keys) {
   const Sweeps& sweeps = *chosen().sweeps;
-  const auto out = outputs<float>(outs, ScalarType::Float);
+  const std::vector<Noise> rows = rows_of<Noise>(table);
   const std::vector<RoundKeys> key = expand(keys);
-  for_spans(outs, ids, offsets, [&](size_t i, const Span& span, int64_t start) {
-    sweeps.normal(out[i] + start, span, key[i]);
+  for_spans(rows, [&](size_t i, const Span& span, int64_t start) {
+    sweeps.normal(reinterpret_cast<float*>(rows[i].data) + start, span, key[i]);
   });
 }
 
@@ -248,33 +245,34 @@ class Updates {
   const float* decay_;
 };
 
-void dense_(Tensors params, const Tensor& ids, const Tensor& offsets, const Tensor& keys,
-            const Tensor& coeffs, const Tensor& decay, std::optional<Tensor> rounding) {
+void dense(const Tensor& table, const Tensor& keys, const Tensor& coeffs, const Tensor& decay,
+           std::optional<Tensor> rounding) {
   const Sweeps& sweeps = *chosen().sweeps;
-  const Written w = weights(params);
+  const std::vector<Noise> rows = rows_of<Noise>(table);
   const Updates updates(keys, coeffs, decay, rounding);
-  for_spans(params, ids, offsets, [&](size_t i, const Span& span, int64_t start) {
-    sweeps.dense[w.dtype[i]](w.at(i, start), span, updates[i]);
+  for_spans(rows, [&](size_t i, const Span& span, int64_t start) {
+    const Noise& row = rows[i];
+    sweeps.dense[row.dtype](row.data + start * item_size(row.dtype), span, updates[i]);
   });
 }
 
-void moments_(Tensors params, Tensors firsts, Tensors seconds, const Tensor& ids,
-              const Tensor& offsets, const Tensor& keys, const Tensor& grads,
-              const Tensor& restores, const Tensor& coeffs, const Tensor& decay, int64_t rule,
-              std::optional<Tensor> rounding) {
+void moments(const Tensor& table, const Tensor& keys, const Tensor& grads, const Tensor& restores,
+             const Tensor& coeffs, const Tensor& decay, int64_t rule,
+             std::optional<Tensor> rounding) {
   const Sweeps& sweeps = *chosen().sweeps;
-  const Written w = weights(params);
-  const Written m = weights(firsts);
-  const auto v = outputs<float>(seconds, ScalarType::Float);
+  const std::vector<Noise> rows = rows_of<Noise>(table);
   const Updates updates(keys, restores, decay, rounding);
   const float* const grad = read<float>(grads);
   const auto* const c = read<MomentCoeffs>(coeffs);
-  for_spans(params, ids, offsets, [&](size_t i, const Span& span, int64_t start) {
+  for_spans(rows, [&](size_t i, const Span& span, int64_t start) {
+    const Noise& row = rows[i];
     const Update update = updates[i];
     const Moments moments = {static_cast<Rule>(rule), grad + i * update.directions, c[i]};
-    const bool wide = !m.data.empty() && m.dtype[i] == float32;
-    float* const second = v.empty() ? nullptr : v[i] + start;
-    sweeps.moments[w.dtype[i]][wide](w.at(i, start), m.at(i, start), second, span, update, moments);
+    const bool wide = row.first && row.first_dtype == float32;
+    char* const first = row.first ? row.first + start * item_size(row.first_dtype) : nullptr;
+    float* const second = row.second ? row.second + start : nullptr;
+    sweeps.moments[row.dtype][wide](row.data + start * item_size(row.dtype), first, second, span,
+                                    update, moments);
   });
 }
 
@@ -295,14 +293,15 @@ struct Matrix {
   int64_t chunks() const { return ceil_div(rows, chunk_rows) * chunks_across(); }
 };
 
-Matrix matrix(const Tensor& param, const float* u, const Tensor& v) {
+// `u` may be another one than the row's.
+Matrix matrix(const Product& row, const float* u) {
   Matrix m{};
-  if (param.numel() == 0) return m;
-  m.rows = param.dim() ? param.size(0) : 1;
-  m.columns = param.numel() / m.rows;
-  m.rank = v.size(1);
+  if (row.numel() == 0) return m;
+  m.rows = row.rows;
+  m.columns = row.columns;
+  m.rank = row.rank;
   m.u = u;
-  m.v = read<float>(v);
+  m.v = row.v;
   if (m.columns == 1) {  // a column is a row with the factors exchanged: products commute
     std::swap(m.rows, m.columns);
     std::swap(m.u, m.v);
@@ -327,18 +326,10 @@ void transpose(const Matrix& m) {
   }
 }
 
-// What only stochastic rounding needs.
-struct RoundingArguments {
-  std::optional<Tensor> ids, offsets, rounding;
-};
-
-void lowrank(const Sweeps& sweeps, const Written& w, std::vector<Matrix>& matrices,
-             const float* coeffs, const float* decay, const RoundingArguments& streams) {
-  const std::vector<RoundKeys> rounding = expand(streams.rounding);
-  STD_TORCH_CHECK(rounding.empty() || (streams.ids && streams.offsets),
-                  "stochastic rounding needs ids and offsets");
-  const int64_t* const id = rounding.empty() ? nullptr : read<int64_t>(*streams.ids);
-  const int64_t* const offset = rounding.empty() ? nullptr : read<int64_t>(*streams.offsets);
+void multiply(const Sweeps& sweeps, const std::vector<Product>& rows,
+              std::vector<Matrix>& matrices, const float* coeffs, const float* decay,
+              const std::optional<Tensor>& rounding_key) {
+  const std::vector<RoundKeys> rounding = expand(rounding_key);
   std::vector<int64_t> one_each, counts;
   int64_t floats = 0, elements = 0;
   for (const Matrix& m : matrices) {
@@ -356,53 +347,46 @@ void lowrank(const Sweeps& sweeps, const Written& w, std::vector<Matrix>& matric
   for_chunks(one_each, floats, [&](size_t i, int64_t) { transpose(matrices[i]); });
   for_chunks(counts, elements, [&](size_t i, int64_t chunk) {
     const Matrix& m = matrices[i];
-    const int64_t row = chunk / m.chunks_across() * m.chunk_rows;
+    const Product& row = rows[i];
+    const int64_t top = chunk / m.chunks_across() * m.chunk_rows;
     const int64_t column = chunk % m.chunks_across() * m.chunk_columns;
-    const int64_t start = row * m.columns + column;
-    const Tile tile = {std::min(m.chunk_rows, m.rows - row),
+    const int64_t start = top * m.columns + column;
+    const Tile tile = {std::min(m.chunk_rows, m.rows - top),
                        std::min(m.chunk_columns, m.columns - column),
                        m.columns,
-                       m.u + row * m.rank,
+                       m.u + top * m.rank,
                        m.vt + column,
                        m.stride,
                        m.rank,
                        coeffs ? coeffs[i] : 1.0f,
                        decay[i],
-                       static_cast<uint64_t>(offset ? offset[i] + start : 0),
-                       static_cast<uint64_t>(id ? id[i] : 0),
+                       static_cast<uint64_t>(row.offset + start),
+                       row.id,
                        data_or_null(rounding)};
-    sweeps.lowrank[w.dtype[i]](w.at(i, start), tile);
+    sweeps.lowrank[row.dtype](row.data + start * item_size(row.dtype), tile);
   });
 }
 
-void lowrank_(Tensors params, Tensors us, Tensors vs, const Tensor& coeffs, const Tensor& decay,
-              std::optional<Tensor> ids, std::optional<Tensor> offsets,
-              std::optional<Tensor> rounding) {
-  const Sweeps& sweeps = *chosen().sweeps;
-  const Written w = weights(params);
+void lowrank(const Tensor& table, const Tensor& coeffs, const Tensor& decay,
+             std::optional<Tensor> rounding) {
+  const std::vector<Product> rows = rows_of<Product>(table);
   std::vector<Matrix> matrices;
-  for (size_t i = 0; i < params.size(); ++i) {
-    matrices.push_back(matrix(params[i], read<float>(us[i]), vs[i]));
-  }
-  lowrank(sweeps, w, matrices, read<float>(coeffs), read<float>(decay), {ids, offsets, rounding});
+  for (const Product& row : rows) matrices.push_back(matrix(row, row.u));
+  multiply(*chosen().sweeps, rows, matrices, read<float>(coeffs), read<float>(decay), rounding);
 }
 
-void lowrank_momentum_(Tensors params, Tensors moments, Tensors us, Tensors vs,
-                       const Tensor& coeffs, const Tensor& decay, std::optional<Tensor> ids,
-                       std::optional<Tensor> offsets, std::optional<Tensor> rounding) {
+void lowrank_momentum(const Tensor& table, const Tensor& coeffs, const Tensor& decay,
+                      std::optional<Tensor> rounding) {
   const Sweeps& sweeps = *chosen().sweeps;
-  const Written w = weights(params);
-  const auto moment = outputs<float>(moments, ScalarType::Float);
-  std::vector<const float*> u;
+  const std::vector<Product> rows = rows_of<Product>(table);
   std::vector<int64_t> starts, sizes, counts;
   int64_t floats = 0;
-  for (size_t i = 0; i < params.size(); ++i) {
+  for (const Product& row : rows) {
     // An empty parameter's moment stays as it is.
-    sizes.push_back(params[i].numel() ? us[i].numel() : 0);
-    counts.push_back(ceil_div(sizes[i], chunk_elements));
+    sizes.push_back(row.numel() ? row.rows * row.rank : 0);
+    counts.push_back(ceil_div(sizes.back(), chunk_elements));
     starts.push_back(floats);
-    floats += sizes[i];
-    u.push_back(read<float>(us[i]));
+    floats += sizes.back();
   }
   // The factor that multiplies v: a = restore * u + step * moment. The sweep itself is then
   // low-rank with coefficient 1, as fma(1, dot, acc) rounds like acc + dot.
@@ -410,50 +394,44 @@ void lowrank_momentum_(Tensors params, Tensors moments, Tensors us, Tensors vs,
   const float* const c = read<float>(coeffs);
   for_chunks(counts, floats, [&](size_t i, int64_t chunk) {
     const int64_t start = chunk * chunk_elements;
-    sweeps.momentum(moment[i] + start, u[i] + start, a.get() + starts[i] + start,
+    sweeps.momentum(rows[i].moment + start, rows[i].u + start, a.get() + starts[i] + start,
                     std::min(chunk_elements, sizes[i] - start), c + 4 * i);
   });
   std::vector<Matrix> matrices;
-  for (size_t i = 0; i < params.size(); ++i) {
-    matrices.push_back(matrix(params[i], a.get() + starts[i], vs[i]));
+  for (size_t i = 0; i < rows.size(); ++i) {
+    matrices.push_back(matrix(rows[i], a.get() + starts[i]));
   }
-  lowrank(sweeps, w, matrices, nullptr, read<float>(decay), {ids, offsets, rounding});
+  multiply(sweeps, rows, matrices, nullptr, read<float>(decay), rounding);
 }
 
 }  // namespace
-}  // namespace zo_fused
+}  // namespace zo_fused::operators
 
+// Addresses of what is written stand in the table, so the schemas can't name it.
 STABLE_TORCH_LIBRARY(zo_fused_C, m) {
   m.def("isa() -> int");
-  m.def("bits_(Tensor(a!)[] outs, Tensor ids, Tensor offsets, Tensor keys) -> ()");
-  m.def("normal_(Tensor(a!)[] outs, Tensor ids, Tensor offsets, Tensor keys) -> ()");
+  m.def("bits(Tensor table, Tensor keys) -> ()");
+  m.def("normal(Tensor table, Tensor keys) -> ()");
   m.def(
-      "dense_(Tensor(a!)[] params, Tensor ids, Tensor offsets, Tensor keys, Tensor coeffs, "
-      "Tensor decay, Tensor? rounding=None) -> ()");
+      "dense(Tensor table, Tensor keys, Tensor coeffs, Tensor decay, Tensor? rounding) -> ()");
   m.def(
-      "moments_(Tensor(a!)[] params, Tensor(b!)[] firsts, Tensor(c!)[] seconds, Tensor ids, "
-      "Tensor offsets, Tensor keys, Tensor grads, Tensor restores, Tensor coeffs, Tensor decay, "
-      "int rule, Tensor? rounding=None) -> ()");
-  m.def(
-      "lowrank_(Tensor(a!)[] params, Tensor[] us, Tensor[] vs, Tensor coeffs, Tensor decay, "
-      "Tensor? ids=None, Tensor? offsets=None, Tensor? rounding=None) -> ()");
-  m.def(
-      "lowrank_momentum_(Tensor(a!)[] params, Tensor(b!)[] moments, Tensor[] us, Tensor[] vs, "
-      "Tensor coeffs, Tensor decay, Tensor? ids=None, Tensor? offsets=None, "
-      "Tensor? rounding=None) -> ()");
+      "moments(Tensor table, Tensor keys, Tensor grads, Tensor restores, Tensor coeffs, "
+      "Tensor decay, int rule, Tensor? rounding) -> ()");
+  m.def("lowrank(Tensor table, Tensor coeffs, Tensor decay, Tensor? rounding) -> ()");
+  m.def("lowrank_momentum(Tensor table, Tensor coeffs, Tensor decay, Tensor? rounding) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zo_fused_C, CompositeExplicitAutograd, m) {
-  m.impl("isa", TORCH_BOX(&zo_fused::isa));
+  m.impl("isa", TORCH_BOX(&zo_fused::operators::isa));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zo_fused_C, CPU, m) {
-  m.impl("bits_", TORCH_BOX(&zo_fused::bits_));
-  m.impl("normal_", TORCH_BOX(&zo_fused::normal_));
-  m.impl("dense_", TORCH_BOX(&zo_fused::dense_));
-  m.impl("moments_", TORCH_BOX(&zo_fused::moments_));
-  m.impl("lowrank_", TORCH_BOX(&zo_fused::lowrank_));
-  m.impl("lowrank_momentum_", TORCH_BOX(&zo_fused::lowrank_momentum_));
+  m.impl("bits", TORCH_BOX(&zo_fused::operators::bits));
+  m.impl("normal", TORCH_BOX(&zo_fused::operators::normal));
+  m.impl("dense", TORCH_BOX(&zo_fused::operators::dense));
+  m.impl("moments", TORCH_BOX(&zo_fused::operators::moments));
+  m.impl("lowrank", TORCH_BOX(&zo_fused::operators::lowrank));
+  m.impl("lowrank_momentum", TORCH_BOX(&zo_fused::operators::lowrank_momentum));
 }
 
 // `import zo_fused._C` loads the library, which runs the registrations above. The module is empty.

@@ -1,16 +1,26 @@
-"""The C++ CPU backend: the operators of the extension ``zo_fused._C``. Floor 2."""
+"""The C++ CPU backend: the operators of the extension ``zo_fused._C``. Floor 2.
+
+They take parameters as a table of addresses, one row each. Every sweep is prepared first, which
+makes the table. The functions on lists do it at every call, `zo_fused.prepared` keeps what
+`prepare` returns.
+"""
 
 from __future__ import annotations
 
 import importlib
+from array import array
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zo_fused.arguments import Lists, split
+
 TRANSFORMS = ("portable",)
 RULES = ("momentum", "sign", "adam")  # as in `Rule` of csrc/element.h
+_DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # as in csrc/cpu/sweeps.h
 
 _import_error: str | None = None
 try:
@@ -36,57 +46,192 @@ def isa() -> str:
     return ("portable", "avx2", "avx512")[torch.ops.zo_fused_C.isa()]
 
 
-def _operator(name: str) -> Callable[..., Any]:
-    def call(*args: Any) -> None:
-        getattr(torch.ops.zo_fused_C, name)(*args)
-
-    call.__name__ = name
-    return call
+# ---- tables -------------------------------------------------------------------------------------
+# Addresses are all that C++ sees of a tensor, so dtypes are checked once more here.
 
 
-bits_ = _operator("bits_")
-lowrank_ = _operator("lowrank_")
-lowrank_momentum_ = _operator("lowrank_momentum_")
+def _dtypes(name: str, tensors: Sequence[Tensor]) -> list[int]:
+    try:
+        return [_DTYPES[tensor.dtype] for tensor in tensors]
+    except KeyError as dtype:
+        raise TypeError(
+            f"zo_fused: {name} must be of dtype float16, bfloat16 or float32, got {dtype}"
+        ) from None
 
+
+def _addresses(name: str, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[int]:
+    if dtype is not None and not {tensor.dtype for tensor in tensors} <= {dtype}:
+        raise TypeError(f"zo_fused: {name} must be of dtype {dtype}")
+    return list(map(torch.Tensor.data_ptr, tensors))
+
+
+def _numbers(per_parameter: Tensor | None, count: int) -> list[int]:
+    return [0] * count if per_parameter is None else per_parameter.tolist()
+
+
+def _table(*columns: Sequence[int]) -> Tensor:
+    numbers = array("q", list(chain.from_iterable(columns)))
+    if not numbers:
+        return torch.empty(0, len(columns), dtype=torch.int64)
+    return torch.frombuffer(numbers, dtype=torch.int64).view(len(columns), -1).t().contiguous()
+
+
+def noise_table(
+    tensors: Sequence[Tensor],
+    dtypes: Sequence[int],
+    ids: Tensor,
+    offsets: Tensor,
+    firsts: Sequence[Tensor] = (),
+    seconds: Sequence[Tensor] = (),
+) -> Tensor:
+    """The table of a sweep over noise, int64 [P, 8]: `Noise` of csrc/cpu/binding.cpp."""
+    count = len(tensors)
+    return _table(
+        _addresses("tensors", tensors),
+        dtypes,
+        list(map(torch.Tensor.numel, tensors)),
+        _numbers(ids, count),
+        _numbers(offsets, count),
+        _addresses("firsts", firsts) or _numbers(None, count),
+        _dtypes("firsts", firsts) or _numbers(None, count),
+        _addresses("seconds", seconds, torch.float32) or _numbers(None, count),
+    )
+
+
+def lowrank_table(
+    params: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    ids: Tensor | None,
+    offsets: Tensor | None,
+    moments: Sequence[Tensor] = (),
+) -> Tensor:
+    """The table of a low-rank sweep, int64 [P, 10]: `Product` of csrc/cpu/binding.cpp."""
+    count = len(params)
+    shapes = [u.shape for u in us]
+    return _table(
+        _addresses("params", params),
+        _dtypes("params", params),
+        _numbers(ids, count),
+        _numbers(offsets, count),
+        [rows for rows, _ in shapes],
+        [v.shape[0] for v in vs],
+        [rank for _, rank in shapes],
+        _addresses("us", us, torch.float32),
+        _addresses("vs", vs, torch.float32),
+        _addresses("moments", moments, torch.float32) or _numbers(None, count),
+    )
+
+
+# ---- prepared -----------------------------------------------------------------------------------
 # Strings stay on this side: torch's stable ABI loses the memory of every one that it hands to C++.
 
 
-def normal_(
-    outs: Sequence[Tensor], ids: Tensor, offsets: Tensor, keys: Tensor, transform: str = "portable"
-) -> None:
-    torch.ops.zo_fused_C.normal_(outs, ids, offsets, keys)
+def _fill(name: str, dtype: torch.dtype) -> Callable[..., Callable[..., None]]:
+    def prepare(outs: Sequence[Tensor], ids: Tensor, offsets: Tensor) -> Callable[..., None]:
+        _addresses("outs", outs, dtype)
+        table = noise_table(outs, [0] * len(outs), ids, offsets)
+        operator = getattr(torch.ops.zo_fused_C, name).default
+
+        def sweep(keys: Tensor, transform: str = "portable") -> None:
+            operator(table, keys.contiguous())
+
+        return sweep
+
+    return prepare
 
 
-def dense_(
-    params: Sequence[Tensor],
-    ids: Tensor,
-    offsets: Tensor,
-    keys: Tensor,
-    coeffs: Tensor,
-    decay: Tensor,
-    rounding: Tensor | None = None,
-    transform: str = "portable",
-) -> None:
-    torch.ops.zo_fused_C.dense_(params, ids, offsets, keys, coeffs, decay, rounding)
+def _dense(params: Sequence[Tensor], ids: Tensor, offsets: Tensor) -> Callable[..., None]:
+    table = noise_table(params, _dtypes("params", params), ids, offsets)
+    operator = torch.ops.zo_fused_C.dense.default
+
+    def sweep(
+        keys: Tensor,
+        coeffs: Tensor,
+        decay: Tensor,
+        rounding: Tensor | None = None,
+        transform: str = "portable",
+    ) -> None:
+        operator(table, keys.contiguous(), coeffs.contiguous(), decay.contiguous(), rounding)
+
+    return sweep
 
 
-def moments_(
+def _moments(
     params: Sequence[Tensor],
     firsts: Sequence[Tensor],
     seconds: Sequence[Tensor],
     ids: Tensor,
     offsets: Tensor,
-    keys: Tensor,
-    grads: Tensor,
-    restores: Tensor,
-    coeffs: Tensor,
-    decay: Tensor,
-    rule: str,
-    rounding: Tensor | None = None,
-    transform: str = "portable",
-) -> None:
-    streams = (ids, offsets, keys, grads, restores)
-    number = RULES.index(rule)
-    torch.ops.zo_fused_C.moments_(
-        params, firsts, seconds, *streams, coeffs, decay, number, rounding
-    )
+) -> Callable[..., None]:
+    table = noise_table(params, _dtypes("params", params), ids, offsets, firsts, seconds)
+    operator = torch.ops.zo_fused_C.moments.default
+
+    def sweep(
+        keys: Tensor,
+        grads: Tensor,
+        restores: Tensor,
+        coeffs: Tensor,
+        decay: Tensor,
+        rule: str,
+        rounding: Tensor | None = None,
+        transform: str = "portable",
+    ) -> None:
+        rows = [row.contiguous() for row in (keys, grads, restores, coeffs, decay)]
+        operator(table, *rows, RULES.index(rule), rounding)
+
+    return sweep
+
+
+def _lowrank(name: str) -> Callable[..., Callable[..., None]]:
+    def prepare(*arguments: Any) -> Callable[..., None]:
+        params, *moments, us, vs, ids, offsets = arguments
+        table = lowrank_table(params, us, vs, ids, offsets, *moments)
+        operator = getattr(torch.ops.zo_fused_C, name).default
+
+        def sweep(coeffs: Tensor, decay: Tensor, rounding: Tensor | None = None) -> None:
+            if rounding is not None and (ids is None or offsets is None):
+                raise ValueError("zo_fused: stochastic rounding needs ids and offsets")
+            operator(table, coeffs.contiguous(), decay.contiguous(), rounding)
+
+        return sweep
+
+    return prepare
+
+
+_MAKERS: dict[str, Callable[..., Callable[..., None]]] = {
+    "bits_": _fill("bits", torch.int64),
+    "normal_": _fill("normal", torch.float32),
+    "dense_": _dense,
+    "moments_": _moments,
+    "lowrank_": _lowrank("lowrank"),
+    "lowrank_momentum_": _lowrank("lowrank_momentum"),
+}
+
+
+def prepare(
+    name: str, lists: Lists, ids: Tensor | None, offsets: Tensor | None
+) -> Callable[..., None]:
+    """A sweep over these tensors, which must stay alive and where they are. It takes the other
+    arguments in the order of the schema."""
+    return _MAKERS[name](*lists, ids, offsets)
+
+
+# ---- on lists -----------------------------------------------------------------------------------
+
+
+def _on_lists(name: str) -> Callable[..., None]:
+    def call(*arguments: Any) -> None:
+        lists, ids, offsets, rows = split(name, arguments)
+        prepare(name, lists, ids, offsets)(*rows)
+
+    call.__name__ = name
+    return call
+
+
+bits_ = _on_lists("bits_")
+normal_ = _on_lists("normal_")
+dense_ = _on_lists("dense_")
+moments_ = _on_lists("moments_")
+lowrank_ = _on_lists("lowrank_")
+lowrank_momentum_ = _on_lists("lowrank_momentum_")

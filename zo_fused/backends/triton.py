@@ -35,6 +35,7 @@ def _kernels() -> Kernels:
 
 
 sweeps = MultiTensor(_kernels)
+prepare = sweeps.prepare
 bits_ = sweeps.bits_
 normal_ = sweeps.normal_
 dense_ = sweeps.dense_

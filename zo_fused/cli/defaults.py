@@ -14,7 +14,6 @@ METHOD = "lozo"
 COMMON: dict[str, Any] = {
     "eps": 1e-3,
     "weight_decay": 0.0,
-    "rounding": "nearest",
     "steps": 20_000,
     "batch_size": 16,
     "eval_steps": 1000,
@@ -27,8 +26,15 @@ COMMON: dict[str, Any] = {
 }
 
 BY_METHOD: dict[str, dict[str, Any]] = {
-    "lozo": {"lr": 1e-6, "rank": 2, "interval": 50, "momentum": 0.0},
-    "mezo": {"lr": 1e-6},
+    "lozo": {
+        "lr": 1e-6,
+        "rank": 2,
+        "interval": 50,
+        "momentum": 0.0,
+        "schedule": "factored",
+        "rounding": "stochastic",
+    },
+    "mezo": {"lr": 1e-6, "schedule": "deferred", "rounding": "nearest"},
 }
 
 # The embedded model is tiny, so it bears far larger steps than a real one.

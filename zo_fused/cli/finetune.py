@@ -24,7 +24,7 @@ With no arguments, the embedded model on the embedded data set: a run of a minut
 With your own model and data, the same, with your options. The output directory becomes a model
 directory of transformers, with the replay log, the history, a picture and a summary beside it."""
 
-HYPER = ("lr", "eps", "weight_decay", "rounding", "rank", "interval", "momentum")
+HYPER = ("lr", "eps", "weight_decay", "rounding", "schedule", "rank", "interval", "momentum")
 _PLAN = ("steps", "batch_size", "eval_steps", "seed", "loss", "lr_scheduler")
 
 
@@ -105,6 +105,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--rounding",
         choices=("nearest", "stochastic"),
         help=f"of updates in 16-bit weights ({default('rounding')})",
+    )
+    method.add_argument(
+        "--schedule",
+        choices=("plain", "deferred", "factored", "paired"),
+        help="sweeps over the weights a step: 3, 2, or (lozo) one a window; paired: the same, with "
+        f"both signs in one forward pass, for batches of few tokens ({default('schedule')})",
     )
 
     run = parser.add_argument_group("run")

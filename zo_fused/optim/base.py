@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from zo_fused import replay_log
-from zo_fused.directions import Direction, Retry, Term
+from zo_fused.directions import Direction, Term
 from zo_fused.interrupts import uninterrupted
 from zo_fused.ops import int64_tensor
 from zo_fused.parameters import Bucket, fingerprint, make_buckets, parameter_ids, signature
 from zo_fused.rules import Rule, Update
+from zo_fused.side_weight import UsedOtherwise
 from zo_fused.streams import CONTRACT_VERSION, Purpose, derive_key
 
 logger = logging.getLogger("zo_fused")
@@ -44,7 +45,7 @@ def _plain_tensors(method: Method) -> Method:
 ROUNDINGS = ("nearest", "stochastic")
 
 # Kept in every param group, where `state_dict` leaves integers as they are.
-_COUNTERS = ("seed", "step", "restores", "contract")
+_COUNTERS = ("seed", "step", "restores", "contract", "in_place")
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
@@ -101,7 +102,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._deferred = deferred
         self._options = {"deferred": deferred, **(options or {})}
         self._reset()
-        counters = {"seed": seed, "step": 0, "restores": 0, "contract": CONTRACT_VERSION}
+        counters: dict[str, Any] = dict.fromkeys(_COUNTERS, 0)
+        # in_place: positions of the matrices that a direction can't keep its changes beside
+        counters |= {"seed": seed, "contract": CONTRACT_VERSION, "in_place": ()}
         super().__init__(params, {**defaults, **counters})
         parameter_ids(self.param_groups)
 
@@ -158,7 +161,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Steps that were not applied because a loss was not finite (waits for the device)."""
         return int(self._skipped)
 
-    def _count(self, **counters: int) -> None:
+    def _count(self, **counters: Any) -> None:
         for group in self.param_groups:
             group.update(counters)
 
@@ -215,6 +218,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         One sweep, or none if they are there. `step` with losses merges the way back with the
         update; `flush` goes back without.
         """
+        self._perturb(sign)
+
+    def _perturb(self, sign: float) -> None:
         with self._timed("perturb"), uninterrupted():
             if self._ahead or not self._at:
                 self._refresh()
@@ -249,7 +255,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             if not (moved or settled or path):
                 return
             if self._log is not None:
-                self._log.restore(self.step_count, path, *self._settings())
+                self._log.restore(self.step_count, path, self._settings())
             self._count(restores=self.param_groups[0]["restores"] + 1)
 
     def _settle(self, query: int) -> bool:
@@ -281,12 +287,21 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _refresh(self) -> None:
         """Look again at the parameters before a step: what requires gradients, where it lies."""
-        now = (signature(self.param_groups, self._direction.fixed), self._trainable_override)
+        groups, trainable, names = (
+            self.param_groups,
+            self._trainable_override,
+            self._direction.fixed,
+        )
+        in_place = set(groups[0]["in_place"]) if self._direction.beside else None
+        now = (signature(groups, names), trainable, in_place)
         if now != self._signature:
             self.flush()  # over the parameters and in the windows that it began with
-            names = self._direction.fixed
-            self._buckets = make_buckets(self.param_groups, self._trainable_override, names)
+            self._buckets = make_buckets(groups, trainable, names, in_place)
             self._signature = now
+            for p, reason in self._direction.out_of_reach(self._buckets):
+                self._perturb_in_place(p, reason)
+            if in_place is not None and in_place != set(groups[0]["in_place"]):
+                self._refresh()
         if not self._buckets:
             raise ValueError("zo_fused: no parameter requires gradients; there is nothing to tune")
 
@@ -322,7 +337,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if closure is not None:
             if loss_plus is not None or loss_minus is not None:
                 raise TypeError("step() takes a closure or two losses, not both")
-            loss_plus, loss_minus = self._evaluate_both(closure)
+            return self._finish(*self._evaluate_both(closure))
         if loss_plus is None or loss_minus is None:
             raise TypeError("step() needs a closure, or loss_plus and loss_minus")
         try:
@@ -330,31 +345,54 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.flush()
             raise
+        return self._finish(plus, minus)
+
+    def _finish(self, plus: Tensor, minus: Tensor) -> Tensor:
+        """The update of two losses, float64 tensors []; their mean."""
         with self._timed("update"):
             eps = float(self.param_groups[0]["eps"])
             projected_grad = ((plus - minus) / (2 * eps)).to(torch.float32)
             self._update(projected_grad)
         return ((plus + minus) / 2).to(torch.float32)
 
-    def _evaluate_both(self, closure: Closure) -> tuple[Loss, Loss]:
+    def _evaluate_both(self, closure: Closure) -> tuple[Tensor, Tensor]:
+        generators: _GeneratorStates | None = None
         while True:
             try:
-                self.perturb(1.0)
+                if self._direction.paired:
+                    return self._evaluate_pair(closure)
+                self._perturb(1.0)
                 generators = _GeneratorStates([b.device for b in self._buckets])
-                with self._timed("forward"):
+                with self._timed("forward"), self._direction.watching():
                     plus = self._scalar(closure())
                 generators.rewind()
-                self.perturb(-1.0)
-                with self._timed("forward"):
+                self._perturb(-1.0)
+                with self._timed("forward"), self._direction.watching():
                     minus = self._scalar(closure())
                 return plus, minus
-            except Retry as reason:
+            except UsedOtherwise as use:
                 self.flush()
-                generators.rewind()
-                logger.info("step %d is evaluated again: %s", self.step_count, reason)
+                if generators is not None:
+                    generators.rewind()
+                self._perturb_in_place(use.param, f"is used by {use.function}")
             except BaseException:
                 self.flush()
                 raise
+
+    def _evaluate_pair(self, closure: Closure) -> tuple[Tensor, Tensor]:
+        self.perturb(0.0)
+        with self._timed("forward"), self._direction.watching():
+            where = (self._buckets, self.param_groups, self.seed, self.step_count)
+            plus, minus = self._direction.both(*where, closure).unbind()
+        return self._scalar(plus), self._scalar(minus)
+
+    def _perturb_in_place(self, param: Tensor, reason: str) -> None:
+        """From the next evaluation on, this parameter is perturbed in place."""
+        everyone = [p for group in self.param_groups for p in group["params"]]
+        position = next(i for i, p in enumerate(everyone) if p is param)
+        name = self._parameter_table()[position][0] or position
+        logger.info("parameter %s is perturbed in place: it %s", name, reason)
+        self._count(in_place=(*self.param_groups[0]["in_place"], position))
 
     def _scalar(self, loss: Any) -> Tensor:
         """A loss as float64 tensor [] on the device of the first parameter."""
@@ -424,7 +462,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 logger.warning("step %d skipped: a loss was not finite; weights restored", step)
             if self._log is not None:
                 value = float(f"{float(grad):.9g}") if applied else None
-                self._log.update(step, path, value, *self._settings())
+                self._log.update(step, path, value, self._settings())
         else:
             self._skipped = self._skipped + (~finite).to(torch.int64)
 
@@ -468,7 +506,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 "a replay log of this method must start with its first step; "
                 "pass resume=True to continue the log of this run"
             )
-        groups, trainable = self._settings()
+        settings = self._settings()
         header = {
             "contract": CONTRACT_VERSION,
             "transform": "portable",
@@ -478,8 +516,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "first_step": self.step_count,
             "parameters": self._parameter_table(),
             "base": fingerprint([p for g in self.param_groups for p in g["params"]]),
-            "groups": groups,
-            "trainable": trainable,
+            **settings,
         }
         if resume:
             restores = self.param_groups[0]["restores"]
@@ -492,7 +529,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Stop writing the replay log."""
         self._log = None
 
-    def _settings(self) -> tuple[list[dict[str, Any]], list[int]]:
+    def _settings(self) -> dict[str, Any]:
         """What a replay must know besides the projected gradients."""
         hidden = {"params", "param_names", "initial_lr", *_COUNTERS}
         groups = [
@@ -505,7 +542,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         ]
         taken = {id(p) for bucket in self._buckets for p in bucket.params}
         everyone = [p for group in self.param_groups for p in group["params"]]
-        return groups, [i for i, p in enumerate(everyone) if id(p) in taken]
+        return {
+            "groups": groups,
+            "trainable": [i for i, p in enumerate(everyone) if id(p) in taken],
+            "in_place": list(self.param_groups[0]["in_place"]),
+        }
 
     def _parameter_table(self) -> list[list[Any]]:
         """Name (or null), shape, dtype and group of every parameter, in optimizer order."""
@@ -523,7 +564,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._trainable_override = set(event.trainable)
         for group, values in zip(self.param_groups, event.groups, strict=True):
             group.update(values)
-        self._count(step=event.step)
+        self._count(step=event.step, in_place=tuple(event.in_place))
         for sign in event.path:
             self.perturb(sign)
         if event.restored:

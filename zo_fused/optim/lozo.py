@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from zo_fused.directions import LowRank
+from zo_fused.factored import Factored
 from zo_fused.optim.base import ZerothOrderOptimizer
 from zo_fused.rules import SGD, FactorMomentum
 
@@ -39,8 +40,17 @@ class LOZO(ZerothOrderOptimizer):
         divide_by_rank: scale the update of matrices by 1/rank, as the paper does.
         rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
         seed: base seed of the run.
-        deferred: two sweeps a step instead of three; weights rest perturbed between steps, see
-            `ZerothOrderOptimizer` and `flush`.
+        mode: "inplace", or "factored": weights are not written within a window. The forward pass
+            adds ``x V (A +- eps U)^T`` beside every use of a matrix, updates add up in A, in
+            float32, and each window ends with one sweep. `flush` writes A, so evaluate the model
+            under ``with opt.unperturbed():``. Where the model uses a matrix in a way that has no
+            such form, it is perturbed in place, and the logger "zo_fused" says so.
+        paired: (factored) evaluate both signs in one forward pass over twice the batch, so that
+            weights are read once: faster where a batch has few tokens. The closure must be one that
+            `torch.vmap` can batch.
+        module: the model that the closure evaluates, for mode "factored" where `params` is not it.
+        deferred: (inplace) two sweeps a step instead of three; weights rest perturbed between
+            steps, see `ZerothOrderOptimizer` and `flush`.
     """
 
     def __init__(
@@ -55,8 +65,17 @@ class LOZO(ZerothOrderOptimizer):
         divide_by_rank: bool = False,
         rounding: str = "nearest",
         seed: int = 0,
+        mode: str = "inplace",
+        paired: bool = False,
+        module: nn.Module | None = None,
         deferred: bool = False,
     ) -> None:
+        if mode not in ("inplace", "factored"):
+            raise ValueError(f'mode must be "inplace" or "factored", got {mode!r}')
+        if mode == "factored" and deferred:
+            raise ValueError("deferred is for sweeps over the weights; factored steps make none")
+        if mode != "factored" and paired:
+            raise ValueError('paired needs mode="factored": weights have one sign at a time')
         defaults = {
             "lr": lr,
             "eps": eps,
@@ -68,8 +87,17 @@ class LOZO(ZerothOrderOptimizer):
         }
         rule = FactorMomentum() if momentum else SGD()
         # Groups may set their own momentum; this one chose the rule, so a replay needs it.
-        options = {"divide_by_rank": divide_by_rank, "momentum": momentum}
-        super().__init__(params, defaults, LowRank(divide_by_rank), rule, seed, deferred, options)
+        options = {"divide_by_rank": divide_by_rank, "momentum": momentum, "mode": mode}
+        direction = LowRank(divide_by_rank)
+        if mode == "factored":
+            evaluated = params if isinstance(params, nn.Module) else module
+            if evaluated is None:
+                raise ValueError(
+                    'mode="factored" needs the module whose forward pass takes part: '
+                    "LOZO(model, ...), or module=model beside param groups"
+                )
+            direction = Factored(evaluated, paired, divide_by_rank)
+        super().__init__(params, defaults, direction, rule, seed, deferred, options)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

@@ -124,6 +124,7 @@ class Finetuning:
                 break
             self._step(bar)
         self._evaluate("test", bar)
+        self.optimizer.flush()  # also where there was nothing to evaluate on
 
     def _step(self, bar: Any) -> None:
         start = time.perf_counter()

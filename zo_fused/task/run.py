@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,12 @@ from zo_fused.task.report import draw, peak_memory, summarize
 from zo_fused.task.scoring import Scorer
 
 METHODS = {"lozo": "LOZO", "mezo": "MeZO"}
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "deferred": {"deferred": True},
+    "factored": {"mode": "factored"},
+    "paired": {"mode": "factored", "paired": True},
+}
 _OWN_FILES = ("summary.json", "history.jsonl", "replay.jsonl", "curve.png")
 
 
@@ -37,7 +44,7 @@ class Options:
     sources: dict[str, str]  # split -> where to read it; "train" at least
     task: Task
     method: str  # a key of METHODS
-    hyper: dict[str, Any]  # arguments of the optimizer: lr, eps, ...
+    hyper: dict[str, Any]  # arguments of the optimizer: lr, eps, ...; a key of SCHEDULES
     plan: Plan
     output: Path
     label_field: str = "label"
@@ -144,7 +151,6 @@ def finetune(options: Options) -> dict[str, Any]:
         "backend": zo_fused.backend_of(device),
         "zo_fused": zo_fused.__version__,
     }
-    optimizer.flush()
     save_model(model, tokenizer, options.output)
     draw(history, options.title, options.output / "curve.png")
     write_text(options.output / "summary.json", to_json(summary, indent=2) + "\n")
@@ -159,8 +165,13 @@ def _pad_id(tokenizer: Any) -> int:
 
 def _optimizer(options: Options, model: Any) -> Any:
     method = getattr(zo_fused, METHODS[options.method])
+    hyper = dict(options.hyper)
+    schedule = hyper.pop("schedule")
+    arguments = SCHEDULES[schedule]
+    if not arguments.keys() <= inspect.signature(method).parameters.keys():
+        raise UserError(f"the schedule {schedule!r} is not for the method {options.method}")
     try:
-        return method(model.named_parameters(), **options.hyper, seed=options.plan.seed)
+        return method(model, **hyper, **arguments, seed=options.plan.seed)
     except ValueError as error:
         raise UserError(first_line(error)) from error
 
