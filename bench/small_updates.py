@@ -2,7 +2,8 @@
 
 Weights N(0, 0.02^2) take 1000 steps with eps = 1e-3 and a projected gradient of one, as those of a
 fine-tuned model would, but with losses that are given, so that what was asked for is known to the
-bit: the sum of all ``-lr g z``. Two numbers tell what became of it:
+bit: the sum of all ``-lr g z``. They are one square matrix, so that low-rank z are what they are in
+a model. Two numbers tell what became of it:
 
 * realised: the least squares slope of the moves on the moves asked for. 1: nothing is lost;
   0: nothing of it arrives. The standard error comes from what else moved the weights.
@@ -12,9 +13,10 @@ bit: the sum of all ``-lr g z``. Two numbers tell what became of it:
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import published
 import torch
@@ -25,7 +27,7 @@ from tqdm import tqdm
 import zo_fused
 from zo_fused import noise
 
-EPS = 1e-3
+EPS, RANK, INTERVAL = 1e-3, 2, 50
 RATES = (1e-7, 1e-6, 1e-5, 1e-4)
 
 
@@ -43,69 +45,95 @@ def outcome(start: Tensor, end: Tensor, asked: Tensor) -> Outcome:
     return Outcome(realised, drift / float(asked.norm()), drift)
 
 
-def fused(rounding: str) -> Callable[[Tensor, float, int], Outcome]:
-    """MeZO of this package."""
+def direction(cls: Any, step: int, side: int) -> Tensor:
+    """z of a step of this package, for a matrix: float64 [side, side]."""
 
-    def run(weights: Tensor, lr: float, steps: int) -> Outcome:
-        w = nn.Parameter(weights.clone())
-        opt = zo_fused.MeZO([("w", w)], lr=lr, eps=EPS, rounding=rounding)
-        asked = torch.zeros(w.shape, dtype=torch.float64)
-        for step in range(steps):
-            opt.perturb(+1)
-            opt.perturb(-1)
-            opt.step(loss_plus=2 * EPS, loss_minus=0.0)
-            key = noise.derive_key(0, noise.Purpose.DENSE, step)
-            z = noise.normal(w.numel(), key, noise.parameter_id("w"))
-            asked -= lr * z.double()
-        return outcome(weights, w.detach(), asked)
+    def normal(purpose: noise.Purpose, at: int, columns: int) -> Tensor:
+        key = noise.derive_key(0, purpose, at)
+        return noise.normal(side * columns, key, noise.parameter_id("weight")).view(side, columns)
 
-    return run
+    if cls is zo_fused.MeZO:
+        return normal(noise.Purpose.DENSE, step, side).double()
+    u = normal(noise.Purpose.U, step, RANK)
+    v = normal(noise.Purpose.V, step // INTERVAL, RANK)
+    return u.double() @ v.double().T
 
 
-def published_code(weights: Tensor, lr: float, steps: int) -> Outcome:
-    """The operations of the released MeZO code in their order and dtype."""
+def fused(cls: Any, weights: Tensor, lr: float, steps: int, **options: Any) -> Outcome:
+    """A method of this package."""
+    side = len(weights)
+    module = nn.Linear(side, side, bias=False, dtype=weights.dtype)
+    module.weight.data.copy_(weights)
+    if cls is zo_fused.LOZO:
+        options = {**options, "rank": RANK, "interval": INTERVAL}
+    opt = cls(module, lr=lr, eps=EPS, **options)
+    asked = torch.zeros(side, side, dtype=torch.float64)
+    for step in range(steps):
+        opt.perturb(+1)
+        opt.perturb(-1)
+        opt.step(loss_plus=2 * EPS, loss_minus=0.0)
+        asked -= lr * direction(cls, step, side)
+    opt.flush()
+    return outcome(weights, module.weight.detach(), asked)
+
+
+def published_code(cls: Any, weights: Tensor, lr: float, steps: int) -> Outcome:
+    """The operations of a released code in their order and dtype."""
     w = nn.Parameter(weights.clone())
-    mezo = published.MeZO([w])
     asked = torch.zeros(w.shape, dtype=torch.float64)
     for step in range(steps):
-        mezo.perturb(+1, step)
-        mezo.perturb(-2, step)
-        mezo.perturb(+1, step)
+        if step % INTERVAL == 0:
+            code = cls([w])  # LOZO draws its V here
+        code.perturb(+1, step)
+        code.perturb(-2, step)
+        code.perturb(+1, step)
         torch.manual_seed(step)
-        z = mezo.z(w)
+        z = code.z(w)
         w.data = w.data - lr * (1.0 * z)
         asked -= lr * z.double()
     return outcome(weights, w.detach(), asked)
 
 
-METHODS: dict[str, Callable[[Tensor, float, int], Outcome]] = {
-    "published order": published_code,
-    "zo_fused": fused("nearest"),
-    'zo_fused, rounding="stochastic"': fused("stochastic"),
-}
+STOCHASTIC = {"rounding": "stochastic"}
+FACTORED = {"mode": "factored"}
+# name, how it runs, class, options of the constructor
+METHODS: list[tuple[str, Callable[..., Outcome], Any, dict[str, Any]]] = [
+    ("published MeZO order", published_code, published.METHODS["MeZO"], {}),
+    ("MeZO", fused, zo_fused.MeZO, {}),
+    ("MeZO, stochastic", fused, zo_fused.MeZO, STOCHASTIC),
+    ("MeZO deferred", fused, zo_fused.MeZO, {"deferred": True}),
+    ("MeZO deferred, stochastic", fused, zo_fused.MeZO, {"deferred": True, **STOCHASTIC}),
+    ("published LOZO order", published_code, published.METHODS["LOZO"], {}),
+    ("LOZO", fused, zo_fused.LOZO, {}),
+    ("LOZO, stochastic", fused, zo_fused.LOZO, STOCHASTIC),
+    ("LOZO deferred", fused, zo_fused.LOZO, {"deferred": True}),
+    ("LOZO factored", fused, zo_fused.LOZO, FACTORED),
+    ("LOZO factored, stochastic", fused, zo_fused.LOZO, {**FACTORED, **STOCHASTIC}),
+]
 
 
-def rows(elements: int, steps: int) -> Iterator[tuple[str, str, float, Outcome]]:
+def rows(side: int, steps: int) -> Iterator[tuple[str, str, float, Outcome]]:
     """All combinations."""
     torch.manual_seed(0)
-    weights = torch.randn(elements) * 0.02
+    weights = torch.randn(side, side) * 0.02
     combinations = [(d, m, r) for d in DTYPES for m in METHODS for r in RATES]
-    for dtype, method, rate in tqdm(combinations, desc="small updates"):
-        if dtype == "fp32" and "stochastic" in method:
+    for dtype, (name, run, cls, options), rate in tqdm(combinations, desc="small updates"):
+        if dtype == "fp32" and "rounding" in options:
             continue  # the same: float32 has nothing to round
-        yield dtype, method, rate, METHODS[method](weights.to(DTYPES[dtype]), rate, steps)
+        yield dtype, name, rate, run(cls, weights.to(DTYPES[dtype]), rate, steps, **options)
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--elements", type=int, default=1 << 18)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--elements", type=int, default=1 << 18, help="rounded down to a square")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     options = parser.parse_args()
-    found = list(rows(options.elements, options.steps))
+    side = math.isqrt(options.elements)
+    found = list(rows(side, options.steps))
     lines = [
-        f"{options.elements} weights, {options.steps} steps: realised ± standard error, drift\n",
+        f"{side * side} weights, {options.steps} steps: realised ± standard error, drift\n",
         "| dtype | code | " + " | ".join(f"lr g = {rate:g}" for rate in RATES) + " |",
         "|---|---|" + "---|" * len(RATES),
     ]
