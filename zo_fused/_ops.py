@@ -4,8 +4,8 @@ The only file that touches ``torch.library``. One list-valued call is one sweep.
 
 * ``ids``, ``offsets``: int64 [P] on the CPU. Parameter id, and the index of the tensor's first
   element in the full parameter (not zero for a shard).
-* ``keys``: int64, the 64-bit stream keys in two's complement. [K] for ``dense_``, [P] for
-  ``bits_`` and ``normal_``. On the parameters' device, as are
+* ``keys``: int64, the 64-bit stream keys in two's complement. [K] for ``dense_`` and scripts, [P]
+  for ``bits_`` and ``normal_``. On the parameters' device, as are
 * ``coeffs``: float32 [P, K] (``dense_``), [P] (``lowrank_``), [P, 4] (``lowrank_momentum_``:
   beta, grad, restore, step), [P, 6] (``moments_``: beta, gain, beta2, gain2, eps, step), also
 * ``grads`` and ``restores``: float32 [P, K], and ``decay``: float32 [P].
@@ -17,6 +17,9 @@ Options:
 * ``transform``: how words become normals, "portable" or (GPUs only) "fast".
 * ``rule``: "momentum", "adam" or "sign". ``firsts`` may be empty for all but "adam", which alone
   has ``seconds``.
+
+``dense_steps_`` and ``lowrank_steps_`` make many sweeps over the same weights in one pass. What
+they are is a ``script`` with rows of its own (`zo_fused.script`); us are (products, m, rank) there.
 
 What each computes, to the bit, is in `zo_fused.reference`.
 """
@@ -52,6 +55,10 @@ SCHEMAS = {
         "(Tensor(a!)[] params, Tensor ids, Tensor offsets, Tensor keys, Tensor coeffs, "
         f"Tensor decay, Tensor? rounding=None, {_TRANSFORM}) -> ()"
     ),
+    "dense_steps_": (
+        "(Tensor(a!)[] params, Tensor ids, Tensor offsets, Tensor keys, Tensor script, "
+        "Tensor coeffs, Tensor decay) -> ()"
+    ),
     "moments_": (
         "(Tensor(a!)[] params, Tensor(b!)[] firsts, Tensor(c!)[] seconds, Tensor ids, "
         "Tensor offsets, Tensor keys, Tensor grads, Tensor restores, Tensor coeffs, "
@@ -60,6 +67,10 @@ SCHEMAS = {
     "lowrank_": (
         "(Tensor(a!)[] params, Tensor[] us, Tensor[] vs, Tensor coeffs, Tensor decay, "
         f"{_ROUNDING}) -> ()"
+    ),
+    "lowrank_steps_": (
+        "(Tensor(a!)[] params, Tensor[] us, Tensor[] vs, Tensor ids, Tensor offsets, "
+        "Tensor keys, Tensor script, Tensor coeffs, Tensor decay) -> ()"
     ),
     "lowrank_momentum_": (
         "(Tensor(a!)[] params, Tensor(b!)[] moments, Tensor[] us, Tensor[] vs, Tensor coeffs, "
@@ -125,6 +136,8 @@ for _name in SCHEMAS:
 bits_ = torch.ops.zo_fused.bits_
 normal_ = torch.ops.zo_fused.normal_
 dense_ = torch.ops.zo_fused.dense_
+dense_steps_ = torch.ops.zo_fused.dense_steps_
 moments_ = torch.ops.zo_fused.moments_
 lowrank_ = torch.ops.zo_fused.lowrank_
+lowrank_steps_ = torch.ops.zo_fused.lowrank_steps_
 lowrank_momentum_ = torch.ops.zo_fused.lowrank_momentum_

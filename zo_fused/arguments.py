@@ -23,11 +23,13 @@ LISTS = {
     "bits_": 1,
     "normal_": 1,
     "dense_": 1,
+    "dense_steps_": 1,
     "moments_": 3,
     "lowrank_": 3,
+    "lowrank_steps_": 3,
     "lowrank_momentum_": 4,
 }
-WRITTEN = LISTS | {"lowrank_": 1, "lowrank_momentum_": 2}
+WRITTEN = LISTS | {"lowrank_": 1, "lowrank_steps_": 1, "lowrank_momentum_": 2}
 _LOWRANK = ("lowrank_", "lowrank_momentum_")
 
 Lists = Sequence[Sequence[Tensor]]
@@ -80,6 +82,7 @@ class Checked:
     device: torch.device | None  # None if there are none
     streams: bool  # whether there are ids and offsets
     lengths: tuple[int, ...]  # of the lists
+    products: int = 0  # of ``lowrank_steps_``
 
 
 def check_lists(name: str, lists: Lists, ids: Tensor | None, offsets: Tensor | None) -> Checked:
@@ -98,6 +101,8 @@ def check_lists(name: str, lists: Lists, ids: Tensor | None, offsets: Tensor | N
         _check_moments(params, lists[1], lists[2])
     if name in _LOWRANK:
         _check_factors(params, lists[-2], lists[-1])
+    if name == "lowrank_steps_":
+        _check_factors_of_products(params, lists[1], lists[2])
     if name == "lowrank_momentum_":
         _check_factor_moments(lists[1], lists[2])
     streams = ids is not None and offsets is not None
@@ -107,7 +112,8 @@ def check_lists(name: str, lists: Lists, ids: Tensor | None, offsets: Tensor | N
             _check_row(label, row, torch.int64, (len(params),))
             _check(row.device.type == "cpu", f"{label} must be a CPU tensor")
     device = params[0].device if params else None
-    return Checked(name, len(params), device, streams, tuple(map(len, lists)))
+    products = lists[1][0].shape[0] if name == "lowrank_steps_" and params else 0
+    return Checked(name, len(params), device, streams, tuple(map(len, lists)), products)
 
 
 def _check(condition: bool, message: str) -> None:
@@ -203,6 +209,19 @@ def _check_factors(params: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[
         _check_device("vs", vs[0], params[0].device)
 
 
+def _check_factors_of_products(
+    params: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor]
+) -> None:
+    products = us[0].shape[0] if us and us[0].dim() else 1
+    for i, u in enumerate(us):
+        if u.dim() != 3 or u.shape[0] != products or not products or not u.is_contiguous():
+            raise ValueError(
+                f"zo_fused: us[{i}] must be contiguous, (products, m, rank), with as many products "
+                f"as us[0] and at least one; got {tuple(u.shape)}"
+            )
+    _check_factors(params, [u[0] for u in us], vs)
+
+
 def _check_factor_moments(moments: Sequence[Tensor], us: Sequence[Tensor]) -> None:
     _check(len(moments) == len(us), f"{len(us)} factors need as many moments, got {len(moments)}")
     _check_tensors("moments", moments, (torch.float32,))
@@ -286,6 +305,44 @@ def _dense_rows(
     return transform
 
 
+def _check_script(checked: Checked, keys: Tensor, script: Tensor, decay: Tensor) -> int:
+    """Returns the number of its sweeps."""
+    sweeps = script.shape[0] if script.dim() else 0
+    _check_row("script", script, torch.int64, (sweeps, 3))
+    _check(script.device.type == "cpu", "script must be a CPU tensor")
+    _check_on("keys", keys, torch.int64, (keys.numel(),), checked.device)
+    _check_on("decay", decay, torch.float32, (checked.count, sweeps), checked.device)
+    return sweeps
+
+
+def _check_indices(script: Tensor, *ends: int) -> None:
+    """A column of a script after the other must lie below these; all but the first may be -1."""
+    if type(script) is not Tensor or not script.numel():  # traced: the values are not known
+        return
+    for column, end in enumerate(ends):
+        low, high = (int(x) for x in script[:, column].aminmax())
+        first = 0 if column == 0 else -1
+        _check(first <= low and high < end, f"column {column} of script is out of range")
+
+
+def _dense_steps_rows(
+    checked: Checked, keys: Tensor, script: Tensor, coeffs: Tensor, decay: Tensor
+) -> str:
+    shape = (checked.count, _check_script(checked, keys, script, decay), 2)
+    _check_on("coeffs", coeffs, torch.float32, shape, checked.device)
+    _check_indices(script, *[keys.numel()] * 3)
+    return "portable"
+
+
+def _lowrank_steps_rows(
+    checked: Checked, keys: Tensor, script: Tensor, coeffs: Tensor, decay: Tensor
+) -> str:
+    shape = (checked.count, _check_script(checked, keys, script, decay))
+    _check_on("coeffs", coeffs, torch.float32, shape, checked.device)
+    _check_indices(script, checked.products, 0, keys.numel())
+    return "portable"
+
+
 def _moments_rows(
     checked: Checked,
     keys: Tensor,
@@ -328,7 +385,9 @@ _ROWS: dict[str, Callable[..., str]] = {
     "bits_": _bits_rows,
     "normal_": _fill_rows,
     "dense_": _dense_rows,
+    "dense_steps_": _dense_steps_rows,
     "moments_": _moments_rows,
     "lowrank_": _lowrank_rows,
+    "lowrank_steps_": _lowrank_steps_rows,
     "lowrank_momentum_": _lowrank_rows,
 }

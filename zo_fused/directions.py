@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from zo_fused.factors import Factors, StepFactors
-from zo_fused.ops import int64_tensor
+from zo_fused.keys import Stream, stream_keys
 from zo_fused.parameters import Bucket
-from zo_fused.streams import Purpose, derive_key
+from zo_fused.streams import Purpose
 
 
 class Term(NamedTuple):
@@ -64,6 +64,10 @@ class Direction:
         """Matrices beside which nothing can be kept, and why."""
         return []
 
+    def not_capturable(self, deferred: bool) -> str:
+        """Why a step can't be captured in a CUDA graph; empty if it can."""
+        return ""
+
     def attach(self, buckets: Sequence[Bucket]) -> None:
         """The model is to be evaluated with the parameters of these buckets; none: no more."""
 
@@ -103,10 +107,10 @@ class Dense(Direction):
         decay: Tensor,
         rounding: Tensor | None = None,
     ) -> None:
-        keys = [derive_key(seed, Purpose.DENSE, term.step) for term in terms]
+        streams = [Stream(Purpose.DENSE, term.step) for term in terms]
+        keys = stream_keys(seed, streams, bucket.device)
         coeffs = torch.stack([term.coeffs for term in terms], dim=-1)
-        scalars = (int64_tensor(keys, bucket.device), coeffs.float(), decay.float())
-        bucket.sweep("dense_")(*scalars, rounding)
+        bucket.sweep("dense_")(keys, coeffs.float(), decay.float(), rounding)
 
 
 class LowRank(Direction):
@@ -122,6 +126,11 @@ class LowRank(Direction):
 
     def __init__(self, divide_by_rank: bool = False) -> None:
         self.divide_by_rank = divide_by_rank
+
+    def not_capturable(self, deferred: bool) -> str:
+        if deferred:
+            return "whether the next step has the same V is for the host to say; deferred=False"
+        return ""
 
     def factors(self, bucket: Bucket) -> Factors:
         """The factors of a bucket."""

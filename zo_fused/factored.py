@@ -12,7 +12,7 @@ way that has no side path are perturbed in place.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +22,10 @@ from zo_fused.directions import LowRank, Term
 from zo_fused.factors import Factors, StepFactors
 from zo_fused.parameters import Bucket
 from zo_fused.side_paths import SidePaths
+
+# V / 64 and 64 X take part in the forward pass: in float16, x V of large activations would overflow
+# and small X be subnormal; a power of two changes nothing else.
+FORWARD_SCALE = 64.0
 
 
 class Beside:
@@ -51,18 +55,18 @@ class Beside:
             factor = step.flat_u if term.factor is None else term.factor
             self.x.add_(spread(term.coeffs) * factor)
         self.step = steps[0]
-        self.bs.fill(self.x)
+        self.bs.fill(self.x, FORWARD_SCALE)
         self.use(self.step)
 
     def use(self, step: StepFactors) -> None:
         """The forward pass takes the V of this step."""
         if self._window != step.windows:
             self._window = step.windows
-            self.vs.fill(step.flat_v)
+            self.vs.fill(step.flat_v, 1 / FORWARD_SCALE)
 
     def pair(self, move: Tensor) -> list[Tensor]:
         """``X + move`` and ``X - move`` of every weight, [2, m, rank] in its dtype."""
-        both = torch.stack((self.x + move, self.x - move))
+        both = torch.stack((self.x + move, self.x - move)) * FORWARD_SCALE
         sizes = [x.numel() for x in self.xs]
         parts = {dtype: both.to(dtype).split(sizes, dim=1) for dtype in self.bs.dtypes}
         return [
@@ -90,9 +94,9 @@ class ForwardFactors:
     def dtypes(self) -> list[torch.dtype]:
         return [flat.dtype for flat in self._flats]
 
-    def fill(self, flat: Tensor) -> None:
+    def fill(self, flat: Tensor, factor: float) -> None:
         for copy in self._flats:
-            copy.copy_(flat)
+            torch.mul(flat, factor, out=copy)
 
 
 class Factored(LowRank):
@@ -147,6 +151,9 @@ class Factored(LowRank):
         steps = [factors.of(seed, term.step) for term in terms]
         self._beside(bucket).add(terms, steps, decay.float())
 
+    def not_capturable(self, deferred: bool) -> str:
+        return 'whether a window ends is for the host to say; mode="inplace"'
+
     def window_ends(self, bucket: Bucket, step: int) -> bool:
         return any((step + 1) % group["interval"] == 0 for group in bucket.fixed)
 
@@ -178,7 +185,7 @@ class Factored(LowRank):
         if self._paths is None or self._watched:
             yield
             return
-        with getattr(self._paths, "watching", nullcontext)():
+        with self._paths.watching():
             yield
         self._watched = True
 
@@ -195,7 +202,7 @@ class Factored(LowRank):
         Parameters that are not beside theirs are copied, once for each sign.
         """
         bs: list[Tensor | None] = []
-        values: list[tuple[nn.Parameter, Tensor]] = []
+        values: list[tuple[Tensor, Tensor]] = []
         for bucket in buckets:
             factors = self.factors(bucket)
             now = factors.of(seed, step)
@@ -209,9 +216,7 @@ class Factored(LowRank):
         return self._side_paths(buckets).both(closure, bs, values)
 
     @staticmethod
-    def _moved_copies(
-        bucket: Bucket, now: StepFactors, eps: Tensor
-    ) -> list[tuple[nn.Parameter, Tensor]]:
+    def _moved_copies(bucket: Bucket, now: StepFactors, eps: Tensor) -> list[tuple[Tensor, Tensor]]:
         copies = bucket.once("copies", lambda: [p.new_empty(2, *p.shape) for p in bucket.params])
         for side, coeffs in enumerate((eps.float(), -eps.float())):
             halves = [pair[side] for pair in copies]

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zo_fused import _ops
-from zo_fused.ops import int64_tensor, on_device
+from zo_fused.keys import Stream, clock, stream_keys
+from zo_fused.ops import on_device
 from zo_fused.parameters import Bucket
-from zo_fused.streams import Purpose, derive_key
+from zo_fused.streams import Purpose
 
 Pair = tuple[list[Tensor], list[Tensor]]
 
@@ -31,8 +33,8 @@ class StepFactors:
     us: list[Tensor]  # parts of flat_u, (m, rank) each
     vs: list[Tensor]
     number: int  # 0 or 1
-    step: tuple[int, int] | None = None  # seed and step whose U is in it
-    windows: tuple[int, ...] | None = None  # stream keys of V, one a group
+    step: Any = None  # what tells whose U is in it
+    windows: Any = None  # the same of V, over all groups
 
 
 class Factors:
@@ -51,8 +53,10 @@ class Factors:
         self.v_shapes = [(n, rank) for _, n, rank in shapes]
         self._all = list(range(len(shapes)))
         self._matrices = [i for i, p in enumerate(bucket.params) if p.dim() >= 2]
-        vector = torch.tensor([p.dim() < 2 for p in bucket.params])
+        self._intervals = [group["interval"] for group in bucket.fixed]
+        vector = torch.tensor([int(p.dim() < 2) for p in bucket.params])
         self._is_vector = on_device(vector, bucket.device)
+        self._group_of_matrix = bucket.group_index[on_device(vector == 0, bucket.device)]
         sizes = torch.tensor([m * rank for m, rank in self.u_shapes])
         # which parameter an element of a flat U belongs to
         self._owner = on_device(torch.arange(len(sizes)).repeat_interleave(sizes), bucket.device)
@@ -79,28 +83,26 @@ class Factors:
     def of(self, seed: int, step: int) -> StepFactors:
         """The factors of a step; those of the step before it stay as they are."""
         slot = self._slots[step % 2]
-        if slot.step != (seed, step):
+        now = (seed, step, clock())
+        if slot.step != now:
             self._draw_u(slot, seed, step)
-            windows = self._windows(seed, step)
+            # Under a clock only the device knows which window it is: there, every step has its own.
+            windows = now if clock() else (seed, *(step // n for n in self._intervals))
             if slot.windows != windows:
-                self._draw_v(slot, windows)
-            slot.step, slot.windows = (seed, step), windows
+                self._draw_v(slot, seed, step)
+            slot.step, slot.windows = now, windows
         return slot
 
-    def _windows(self, seed: int, step: int) -> tuple[int, ...]:
-        intervals = (group["interval"] for group in self._bucket.fixed)
-        return tuple(derive_key(seed, Purpose.V, step // interval) for interval in intervals)
-
     def _draw_u(self, slot: StepFactors, seed: int, step: int) -> None:
-        dense = derive_key(seed, Purpose.DENSE, step)
-        u = derive_key(seed, Purpose.U, step)
-        keys = int64_tensor([u, dense], self._bucket.device)[self._is_vector.long()]
+        streams = [Stream(Purpose.U, step), Stream(Purpose.DENSE, step)]
+        keys = stream_keys(seed, streams, self._bucket.device)[self._is_vector]
         self._bucket.fill(slot.us, self._all, ("u", slot.number))(keys)
 
-    def _draw_v(self, slot: StepFactors, windows: tuple[int, ...]) -> None:
-        keys = int64_tensor(windows, self._bucket.device)[self._bucket.group_index]
+    def _draw_v(self, slot: StepFactors, seed: int, step: int) -> None:
+        streams = [Stream(Purpose.V, step, interval) for interval in self._intervals]
+        keys = stream_keys(seed, streams, self._bucket.device)[self._group_of_matrix]
         vs = [slot.vs[i] for i in self._matrices]
-        self._bucket.fill(vs, self._matrices, ("v", slot.number))(keys[self._matrices])
+        self._bucket.fill(vs, self._matrices, ("v", slot.number))(keys)
 
     def total(self, summands: Sequence[tuple[Tensor, Tensor]], number: int) -> list[Tensor]:
         """``sum of coeff * factor`` in buffer 0 or 1, which the next call with it overwrites.

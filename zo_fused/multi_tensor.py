@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from zo_fused import script as scripts
 from zo_fused import table
 from zo_fused.table import Launch
 
@@ -80,7 +81,7 @@ def _device_of(tensor: Tensor) -> Iterator[None]:
 
 
 class MultiTensor:
-    """The six sweeps over the kernels that `load` returns (loaded at the first sweep)."""
+    """The sweeps over the kernels that `load` returns (loaded at the first sweep)."""
 
     def __init__(self, load: Callable[[], Kernels]) -> None:
         self._load = load
@@ -155,8 +156,10 @@ class MultiTensor:
             "bits_": self._bits,
             "normal_": self._normal,
             "dense_": self._dense,
+            "dense_steps_": self._dense_steps,
             "moments_": self._moments,
             "lowrank_": self._lowrank,
+            "lowrank_steps_": self._lowrank_steps,
             "lowrank_momentum_": self._lowrank_momentum,
         }
         with _device_of(lists[0][0]):
@@ -196,6 +199,32 @@ class MultiTensor:
             with _device_of(decay):
                 for launch in launches:
                     kernels.dense(launch, keys, coeffs, decay, rounding, transform)
+
+        return sweep
+
+    def _dense_steps(
+        self, params: Sequence[Tensor], ids: Tensor, offsets: Tensor
+    ) -> Callable[..., None]:
+        fused = getattr(self._load(), "dense_steps", None)
+        if fused is None:
+            return self._by_sweeps(self._dense(params, ids, offsets))
+        launches = self._noise_launches(params, ids, offsets)
+
+        def sweep(keys: Tensor, script: Tensor, coeffs: Tensor, decay: Tensor) -> None:
+            keys, coeffs, decay = keys.contiguous(), coeffs.contiguous(), decay.contiguous()
+            with _device_of(decay):
+                for launch in launches:
+                    fused(launch, keys, script.to(decay.device).contiguous(), coeffs, decay)
+
+        return sweep
+
+    @staticmethod
+    def _by_sweeps(dense: Callable[..., None]) -> Callable[..., None]:
+        """A script, sweep by sweep."""
+
+        def sweep(keys: Tensor, script: Tensor, coeffs: Tensor, decay: Tensor) -> None:
+            for rows in scripts.dense(keys, script, coeffs, decay):
+                dense(*rows)
 
         return sweep
 
@@ -244,6 +273,26 @@ class MultiTensor:
             with _device_of(decay):
                 for launch in launches:
                     kernels.lowrank(launch, coeffs, decay, rounding)
+
+        return sweep
+
+    def _lowrank_steps(
+        self,
+        params: Sequence[Tensor],
+        us: Sequence[Tensor],
+        vs: Sequence[Tensor],
+        ids: Tensor,
+        offsets: Tensor,
+    ) -> Callable[..., None]:
+        """Sweep by sweep: there is no kernel for it."""
+        products = [
+            self._lowrank(params, [u[product] for u in us], vs, ids, offsets)
+            for product in range(us[0].shape[0])
+        ]
+
+        def sweep(keys: Tensor, script: Tensor, coeffs: Tensor, decay: Tensor) -> None:
+            for product, rows in scripts.lowrank(keys, script, coeffs, decay):
+                products[product](*rows)
 
         return sweep
 
@@ -301,6 +350,18 @@ class MultiTensor:
         rows = (keys, coeffs, decay, rounding, transform)
         self.prepare("dense_", (params,), ids, offsets)(*rows)
 
+    def dense_steps_(
+        self,
+        params: Sequence[Tensor],
+        ids: Tensor,
+        offsets: Tensor,
+        keys: Tensor,
+        script: Tensor,
+        coeffs: Tensor,
+        decay: Tensor,
+    ) -> None:
+        self.prepare("dense_steps_", (params,), ids, offsets)(keys, script, coeffs, decay)
+
     def moments_(
         self,
         params: Sequence[Tensor],
@@ -332,6 +393,21 @@ class MultiTensor:
         rounding: Tensor | None = None,
     ) -> None:
         self.prepare("lowrank_", (params, us, vs), ids, offsets)(coeffs, decay, rounding)
+
+    def lowrank_steps_(
+        self,
+        params: Sequence[Tensor],
+        us: Sequence[Tensor],
+        vs: Sequence[Tensor],
+        ids: Tensor,
+        offsets: Tensor,
+        keys: Tensor,
+        script: Tensor,
+        coeffs: Tensor,
+        decay: Tensor,
+    ) -> None:
+        rows = (keys, script, coeffs, decay)
+        self.prepare("lowrank_steps_", (params, us, vs), ids, offsets)(*rows)
 
     def lowrank_momentum_(
         self,

@@ -6,6 +6,7 @@ Floor 5.
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -37,24 +38,30 @@ class Bucket:
     offsets: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     group_index: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     _made: dict[Any, Any] = field(default_factory=dict)
-    _hypers: dict[str, Any] = field(default_factory=dict)
+    _constants: OrderedDict[tuple[float, ...], Tensor] = field(default_factory=OrderedDict)
 
     def rows(self, per_group: Tensor) -> Tensor:
         """A per-group vector as a per-parameter vector on this bucket's device."""
         return on_device(per_group, self.device)[self.group_index]
 
+    def constant(self, per_group: Sequence[float]) -> Tensor:
+        """`rows` of numbers, float64. Not to be changed: it is kept for the next call, which then
+        copies nothing to the device."""
+        key = tuple(per_group)
+        if key not in self._constants:
+            self._constants[key] = self.rows(torch.tensor(key, dtype=torch.float64))
+            if len(self._constants) > 32:
+                self._constants.popitem(last=False)
+        return self._constants[key]
+
     def hyper(self, param_groups: list[dict[str, Any]], name: str) -> Tensor:
         """A hyper-parameter as a float64 vector with a row a parameter; the host waits for nothing,
-        also where it is a tensor on the device. Not to be changed: it may be returned again."""
+        also where it is a tensor on the device. Not to be changed."""
         values = [group[name] for group in param_groups]
         if any(isinstance(v, Tensor) and v.device.type != "cpu" for v in values):
             there = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values]
             return torch.stack([v.reshape(()) for v in there])[self.group_index]
-        numbers = [float(v) for v in values]
-        if self._hypers.get(name, (None,))[0] != numbers:
-            rows = self.rows(torch.tensor(numbers, dtype=torch.float64))
-            self._hypers[name] = (numbers, rows)
-        return self._hypers[name][1]
+        return self.constant([float(v) for v in values])
 
     def sweep(
         self, name: str, *lists: list[Tensor], key: Any = None, params: list[Tensor] | None = None

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from zo_fused import script as scripts
 from zo_fused.streams import MASK32, PHILOX_MULTIPLIERS, PHILOX_ROUNDS, PHILOX_WEYL
 
 CHUNK = 1 << 18  # elements at a time; a multiple of 4. Bounds the temporaries, changes no bit.
@@ -193,7 +194,7 @@ def stochastic(x: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
 
 
 # ---- sweeps -------------------------------------------------------------------------------------
-# The six operators of the backends. Arguments as in `zo_fused/_ops.py`, already checked:
+# The operators of the backends. Arguments as in `zo_fused/_ops.py`, already checked:
 # parameters are contiguous; one row of `ids`, `offsets`, `coeffs`, `decay` belongs to each.
 
 TRANSFORMS = ("portable",)
@@ -261,6 +262,20 @@ def dense_(
             for k, key in enumerate(stream_keys):
                 acc = fma(c[k], normal(size, key, id_, offset + start, param.device), acc)
             _store(part, acc, rounding, id_, offset + start)
+
+
+def dense_steps_(
+    params: Sequence[Tensor],
+    ids: Tensor,
+    offsets: Tensor,
+    keys: Tensor,
+    script: Tensor,
+    coeffs: Tensor,
+    decay: Tensor,
+) -> None:
+    """The dense sweeps of a script (`zo_fused.script`), one after the other, each rounded."""
+    for rows in scripts.dense(keys, script, coeffs, decay):
+        dense_(params, ids, offsets, *rows)
 
 
 def moments_(
@@ -372,6 +387,23 @@ def lowrank_(
             block = matrix[part]
             acc = fma(c, _outer(u[part], v), block.float() * d)
             _store(block, acc, rounding, id_, offset + part.start * matrix.shape[1])
+
+
+def lowrank_steps_(
+    params: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    ids: Tensor,
+    offsets: Tensor,
+    keys: Tensor,
+    script: Tensor,
+    coeffs: Tensor,
+    decay: Tensor,
+) -> None:
+    """The low-rank sweeps of a script (`zo_fused.script`), one after the other, each rounded; us
+    has the factors of all products, (products, m, rank)."""
+    for product, (c, d, rounding) in scripts.lowrank(keys, script, coeffs, decay):
+        lowrank_(params, [u[product] for u in us], vs, c, d, ids, offsets, rounding)
 
 
 def lowrank_momentum_(

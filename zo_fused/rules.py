@@ -49,11 +49,15 @@ class Update:
 class Rule(Protocol):
     """Applies an `Update`. `state` is the optimizer's, keyed by parameter."""
 
+    not_capturable: str  # why a step can't be captured in a CUDA graph; empty if it can
+
     def apply(self, update: Update, direction: Any, state: dict[Any, Any]) -> None: ...
 
 
 class SGD:
     """``theta = (1 - lr * weight_decay) * theta - lr * g * z`` from the perturbed weights."""
+
+    not_capturable = ""
 
     def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
         u = update
@@ -71,6 +75,8 @@ class FactorMomentum:
 
     State per parameter: ``momentum_factor``, float32 (m, rank). V_old is not kept but made anew.
     """
+
+    not_capturable = "whether the momentum moves to a new window is for the host to say"
 
     def apply(self, update: Update, direction: LowRank, state: dict[Any, Any]) -> None:
         u, bucket = update, update.bucket

@@ -94,7 +94,7 @@ class SidePaths:
         self,
         closure: Callable[[], Any],
         pair_bs: Sequence[Tensor | None],
-        pair_values: Sequence[tuple[nn.Parameter, Tensor]] = (),
+        pair_values: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> Tensor:
         """The losses at both signs, in one run of the closure.
 

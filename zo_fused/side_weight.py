@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 
 from zo_fused.pairs import add_product
@@ -20,7 +20,7 @@ class UsedOtherwise(BaseException):
     that catches `Exception` to try something else must not keep it.
     """
 
-    def __init__(self, param: nn.Parameter, function: str) -> None:
+    def __init__(self, param: Tensor, function: str) -> None:
         super().__init__(f"a weight of shape {tuple(param.shape)} is used by {function}")
         self.param = param
         self.function = function
@@ -42,7 +42,7 @@ class SideWeight(Tensor):
         paired: whether B is batched over the sign.
     """
 
-    param: nn.Parameter
+    param: Tensor
     raw: Tensor
     b: Tensor
     v: Tensor
@@ -51,7 +51,7 @@ class SideWeight(Tensor):
     paired: bool
 
     @staticmethod
-    def make(param: nn.Parameter, b: Tensor, v: Tensor, scale: Tensor | None) -> SideWeight:
+    def make(param: Tensor, b: Tensor, v: Tensor, scale: Tensor | None) -> SideWeight:
         """The stand-in of a parameter (m, n), with its transpose."""
         # (scale W + B V^T)^T = scale W^T + V B^T: the transpose is a side weight with B and V
         # exchanged. It has no transpose of its own, which would make a cycle of references.
@@ -97,7 +97,7 @@ def function_name(func: Callable[..., Any]) -> str:
 
 
 def _stand_in(
-    param: nn.Parameter,
+    param: Tensor,
     raw: Tensor,
     b: Tensor,
     v: Tensor,

@@ -1,1 +1,1 @@
-"""One module per backend: `why_not(device_type)` and the six sweeps. No imports here."""
+"""One module per backend: `why_not(device_type)` and the sweeps. No imports here."""

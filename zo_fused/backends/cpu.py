@@ -183,6 +183,34 @@ def _moments(
     return sweep
 
 
+def _dense_steps(params: Sequence[Tensor], ids: Tensor, offsets: Tensor) -> Callable[..., None]:
+    table = noise_table(params, _dtypes("params", params), ids, offsets)
+    operator = torch.ops.zo_fused_C.dense_steps.default
+
+    def sweep(*rows: Tensor) -> None:
+        operator(table, *[row.contiguous() for row in rows])
+
+    return sweep
+
+
+def _lowrank_steps(
+    params: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    ids: Tensor,
+    offsets: Tensor,
+) -> Callable[..., None]:
+    # Addresses and shapes of the first product; the others follow it.
+    table = lowrank_table(params, [u[0] for u in us], vs, ids, offsets)
+    products = us[0].shape[0] if us else 0
+    operator = torch.ops.zo_fused_C.lowrank_steps.default
+
+    def sweep(*rows: Tensor) -> None:
+        operator(table, products, *[row.contiguous() for row in rows])
+
+    return sweep
+
+
 def _lowrank(name: str) -> Callable[..., Callable[..., None]]:
     def prepare(*arguments: Any) -> Callable[..., None]:
         params, *moments, us, vs, ids, offsets = arguments
@@ -203,8 +231,10 @@ _MAKERS: dict[str, Callable[..., Callable[..., None]]] = {
     "bits_": _fill("bits", torch.int64),
     "normal_": _fill("normal", torch.float32),
     "dense_": _dense,
+    "dense_steps_": _dense_steps,
     "moments_": _moments,
     "lowrank_": _lowrank("lowrank"),
+    "lowrank_steps_": _lowrank_steps,
     "lowrank_momentum_": _lowrank("lowrank_momentum"),
 }
 
@@ -232,6 +262,8 @@ def _on_lists(name: str) -> Callable[..., None]:
 bits_ = _on_lists("bits_")
 normal_ = _on_lists("normal_")
 dense_ = _on_lists("dense_")
+dense_steps_ = _on_lists("dense_steps_")
 moments_ = _on_lists("moments_")
 lowrank_ = _on_lists("lowrank_")
+lowrank_steps_ = _on_lists("lowrank_steps_")
 lowrank_momentum_ = _on_lists("lowrank_momentum_")

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from zo_fused import replay_log
 from zo_fused.directions import Direction, Term
 from zo_fused.interrupts import uninterrupted
-from zo_fused.ops import int64_tensor
+from zo_fused.keys import Clock, Stream, clock, running, stream_keys
 from zo_fused.parameters import Bucket, fingerprint, make_buckets, parameter_ids, signature
 from zo_fused.rules import Rule, Update
 from zo_fused.side_weight import UsedOtherwise
-from zo_fused.streams import CONTRACT_VERSION, Purpose, derive_key
+from zo_fused.streams import CONTRACT_VERSION, Purpose
 
 logger = logging.getLogger("zo_fused")
 
@@ -40,6 +40,16 @@ def _plain_tensors(method: Method) -> Method:
     refuse to be updated outside it."""
     decorated: Method = torch.inference_mode(False)(torch.no_grad()(method))
     return decorated
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being recorded on the current stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def countable(device: torch.device) -> bool:
+    """Whether steps on a device could be captured."""
+    return device.type == "cuda"
 
 
 ROUNDINGS = ("nearest", "stochastic")
@@ -95,7 +105,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed must lie in [0, 2**64), got {seed}")
         if isinstance(params, nn.Module):
-            params.register_state_dict_pre_hook(_FlushBeforeSaving(self))
+            hook = _FlushBefore(self)  # other weights come, or these go
+            params.register_state_dict_pre_hook(hook)
+            params.register_load_state_dict_pre_hook(hook)
             params = params.named_parameters()
         self._direction = direction
         self._rule = rule
@@ -112,6 +124,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.projected_grad: Tensor | None = None
         self.timings: dict[str, float] | None = None
         self._skipped: int | Tensor = 0
+        self._counter: Tensor | None = None  # on a GPU: the step, for captured steps
+        self._captured = False  # then graphs may have moved it on
         self._at: list[float] = []  # coefficient of z in the weights, a group; empty: at theta
         self._path: list[float] = []  # displacements of this step, in units of eps
         self._ahead = False  # displaced by the last step's sweep; this step has not begun
@@ -153,7 +167,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     @property
     def step_count(self) -> int:
-        """Steps taken, skipped ones included."""
+        """Steps taken, skipped ones included (after a capture, this waits for the device)."""
+        if self._captured and self._counter is not None and clock() is None:
+            self._count(step=int(self._counter))
         return int(self.param_groups[0]["step"])
 
     @property
@@ -179,6 +195,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state, bit for bit; the weights are flushed first."""
         self.flush()
+        self._count(step=self.step_count)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -234,9 +251,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         at = self._at or [0.0] * len(to)
         if to == at:
             return False
-        distance = torch.tensor([b - a for a, b in zip(at, to, strict=True)], dtype=torch.float64)
+        distance = [b - a for a, b in zip(at, to, strict=True)]
         for bucket in self._buckets:
-            term = Term(self.step_count, bucket.rows(distance))
+            term = Term(self.step_count, bucket.constant(distance))
             self._direction.sweep(bucket, self.seed, [term], torch.ones_like(term.coeffs))
         self._at = to if any(to) else []
         self._direction.attach(self._buckets if self._at else [])
@@ -333,7 +350,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
         If a loss is not finite, the weights go back to theta, the step is counted in
         `skipped_steps` and nothing is applied.
+
+        On a GPU a step with a closure can be captured in a CUDA graph, after two ordinary ones, and
+        replayed as often as you like: each replay is the next step, with its own noise. What the
+        host gives (eps, a lr that is no tensor on the device) stays as it was when captured.
         """
+        if capturing():
+            return self._capture(closure)
         if closure is not None:
             if loss_plus is not None or loss_minus is not None:
                 raise TypeError("step() takes a closure or two losses, not both")
@@ -346,6 +369,27 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self.flush()
             raise
         return self._finish(plus, minus)
+
+    def _capture(self, closure: Closure | None) -> Tensor:
+        """Record a step whose number is read on the device; the host's state stays as it is."""
+        if closure is None:
+            raise RuntimeError("only a step with a closure can be captured")
+        if self._log is not None:
+            raise RuntimeError("a captured step can't write the replay log: close_log() first")
+        reason = self._direction.not_capturable(self._deferred) or self._rule.not_capturable
+        if reason:
+            raise RuntimeError(f"this step can't be captured in a graph: {reason}")
+        if self._counter is None or self._deferred != self._ahead or len(self._buckets) != 1:
+            raise RuntimeError(
+                "take two steps before you capture one, over parameters on one device"
+            )
+        step, before = self.step_count, list(self._at)
+        with running(Clock(self._counter, step)):
+            loss = self._finish(*self._evaluate_both(closure))
+            self._counter.add_(1)
+        self._count(step=step)
+        self._at, self._captured = before, True
+        return loss
 
     def _finish(self, plus: Tensor, minus: Tensor) -> Tensor:
         """The update of two losses, float64 tensors []; their mean."""
@@ -362,7 +406,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 if self._direction.paired:
                     return self._evaluate_pair(closure)
                 self._perturb(1.0)
-                generators = _GeneratorStates([b.device for b in self._buckets])
+                generators = _GeneratorStates(self._buckets)
                 with self._timed("forward"), self._direction.watching():
                     plus = self._scalar(closure())
                 generators.rewind()
@@ -415,7 +459,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self._refresh()
         groups, step = self.param_groups, self.step_count
         finite = torch.isfinite(projected_grad)
-        at = torch.tensor(self._at or [0.0] * len(groups), dtype=torch.float64)
+        back = [-at for at in self._at] or [0.0] * len(groups)
         with uninterrupted():
             for bucket in self._buckets:
                 lr, eps = bucket.hyper(groups, "lr"), bucket.hyper(groups, "eps")
@@ -427,7 +471,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                     groups=groups,
                     seed=self.seed,
                     step=step,
-                    restore=-bucket.rows(at),
+                    restore=bucket.constant(back),
                     grad=grads if scale is None else grads * scale,
                     lr=lr,
                     decay=1 - lr * bucket.hyper(groups, "weight_decay"),
@@ -445,12 +489,22 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self.projected_grad = projected_grad
             self._note(step, path, projected_grad, finite)
             self._count(step=step + 1, restores=0)
+            self._advance_counter(step + 1)
+
+    def _advance_counter(self, step: int) -> None:
+        """The step on the device follows that of the host."""
+        device = self._buckets[0].device
+        if clock() is not None or not countable(device):
+            return
+        if self._counter is None or self._counter.device != device:
+            self._counter = torch.zeros((), dtype=torch.int64, device=device)
+        self._counter.fill_(step)
 
     def _rounding_key(self, device: torch.device, query: int = 0) -> Tensor | None:
         if self.param_groups[0]["rounding"] == "nearest":
             return None
-        key = derive_key(self.seed, Purpose.ROUNDING, self.step_count, query)
-        return int64_tensor([key], device)
+        stream = Stream(Purpose.ROUNDING, self.step_count, query=query)
+        return stream_keys(self.seed, [stream], device)
 
     def _note(self, step: int, path: list[float], grad: Tensor, finite: Tensor) -> None:
         """Count and report skipped steps; write the log."""
@@ -464,7 +518,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 value = float(f"{float(grad):.9g}") if applied else None
                 self._log.update(step, path, value, self._settings())
         else:
-            self._skipped = self._skipped + (~finite).to(torch.int64)
+            if not isinstance(self._skipped, Tensor):
+                self._skipped = torch.full((), self._skipped, dtype=torch.int64, device=grad.device)
+            self._skipped.add_(~finite)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -574,8 +630,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self._update(torch.tensor(grad, dtype=torch.float32))
 
 
-class _FlushBeforeSaving:
-    """Hook of a module: its weights are at theta in every `state_dict`."""
+class _FlushBefore:
+    """Hook of a module: its weights are at theta when they are saved or loaded."""
 
     def __init__(self, optimizer: ZerothOrderOptimizer | None) -> None:
         self._optimizer = weakref.ref(optimizer) if optimizer is not None else None
@@ -587,15 +643,18 @@ class _FlushBeforeSaving:
             optimizer.flush()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _FlushBeforeSaving, (None,)  # a copy of the module has no optimizer
+        return _FlushBefore, (None,)  # a copy of the module has no optimizer
 
 
 class _GeneratorStates:
     """The state of torch's global generators, to give both evaluations the same dropout."""
 
-    def __init__(self, devices: list[torch.device]) -> None:
+    def __init__(self, buckets: list[Bucket]) -> None:
+        devices = {bucket.device for bucket in buckets if bucket.device.type == "cuda"}
+        if capturing():  # a graph numbers its random numbers itself; there must be no dropout
+            devices = set()
         self._cpu = torch.get_rng_state()
-        self._cuda = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
+        self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
 
     def rewind(self) -> None:
         torch.set_rng_state(self._cpu)

@@ -1,0 +1,192 @@
+"""Steps without the host: captured in a graph, no Python work per parameter, nothing to wait for.
+
+There is no GPU here to capture on. What a captured step must not do can be seen without one: while
+`capturing` is made to say yes, operations run as usual, but the optimizer takes its numbers from
+the device's counter alone; so calling `step` again and again is what replaying a graph is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import zo_fused
+from zo_fused import keys, ops, parameters
+from zo_fused.keys import Clock, Stream, running, stream_keys
+from zo_fused.optim import base
+from zo_fused.streams import Purpose, as_int64, derive_key
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "MeZO": zo_fused.MeZO,
+    "MeZO deferred": lambda *a, **kw: zo_fused.MeZO(*a, deferred=True, **kw),
+    "LOZO": lambda *a, **kw: zo_fused.LOZO(*a, interval=3, **kw),
+}
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+
+
+def loss_of(model: nn.Module) -> Callable[[], Tensor]:
+    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
+    dtype = next(model.parameters()).dtype
+    return lambda: model(x.to(dtype)).float().square().mean()
+
+
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """`with capture():` steps are recorded; nothing may be made from the host's numbers."""
+    monkeypatch.setattr(base, "countable", lambda device: True)
+
+    def no_copies(*args: Any, **kw: Any) -> None:
+        raise AssertionError("something was copied from the host")
+
+    @contextmanager
+    def recording() -> Iterator[None]:
+        with monkeypatch.context() as inside:
+            inside.setattr(base, "capturing", lambda: True)
+            inside.setattr(ops, "on_device", no_copies)
+            inside.setattr(parameters, "on_device", no_copies)
+            inside.setattr(torch, "tensor", no_copies)
+            yield
+
+    return recording
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replays_are_the_next_steps(
+    name: str, dtype: torch.dtype, capture: Callable[[], Any]
+) -> None:
+    one, two = network(dtype), network(dtype)
+    kw = {"lr": 1e-2, "weight_decay": 0.1, "rounding": "stochastic", "seed": 7}
+    eager, captured = METHODS[name](one, **kw), METHODS[name](two, **kw)
+    for step in range(12):
+        eager.step(loss_of(one))
+        if 2 <= step < 9:
+            with capture():
+                captured.step(loss_of(two))
+        else:
+            captured.step(loss_of(two))
+        assert torch.equal(eager.projected_grad, captured.projected_grad)
+    assert captured.step_count == eager.step_count == 12
+    assert captured.state_dict()["param_groups"] == eager.state_dict()["param_groups"]
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_the_learning_rate_may_be_a_tensor_on_the_device(capture: Callable[[], Any]) -> None:
+    """A scheduler of the user's can then change it between replays."""
+    one, two = network(), network()
+    lr = torch.full((), 1e-2, dtype=torch.float64)
+    eager, captured = zo_fused.MeZO(one, lr=1e-2), zo_fused.MeZO(two, lr=lr)
+    for step in range(6):
+        eager.param_groups[0]["lr"] = 1e-2 * 0.5**step
+        lr.fill_(1e-2 * 0.5**step)
+        eager.step(loss_of(one))
+        captured.step(loss_of(two))
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda m: zo_fused.LOZO(m, deferred=True), "same V"),
+        (lambda m: zo_fused.LOZO(m, momentum=0.9), "momentum"),
+        (lambda m: zo_fused.LOZO(m, mode="factored"), "window"),
+    ],
+)
+def test_what_cannot_be_captured_says_why(
+    make: Callable[[nn.Module], Any], message: str, capture: Callable[[], Any]
+) -> None:
+    model = network()
+    opt = make(model)
+    for _ in range(2):
+        opt.step(loss_of(model))
+    with capture(), pytest.raises(RuntimeError, match=message):
+        opt.step(loss_of(model))
+
+
+def test_capture_needs_ordinary_steps_first(capture: Callable[[], Any], tmp_path: Any) -> None:
+    model = network()
+    opt = zo_fused.MeZO(model)
+    with capture(), pytest.raises(RuntimeError, match="two steps"):
+        opt.step(loss_of(model))
+    opt.start_log(tmp_path / "log.jsonl")
+    opt.step(loss_of(model))
+    with capture(), pytest.raises(RuntimeError, match="close_log"):
+        opt.step(loss_of(model))
+    opt.close_log()
+    with capture(), pytest.raises(RuntimeError, match="closure"):
+        opt.step(loss_plus=0.0, loss_minus=0.0)
+
+
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    step=st.integers(0, 2**40),
+    ahead=st.integers(0, 3),
+    interval=st.integers(1, 100),
+    query=st.integers(0, 2**32 - 1),
+    purpose=st.sampled_from(list(Purpose)),
+)
+def test_keys_made_on_the_device_are_those_of_the_host(
+    seed: int, step: int, ahead: int, interval: int, query: int, purpose: Purpose
+) -> None:
+    counter = torch.full((), step, dtype=torch.int64)
+    stream = Stream(purpose, 5 + ahead, interval, query)
+    with running(Clock(counter, 5)):
+        made = stream_keys(seed, [stream], torch.device("cpu"))
+    expected = derive_key(seed, purpose, (step + ahead) // interval, query)
+    assert made.tolist() == [as_int64(expected)]
+    assert keys.clock() is None
+
+
+# ---- Python work ---------------------------------------------------------------------------------
+
+
+def events_of_a_step(method: Any, parameters: int, **kw: Any) -> int:
+    """What the interpreter does in a step after the first ones: calls, also of C functions."""
+    module = nn.Module()
+    for i in range(parameters):
+        shape = (3, 2) if i % 2 else (3,)
+        module.register_parameter(f"p{i}", nn.Parameter(torch.ones(shape)))
+    opt = method(module, seed=parameters, **kw)  # no keys that were derived before
+    loss = torch.ones(())
+    for _ in range(4):
+        opt.step(lambda: loss)
+    events = 0
+
+    def count(*_: Any) -> None:
+        nonlocal events
+        events += 1
+
+    sys.setprofile(count)
+    try:
+        opt.step(lambda: loss)
+    finally:
+        sys.setprofile(None)
+    return events
+
+
+@pytest.mark.parametrize(
+    ("method", "kw"),
+    [
+        (zo_fused.MeZO, {}),
+        (zo_fused.MeZO, {"deferred": True, "rounding": "stochastic"}),
+        (zo_fused.LOZO, {"interval": 100}),
+        (zo_fused.LOZO, {"interval": 100, "deferred": True}),
+        (zo_fused.LOZO, {"interval": 100, "momentum": 0.9, "divide_by_rank": True}),
+        (zo_fused.LOZO, {"interval": 100, "momentum": 0.9, "deferred": True}),
+    ],
+    ids=str,
+)
+def test_python_work_does_not_grow_with_the_parameters(method: Any, kw: dict[str, Any]) -> None:
+    assert events_of_a_step(method, 5, **kw) == events_of_a_step(method, 300, **kw)
