@@ -32,7 +32,7 @@ BY_METHOD: dict[str, dict[str, Any]] = {
         "interval": 50,
         "momentum": 0.0,
         "schedule": "factored",
-        "rounding": "stochastic",
+        "rounding": None,  # by schedule
     },
     "mezo": {"lr": 1e-6, "schedule": "deferred", "rounding": "nearest"},
 }

@@ -104,7 +104,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--rounding",
         choices=("nearest", "stochastic"),
-        help=f"of updates in 16-bit weights ({default('rounding')})",
+        help="of updates in 16-bit weights (default: stochastic where the schedule is factored or "
+        "paired, else nearest)",
     )
     method.add_argument(
         "--schedule",

@@ -38,7 +38,9 @@ class LOZO(ZerothOrderOptimizer):
             momentum is chosen for the run; a group can only set its coefficient.
         weight_decay: decay, with the learning rate as factor.
         divide_by_rank: scale the update of matrices by 1/rank, as the paper does.
-        rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
+        rounding: of updates in 16-bit weights: "nearest", or "stochastic", without bias. The
+            default is "stochastic" in mode "factored", where nothing else would keep updates below
+            a weight's last place, else "nearest" (docs/performance.md).
         seed: base seed of the run.
         mode: "inplace", or "factored": weights are not written within a window. The forward pass
             adds ``x V (A +- eps U)^T`` beside every use of a matrix, updates add up in A, in
@@ -63,7 +65,7 @@ class LOZO(ZerothOrderOptimizer):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         divide_by_rank: bool = False,
-        rounding: str = "nearest",
+        rounding: str | None = None,
         seed: int = 0,
         mode: str = "inplace",
         paired: bool = False,
@@ -76,6 +78,8 @@ class LOZO(ZerothOrderOptimizer):
             raise ValueError("deferred is for sweeps over the weights; factored steps make none")
         if mode != "factored" and paired:
             raise ValueError('paired needs mode="factored": weights have one sign at a time')
+        if rounding is None:
+            rounding = "stochastic" if mode == "factored" else "nearest"
         defaults = {
             "lr": lr,
             "eps": eps,
