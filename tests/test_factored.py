@@ -394,6 +394,29 @@ def test_copies_go_on_alike() -> None:
     assert torch.equal(weights(twin), weights(model))
 
 
+def test_what_is_beside_the_weights_is_not_lost_in_a_copy() -> None:
+    model = Small()
+    opt = lozo(model, mode="factored")
+    opt.step(loss_of(model))
+    with pytest.raises(RuntimeError, match="flush"):
+        copy.deepcopy(opt)
+
+
+def test_loading_weights_in_the_middle_of_a_window() -> None:
+    """Back to a checkpoint in the same process: nothing of the abandoned steps is left."""
+    for kw in ({"mode": "factored"}, {"deferred": True}):
+        model = Small()
+        opt = lozo(model, rounding="nearest", **kw)
+        opt.step(loss_of(model))
+        saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
+        for _ in range(3):
+            opt.step(loss_of(model))
+        model.load_state_dict(saved[0])
+        opt.load_state_dict(saved[1])
+        opt.flush()
+        assert all(torch.equal(w, saved[0][name]) for name, w in model.state_dict().items())
+
+
 def test_weights_moved_in_the_middle_of_a_window() -> None:
     one, two = Small(), Small()
     plain, opt = lozo(one), lozo(two, mode="factored")

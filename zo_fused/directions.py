@@ -6,8 +6,8 @@ keeps nothing that the seed and the step do not give back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -71,10 +71,9 @@ class Direction:
     def attach(self, buckets: Sequence[Bucket]) -> None:
         """The model is to be evaluated with the parameters of these buckets; none: no more."""
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> AbstractContextManager[None]:
         """Around an evaluation."""
-        yield
+        return nullcontext()
 
     def both(
         self,
@@ -89,6 +88,10 @@ class Direction:
 
     def window_ends(self, bucket: Bucket, step: int) -> bool:
         """Whether what is kept beside the weights must be written after this step."""
+        return False
+
+    def pending(self, bucket: Bucket) -> bool:
+        """Whether something kept beside the weights is not yet in them."""
         return False
 
     def settle(self, bucket: Bucket, rounding: Tensor | None) -> bool:

@@ -12,7 +12,7 @@ way that has no side path are perturbed in place.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -157,10 +157,14 @@ class Factored(LowRank):
     def window_ends(self, bucket: Bucket, step: int) -> bool:
         return any((step + 1) % group["interval"] == 0 for group in bucket.fixed)
 
+    def pending(self, bucket: Bucket) -> bool:
+        return bucket.beside and self._beside(bucket).step is not None
+
     def settle(self, bucket: Bucket, rounding: Tensor | None) -> bool:
-        kept = self._beside(bucket) if bucket.beside else None
-        if kept is None or kept.step is None:
+        if not self.pending(bucket):
             return False
+        kept = self._beside(bucket)
+        assert kept.step is not None
         key = ("settle", kept.step.number)
         sweep = bucket.sweep("lowrank_", kept.xs, kept.step.vs, key=key)
         sweep(torch.ones_like(kept.scale), kept.scale, rounding)
@@ -180,12 +184,13 @@ class Factored(LowRank):
         if buckets and self.module is not None:
             self._attached.enter_context(self._side_paths(buckets).attached())
 
+    def watching(self) -> AbstractContextManager[None]:
+        paths = self._paths
+        return nullcontext() if paths is None or self._watched else self._watching(paths)
+
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        if self._paths is None or self._watched:
-            yield
-            return
-        with self._paths.watching():
+    def _watching(self, paths: SidePaths) -> Iterator[None]:
+        with paths.watching():
             yield
         self._watched = True
 

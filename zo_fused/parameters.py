@@ -87,12 +87,11 @@ class Bucket:
         return made
 
 
-# Read of every parameter once a step: loops in C.
-_READ = attrgetter("requires_grad", "dtype")
+_requires_grad = attrgetter("requires_grad")
 
 
 def signature(param_groups: list[dict[str, Any]], names: Sequence[str]) -> tuple[Any, ...]:
-    """What must not change for buckets to stay valid.
+    """What must not change for buckets to stay valid. Made once a step, in loops of C.
 
     Args:
         names: hyper-parameters that buckets hold on to.
@@ -101,7 +100,7 @@ def signature(param_groups: list[dict[str, Any]], names: Sequence[str]) -> tuple
     return (
         tuple(map(id, params)),
         tuple(map(torch.Tensor.data_ptr, params)),
-        tuple(map(_READ, params)),
+        tuple(map(_requires_grad, params)),
         tuple(group[name] for group in param_groups for name in names),
     )
 

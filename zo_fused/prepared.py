@@ -50,7 +50,6 @@ class Prepared:
         self._offsets = None if offsets is None else offsets.clone()
         self._look()
 
-    @torch.no_grad()
     def __call__(self, *rows: Any, **options: Any) -> None:
         """Sweep.
 
@@ -85,9 +84,9 @@ class Prepared:
     def _made_by(self, backend: Any) -> Callable[..., None]:
         arguments = (self._name, self._lists, self._ids, self._offsets)
         if not all(map(torch.Tensor.is_contiguous, self._written)):
-            return bind(getattr(torch.ops.zo_fused, self._name), *arguments)
+            return torch.no_grad()(bind(getattr(torch.ops.zo_fused, self._name), *arguments))
         if not hasattr(backend, "prepare"):
-            return bind(getattr(backend, self._name), *arguments)
+            return torch.no_grad()(bind(getattr(backend, self._name), *arguments))
         sweep: Callable[..., None] = backend.prepare(*arguments)
         return sweep
 

@@ -12,7 +12,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -182,8 +182,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             group.update(counters)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._at:  # too late to flush: the weights may have been copied already
-            raise RuntimeError("weights are perturbed: call flush() before copying or pickling")
+        if self._at or any(map(self._direction.pending, self._buckets)):
+            # too late to do it here: the weights may have been copied already
+            raise RuntimeError("weights are not at theta: flush() before copying or pickling")
         own = ("_direction", "_rule", "_deferred", "_options")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
@@ -522,18 +523,18 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 self._skipped = torch.full((), self._skipped, dtype=torch.int64, device=grad.device)
             self._skipped.add_(~finite)
 
+    def _timed(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.timings is None else self._add_time(self.timings, name)
+
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        if self.timings is None:
-            yield
-            return
+    def _add_time(self, timings: dict[str, float], name: str) -> Iterator[None]:
         self._synchronize()
         start = time.perf_counter()
         try:
             yield
         finally:
             self._synchronize()
-            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
+            timings[name] = timings.get(name, 0.0) + time.perf_counter() - start
 
     def _synchronize(self) -> None:
         for bucket in self._buckets:
