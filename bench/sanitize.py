@@ -41,8 +41,10 @@ WRITTEN = {
     "bits_": ("outs",),
     "normal_": ("outs",),
     "dense_": ("params",),
+    "dense_steps_": ("params",),
     "moments_": ("params", "firsts", "seconds"),
     "lowrank_": ("params",),
+    "lowrank_steps_": ("params",),
     "lowrank_momentum_": ("params", "moments"),
 }
 
@@ -211,12 +213,44 @@ def _lowrank_momentum() -> Iterator[Case]:
             )
 
 
+def _scripts() -> Iterator[Case]:
+    rows = torch.tensor([[0, -1, -1], [0, 1, 2], [1, -1, -1]])
+    for label, dtype in DTYPES.items():
+        common = {"keys": int64_tensor(KEYS), "decay": 1 + 0.1 * _random(len(SIZES), 3, seed=2)}
+        yield Case(
+            f"script {label}",
+            "dense_steps_",
+            {
+                "params": [_random(n, dtype=dtype, seed=n) for n in SIZES],
+                **_streams(len(SIZES), 3),
+                **common,
+                "script": rows,
+                "coeffs": _random(len(SIZES), 3, 2, seed=1),
+            },
+        )
+        arguments = _matrix(dtype, 2, None)
+        del arguments["rounding"]
+        yield Case(
+            f"script of products {label}",
+            "lowrank_steps_",
+            {
+                **arguments,
+                "us": [torch.stack((u, -2 * u)) for u in arguments["us"]],
+                **common,
+                "script": rows * torch.tensor([1, 0, 1]) - torch.tensor([0, 1, 0]),
+                "coeffs": _random(len(SHAPES), 3, seed=1),
+                "decay": 1 + 0.1 * _random(len(SHAPES), 3, seed=2),
+            },
+        )
+
+
 FAMILIES: dict[str, Callable[[], Iterator[Case]]] = {
     "fill": _fills,
     "dense": _dense,
     "moments": _moments,
     "lowrank": _lowrank,
     "lowrank_momentum": _lowrank_momentum,
+    "scripts": _scripts,
 }
 
 # ---- running and comparing ----------------------------------------------------------------------
@@ -251,7 +285,7 @@ def run(
     def placed(name: str, value: Any) -> Any:
         if isinstance(value, list):
             return [islands.put(x) for x in value]
-        if isinstance(value, Tensor) and name not in ("ids", "offsets"):
+        if isinstance(value, Tensor) and name not in ("ids", "offsets", "script"):
             return value.to(device)
         return value
 

@@ -387,6 +387,19 @@ def cases(target: str) -> Iterator[Case]:
             lambda options=options: lowrank(half, 4, *options),  # type: ignore[misc]
             None,
         )
+    for label, dtype, rounding in (
+        ("script fp16", half, -1),
+        ("script fp32", torch.float32, -1),
+        ("script, stochastic fp16", half, 0),
+    ):
+        script = torch.tensor([[0, -1, rounding]])
+        yield Case(
+            label,
+            lambda dtype=dtype, script=script: sweeps.dense_steps(  # type: ignore[misc]
+                FakeLaunch(dtype), key, script, torch.zeros(1, 1, 2), torch.zeros(1, 1)
+            ),
+            None,
+        )
     yield Case(
         "momentum of factors",
         lambda: sweeps.momentum(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from zo_fused import _ops, directions, dispatch, rules
+from zo_fused import _ops, directions, dispatch, recorder, rules
 from zo_fused.optim import base
 
 SWEEPS = ("dense_", "lowrank_", "lowrank_momentum_", "moments_")
@@ -88,6 +88,23 @@ def first_direction_only(sweep, name, params, ids, offsets, keys, coeffs, *rest)
     sweep(params, ids, offsets, keys[:1], coeffs[:, :1].contiguous(), *rest)
 
 
+def one_rounding_of_a_script(sweep, name, params, *rest):  # type: ignore[no-untyped-def]
+    wide = [p.float() for p in params]
+    sweep(wide, *rest)
+    for p, w in zip(params, wide, strict=True):
+        p.copy_(w)
+
+
+def waiting_sweeps_lost(patch: pytest.MonkeyPatch) -> None:
+    """What waits for a pass when the parameters change."""
+
+    def forgetful(self: Any, buckets: Any) -> list[Any]:
+        self._tapes = {}
+        return []
+
+    patch.setattr(recorder.Recorder, "out_of_reach", forgetful)
+
+
 def noise_in_weight_dtype(sweep, name, params, ids, offsets, keys, coeffs, decay, *options):  # type: ignore[no-untyped-def]
     for i, p in enumerate(params):
         for k in range(len(keys)):
@@ -142,6 +159,10 @@ MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "no decay": mutate_sweeps(no_decay),
     "first direction only": mutate_sweeps(first_direction_only, ("dense_",)),
     "noise in the weight's dtype": mutate_sweeps(noise_in_weight_dtype, ("dense_",)),
+    "a script rounds once": mutate_sweeps(
+        one_rounding_of_a_script, ("dense_steps_", "lowrank_steps_")
+    ),
+    "waiting sweeps lost": waiting_sweeps_lost,
     "never rounded stochastically": mutate_sweeps(never_stochastic),
     "one rounding stream for all keys": mutate_sweeps(one_rounding_stream),
     "moments not kept": mutate_sweeps(forgotten_moments, ("moments_",)),

@@ -11,19 +11,25 @@ ROOT = Path(__file__).parent.parent
 
 # Lowest first. A module may import any module of a lower floor, none of its own.
 FLOORS: list[set[str]] = [
-    {"zo_fused.streams", "zo_fused._env", "zo_fused.interrupts", "zo_fused.replay_log"},
+    {
+        "zo_fused.streams",
+        "zo_fused._env",
+        "zo_fused.interrupts",
+        "zo_fused.replay_log",
+        "zo_fused.script",
+    },
     {"zo_fused.reference", "zo_fused.table", "zo_fused.arguments"},
     {"zo_fused.multi_tensor"},
     {f"zo_fused.backends.{name}" for name in ("reference", "cpu", "cuda", "triton")},
     {"zo_fused.dispatch"},
     {"zo_fused._ops"},
-    {"zo_fused.ops", "zo_fused.prepared", "zo_fused.pairs"},
+    {"zo_fused.ops", "zo_fused.prepared", "zo_fused.pairs", "zo_fused.stand_ins"},
     {"zo_fused.noise", "zo_fused.keys", "zo_fused.parameters", "zo_fused.side_weight"},
     {"zo_fused.factors", "zo_fused.side_paths"},
     {"zo_fused.directions"},
-    {"zo_fused.rules", "zo_fused.factored"},
-    {"zo_fused.optim.base"},
-    {"zo_fused.optim.mezo", "zo_fused.optim.lozo"},
+    {"zo_fused.rules", "zo_fused.factored", "zo_fused.recorder"},
+    {"zo_fused.optim.base", "zo_fused.moment_rules"},
+    {f"zo_fused.optim.{name}" for name in ("adam", "forward_grad", "lozo", "mezo", "sign")},
     {"zo_fused.rebuild"},
     {"zo_fused.task.errors", "zo_fused.task.files", "zo_fused.task.order"},
     {"zo_fused.task.prompt", "zo_fused.task.history", "zo_fused.task.models"},
@@ -41,7 +47,7 @@ KERNEL_FLOORS: list[set[str]] = [
     {"zo_fused_kernels.launch"},
     {"zo_fused_kernels.fma", "zo_fused_kernels.philox", "zo_fused_kernels.table"},
     {"zo_fused_kernels.normal", "zo_fused_kernels.rounding", "zo_fused_kernels.blocks"},
-    {f"zo_fused_kernels.{name}" for name in ("dense", "fill", "lowrank", "moments")},
+    {f"zo_fused_kernels.{name}" for name in ("dense", "fill", "lowrank", "moments", "steps")},
     {"zo_fused_kernels.sweeps"},
 ]
 

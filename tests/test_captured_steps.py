@@ -28,6 +28,9 @@ METHODS: dict[str, Callable[..., Any]] = {
     "MeZO": zo_fused.MeZO,
     "MeZO deferred": lambda *a, **kw: zo_fused.MeZO(*a, deferred=True, **kw),
     "LOZO": lambda *a, **kw: zo_fused.LOZO(*a, interval=3, **kw),
+    "MeZO-M": lambda *a, **kw: zo_fused.MeZO(*a, momentum=0.9, **kw),
+    "ZOAdam": zo_fused.ZOAdam,
+    "ZOSignSGD deferred": lambda *a, **kw: zo_fused.ZOSignSGD(*a, deferred=True, **kw),
 }
 
 
@@ -181,6 +184,8 @@ def events_of_a_step(method: Any, parameters: int, **kw: Any) -> int:
     [
         (zo_fused.MeZO, {}),
         (zo_fused.MeZO, {"deferred": True, "rounding": "stochastic"}),
+        (zo_fused.MeZO, {"momentum": 0.9}),
+        (zo_fused.ZOAdam, {}),
         (zo_fused.LOZO, {"interval": 100}),
         (zo_fused.LOZO, {"interval": 100, "deferred": True}),
         (zo_fused.LOZO, {"interval": 100, "momentum": 0.9, "divide_by_rank": True}),
@@ -190,3 +195,15 @@ def events_of_a_step(method: Any, parameters: int, **kw: Any) -> int:
 )
 def test_python_work_does_not_grow_with_the_parameters(method: Any, kw: dict[str, Any]) -> None:
     assert events_of_a_step(method, 5, **kw) == events_of_a_step(method, 300, **kw)
+
+
+def test_a_closure_that_raises_while_captured_changes_nothing(capture: Callable[[], Any]) -> None:
+    """What was recorded until then never runs."""
+    model = network()
+    opt = zo_fused.MeZO(model, deferred=True)
+    for _ in range(2):
+        opt.step(loss_of(model))
+    before = (list(opt._at), opt._path, opt._ahead, dict(opt.param_groups[0]))
+    with capture(), pytest.raises(ZeroDivisionError):
+        opt.step(lambda: 1 / 0)
+    assert (opt._at, opt._path, opt._ahead, opt.param_groups[0]) == before

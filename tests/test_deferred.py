@@ -20,6 +20,8 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "MeZO": (zo_fused.MeZO, {}),
     "LOZO": (zo_fused.LOZO, {"interval": 7}),
     "LOZO, interval 1": (zo_fused.LOZO, {"interval": 1}),
+    "MeZO-M": (zo_fused.MeZO, {"momentum": 0.9}),
+    "ZOAdam": (zo_fused.ZOAdam, {}),
     "LOZO-M": (zo_fused.LOZO, {"interval": 7, "momentum": 0.9, "divide_by_rank": True}),
 }
 
@@ -101,6 +103,18 @@ def test_two_sweeps_a_step(make: Callable[..., Any], sweeps: list[str]) -> None:
             opt.step(loss_of(model))
             counts.append(len(sweeps))
         assert counts == [first] + 8 * [others]
+
+
+def test_one_sided_steps_have_two_sweeps_in_both_schedules(sweeps: list[str]) -> None:
+    for deferred, first in ((False, 2), (True, 3)):
+        model = network()
+        opt = zo_fused.MeZO(model, deferred=deferred, one_sided=True)
+        counts = []
+        for _ in range(5):
+            sweeps.clear()
+            opt.step(loss_of(model))
+            counts.append(len(sweeps))
+        assert counts == [first] + 4 * [2]
 
 
 def test_weights_rest_at_the_next_perturbation() -> None:

@@ -334,7 +334,7 @@ def test_script_wants_a_gpu(tmp_path: Path) -> None:
 
 
 @native
-@pytest.mark.parametrize("family", ["fill", "lowrank_momentum"])
+@pytest.mark.parametrize("family", ["fill", "lowrank_momentum", "scripts"])
 def test_cases_agree_on_the_cpu(family: str) -> None:
     for case in sanitize.FAMILIES[family]():
         if sanitize.served(case, "cpu"):

@@ -182,6 +182,29 @@ def check_lowrank(
     check("lowrank_momentum_", [[written], [moment]], [u], [v], table, *rest, shift=shift)
 
 
+# A direction again and again, two at once, one from before, roundings of both kinds.
+SCRIPT = int64(0, -1, -1, 0, 1, 4, 1, -1, -1, 1, 2, -1, 0, 1, 3, 2, 2, 4).view(6, 3)
+
+
+def check_steps(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, offset: int = 0, shift: int = 0
+) -> None:
+    """Both sweeps of scripts."""
+    generator = torch.Generator().manual_seed(len(shapes))
+    count, sweeps = len(shapes), len(SCRIPT)
+    params = [weights(s, dtype, seed=i) for i, s in enumerate(shapes)]
+    streams = (int64(*range(7, 7 + count)), int64(*[offset] * count), int64(*KEYS))
+    coeffs = torch.randn(count, sweeps, 2, generator=generator)
+    decay = 1 + torch.randn(count, sweeps, generator=generator) / 8
+    check("dense_steps_", [params], *streams, SCRIPT, coeffs, decay, shift=shift)
+    script = SCRIPT * int64(1, 0, 1) - int64(0, 1, 0)
+    sides = [(s[0] if s else 1, p.numel()) for s, p in zip(shapes, params, strict=True)]
+    us = [torch.randn(3, m, 2, generator=generator) for m, _ in sides]
+    vs = [torch.randn(n // m if m else 0, 2, generator=generator) for m, n in sides]
+    rows = (script, coeffs[..., 0].contiguous(), decay)
+    check("lowrank_steps_", [params], us, vs, *streams, *rows, shift=shift)
+
+
 # ---- noise --------------------------------------------------------------------------------------
 
 
@@ -584,6 +607,34 @@ def test_unknown_instruction_set_is_an_error() -> None:
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert run.returncode != 0
     assert "ZO_FUSED_ISA=mmx: choose portable, avx2 or avx512" in run.stderr
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scripts(dtype: torch.dtype) -> None:
+    check_steps([(3, 5), (1, 200), (200, 1), (9,), (2, 3, 8), (3, 0), ()], dtype, 3, shift=1)
+    check_steps([(70_000,), (300, 70), (17, 2100)], dtype)
+
+
+@needs_extension
+@pytest.mark.parametrize("offset", [FAR[0], *ROUNDING_FAR])
+def test_scripts_far_into_a_parameter(offset: int) -> None:
+    check_steps([(7, 61)], torch.bfloat16, offset)
+
+
+@needs_extension
+@given(
+    rows=st.integers(0, 40),
+    columns=st.integers(1, 70),
+    offset=st.integers(0, 300),
+    shift=st.integers(0, 8),
+    dtype=st.sampled_from(DTYPES),
+)
+@settings(deadline=None, max_examples=15)
+def test_scripts_of_any_shape(
+    rows: int, columns: int, offset: int, shift: int, dtype: torch.dtype
+) -> None:
+    check_steps([(rows, columns)], dtype, offset, shift)
 
 
 PEAK_MEMORY = """

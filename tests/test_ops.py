@@ -305,13 +305,21 @@ def operator_calls() -> dict[str, tuple]:
     rows = (torch.randn(2, 3), torch.randn(2, 3), torch.rand(2, 6), one)
     firsts, seconds = [torch.randn_like(t) for t in p], [torch.ones(4, 6), torch.ones(5)]
     moments = [torch.randn(4, 2), torch.randn(5, 2)]
+    script = torch.tensor([[1, -1, -1], [0, 2, 1], [0, -1, -1]])
+    lines = (torch.randn(2, 3, 2), torch.randn(2, 3))
     words = [torch.empty(9, dtype=torch.int64), torch.empty(2, dtype=torch.int64)]
     return {
         "bits_": (words, i64, zeros, i64),
         "normal_": ([torch.empty(9), torch.empty(2, 3)], i64, zeros, i64),
         "dense_": (p, i64, zeros, torch.tensor([1, 2, 3]), torch.randn(2, 3), one, i64[:1]),
+        "dense_steps_": (p, i64, zeros, torch.tensor([1, 2, 3]), script, *lines),
         "moments_": (p, firsts, seconds, i64, zeros, torch.tensor([1, 2, 3]), *rows, "adam"),
         "lowrank_": (p, us, vs, torch.randn(2), one, i64, zeros, i64[:1]),
+        "lowrank_steps_": (
+            *(p, [torch.stack((u, u)) for u in us], vs, i64, zeros, torch.tensor([1, 2, 3])),
+            *(script * torch.tensor([1, 0, 1]) - torch.tensor([0, 1, 0]), lines[0][..., 0].clone()),
+            lines[1],
+        ),
         "lowrank_momentum_": (p, moments, us, vs, torch.randn(2, 4), one),
     }
 

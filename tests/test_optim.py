@@ -31,6 +31,14 @@ METHODS: dict[str, Make] = {
     "LOZO-M": lambda params, **kw: zo_fused.LOZO(
         params, **{"lr": 1e-3, "seed": 3, "rank": 2, "interval": 3, "momentum": 0.9, **kw}
     ),
+    "MeZO-M": lambda params, **kw: zo_fused.MeZO(
+        params, **{"lr": 1e-3, "seed": 3, "momentum": 0.9, "dampening": 0.5, **kw}
+    ),
+    "ZOAdam": lambda params, **kw: zo_fused.ZOAdam(params, **{"lr": 1e-3, "seed": 3, **kw}),
+    "ZOSignSGD": lambda params, **kw: zo_fused.ZOSignSGD(params, **{"lr": 1e-3, "seed": 3, **kw}),
+    "MeZO one-sided": lambda params, **kw: zo_fused.MeZO(
+        params, **{"lr": 1e-3, "seed": 3, "one_sided": True, **kw}
+    ),
 }
 
 
@@ -45,6 +53,11 @@ def factored(method: Make) -> Make:
 
 METHODS |= {f"{name} deferred": deferred(method) for name, method in METHODS.items()}
 METHODS |= {f"{name} factored": factored(METHODS[name]) for name in ("LOZO", "LOZO-M")}
+
+
+two_sided = pytest.mark.parametrize(
+    "make", [METHODS[name] for name in METHODS if "one-sided" not in name]
+)
 
 
 @pytest.fixture(params=list(METHODS))
@@ -105,7 +118,7 @@ def test_step_is_what_the_contract_says() -> None:
     assert same(snapshot(model), params)
 
 
-@pytest.mark.parametrize("name", ["MeZO", "LOZO", "LOZO-M"])
+@pytest.mark.parametrize("name", ["MeZO", "LOZO", "LOZO-M", "MeZO-M", "ZOAdam", "ZOSignSGD"])
 def test_three_sweeps_a_step(name: str, sweeps: list[str]) -> None:
     """Param groups, several dtypes and many parameters still make one call a sweep."""
     model = nn.ModuleList([network(), network(torch.float16)])
@@ -117,6 +130,7 @@ def test_three_sweeps_a_step(name: str, sweeps: list[str]) -> None:
     assert len(sweeps) == 3
 
 
+@two_sided
 def test_both_evaluations_see_plus_and_minus_eps(make: Make) -> None:
     model = network()
     opt = make(model, eps=1e-2)
@@ -144,6 +158,7 @@ def test_weights_and_state_are_never_half_moved_when_lr_is_zero(make: Make) -> N
     assert within_rounding(snapshot(model), start, 1e-3, 3 * 4)
 
 
+@two_sided
 def test_losses_from_perturbed_blocks(make: Make) -> None:
     """The split form moves the weights like the closure form, up to two more roundings."""
     one, two = network(), network()
@@ -160,6 +175,7 @@ def test_losses_from_perturbed_blocks(make: Make) -> None:
         torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
 
 
+@two_sided
 def test_perturb_and_step_with_losses_equal_the_closure_form_bit_for_bit(make: Make) -> None:
     one, two = network(), network()
     a, b = make(one), make(two)
@@ -617,6 +633,7 @@ def test_resume_is_bit_exact(make: Make, dtype: torch.dtype, cut: int, rounding:
     assert (again.step_count, again.seed) == (cut + 6, 3)
 
 
+@pytest.mark.parametrize("make", [METHODS[n] for n in METHODS if "LOZO" in n or n == "MeZO"])
 def test_momentum_state_is_float32_of_factor_size(make: Make) -> None:
     model = network(torch.float16)
     opt = make(model)
@@ -628,6 +645,58 @@ def test_momentum_state_is_float32_of_factor_size(make: Make) -> None:
         assert all(t.dtype == torch.float32 for s in opt.state.values() for t in s.values())
     else:
         assert shapes == []
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "param"])
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        (zo_fused.MeZO, ("momentum",)),
+        (zo_fused.ZOAdam, ("exp_avg", "exp_avg_sq")),
+        (zo_fused.ZOSignSGD, ()),
+    ],
+)
+def test_bytes_of_state(
+    method: Callable[..., ZerothOrderOptimizer], names: tuple[str, ...], state_dtype: str
+) -> None:
+    """A float32 number a weight for every moment; or the weight's dtype, for all but v of Adam."""
+    model = network(torch.bfloat16)
+    options = {} if method is zo_fused.ZOSignSGD else {"state_dtype": state_dtype}
+    opt = method(model, **options, **({"momentum": 0.9} if "momentum" in names else {}))
+    opt.step(loss_of(model))
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    opt.step(loss_of(model))
+    for p in model.parameters():
+        held = {name: t for name, t in opt.state.get(p, {}).items() if t.dim()}
+        assert held.keys() == set(names)
+        for name, moment in held.items():
+            wide = state_dtype == "float32" or name == "exp_avg_sq"
+            assert moment.shape == p.shape
+            assert moment.dtype == (torch.float32 if wide else torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("method", "bad"),
+    [
+        (zo_fused.MeZO, {"momentum": 1.0}),
+        (zo_fused.MeZO, {"momentum": 0.9, "dampening": -0.1}),
+        (zo_fused.MeZO, {"momentum": 0.9, "state_dtype": "int8"}),
+        (zo_fused.ZOAdam, {"betas": (0.9, 1.0)}),
+        (zo_fused.ZOAdam, {"adam_eps": 0.0}),
+        (zo_fused.ZOAdam, {"state_dtype": "half"}),
+        (zo_fused.ZOSignSGD, {"sign": "both"}),
+    ],
+)
+def test_bad_options_of_methods_are_refused(
+    method: Callable[..., ZerothOrderOptimizer], bad: dict[str, object]
+) -> None:
+    with pytest.raises(ValueError, match=list(bad)[-1]):
+        method([nn.Parameter(torch.zeros(2))], **bad)
+
+
+def test_a_group_can_not_bring_momentum_along() -> None:
+    with pytest.raises(ValueError, match="made without"):
+        zo_fused.MeZO([{"params": [nn.Parameter(torch.zeros(2))], "momentum": 0.9}])
 
 
 def test_state_dict_puts_perturbed_weights_back(make: Make) -> None:

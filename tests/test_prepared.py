@@ -54,7 +54,15 @@ def rows_of(name: str, count: int, seed: int = 0) -> tuple[Any, ...]:
             *(two, random(count, 2, seed=seed), random(count, 2, seed=seed + 1)),
             *(random(count, 6, seed=seed).abs(), decay, "adam", ROUNDING),
         ),
+        "dense_steps_": (
+            *(two, torch.tensor([[0, -1, -1], [0, 1, -1], [1, -1, 0]])),
+            *(random(count, 3, 2, seed=seed), random(count, 3, seed=seed)),
+        ),
         "lowrank_": (random(count, seed=seed), decay, ROUNDING),
+        "lowrank_steps_": (
+            *(two, torch.tensor([[1, -1, -1], [1, -1, 1], [0, -1, -1]])),
+            *(random(count, 3, seed=seed), random(count, 3, seed=seed + 1)),
+        ),
         "lowrank_momentum_": (random(count, 4, seed=seed), decay, ROUNDING),
     }
     return rows[name]
@@ -75,7 +83,9 @@ def call_of(name: str, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> Call:
             [random(*s, dtype=DTYPES[i % 3], seed=i + 1) for i, s in numbered],
             [random(*s, seed=i + 2).abs() for i, s in numbered],
         ],
+        "dense_steps_": [params],
         "lowrank_": [params, us, vs],
+        "lowrank_steps_": [params, [torch.stack((u, -2 * u)) for u in us], vs],
         "lowrank_momentum_": [params, moments, us, vs],
     }
     return lists[name], rows_of(name, len(shapes))

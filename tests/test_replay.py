@@ -25,6 +25,11 @@ METHODS: dict[str, Callable[..., ZerothOrderOptimizer]] = {
     "LOZO-M": lambda params, **kw: zo_fused.LOZO(
         params, **{"lr": 1e-2, "seed": 3, "rank": 2, "interval": 3, "momentum": 0.9, **kw}
     ),
+    "MeZO-M": lambda params, **kw: zo_fused.MeZO(
+        params, **{"lr": 1e-2, "seed": 3, "momentum": 0.9, **kw}
+    ),
+    "ZOAdam": lambda params, **kw: zo_fused.ZOAdam(params, **{"lr": 1e-2, "seed": 3, **kw}),
+    "ZOSignSGD": lambda params, **kw: zo_fused.ZOSignSGD(params, **{"lr": 1e-2, "seed": 3, **kw}),
 }
 
 
@@ -48,7 +53,7 @@ def with_module(params: Any) -> dict[str, Any]:
         f"{name}: {variant}"
         for name in METHODS
         for variant in VARIANTS
-        if name != "MeZO" or "factored" not in variant
+        if "LOZO" in name or "factored" not in variant
     ]
 )
 def make(request: pytest.FixtureRequest) -> Callable[..., ZerothOrderOptimizer]:

@@ -192,9 +192,7 @@ def test_twenty_steps_compile_every_kernel_once(
     assert reports(target)["twenty steps"] == [
         "_dense_kernel",
         "_fill_kernel",
-        "_lowrank_kernel",  # with a coefficient: perturbs
-        "_lowrank_kernel",  # without: updates by the moment
-        "_momentum_kernel",
+        "_lowrank_kernel",
     ]
 
 

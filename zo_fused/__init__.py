@@ -11,8 +11,11 @@ from typing import Any
 __version__ = "0.1.0.dev0"
 
 _HOME = {
+    "ForwardGrad": "zo_fused.optim.forward_grad",
     "LOZO": "zo_fused.optim.lozo",
     "MeZO": "zo_fused.optim.mezo",
+    "ZOAdam": "zo_fused.optim.adam",
+    "ZOSignSGD": "zo_fused.optim.sign",
     "backend_of": "zo_fused.dispatch",
     "lowrank_momentum_": "zo_fused.ops",
     "lowrank_perturb_": "zo_fused.ops",

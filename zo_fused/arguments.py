@@ -339,7 +339,8 @@ def _lowrank_steps_rows(
 ) -> str:
     shape = (checked.count, _check_script(checked, keys, script, decay))
     _check_on("coeffs", coeffs, torch.float32, shape, checked.device)
-    _check_indices(script, checked.products, 0, keys.numel())
+    if checked.count:  # else there are no products
+        _check_indices(script, checked.products, 0, keys.numel())
     return "portable"
 
 

@@ -26,7 +26,8 @@ class Kernels(Protocol):
     """What a GPU backend provides. Each function is one launch, on the current stream.
 
     `launch` has the parameters; tensors are contiguous, on its device and as in `zo_fused/_ops.py`;
-    rounding is the int64 [1] key of a rounding stream or None.
+    rounding is the int64 [1] key of a rounding stream or None. One function may be missing:
+    ``dense_steps(launch, keys, script, coeffs, decay)``, the dense sweeps of a script.
     """
 
     CHUNK: int  # elements of a parameter that a program of a sweep over noise takes
@@ -205,26 +206,20 @@ class MultiTensor:
     def _dense_steps(
         self, params: Sequence[Tensor], ids: Tensor, offsets: Tensor
     ) -> Callable[..., None]:
+        """In one pass if there is a kernel for it, else sweep by sweep."""
         fused = getattr(self._load(), "dense_steps", None)
-        if fused is None:
-            return self._by_sweeps(self._dense(params, ids, offsets))
         launches = self._noise_launches(params, ids, offsets)
+        single = self._dense(params, ids, offsets)
 
         def sweep(keys: Tensor, script: Tensor, coeffs: Tensor, decay: Tensor) -> None:
-            keys, coeffs, decay = keys.contiguous(), coeffs.contiguous(), decay.contiguous()
+            if fused is None:
+                for rows in scripts.dense(keys, script, coeffs, decay):
+                    single(*rows)
+                return
+            tensors = [tensor.contiguous() for tensor in (keys, script, coeffs, decay)]
             with _device_of(decay):
                 for launch in launches:
-                    fused(launch, keys, script.to(decay.device).contiguous(), coeffs, decay)
-
-        return sweep
-
-    @staticmethod
-    def _by_sweeps(dense: Callable[..., None]) -> Callable[..., None]:
-        """A script, sweep by sweep."""
-
-        def sweep(keys: Tensor, script: Tensor, coeffs: Tensor, decay: Tensor) -> None:
-            for rows in scripts.dense(keys, script, coeffs, decay):
-                dense(*rows)
+                    fused(launch, *tensors)
 
         return sweep
 

@@ -11,11 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from zo_fused import replay_log
+from zo_fused.directions import Dense, LowRank
 from zo_fused.optim.base import ZerothOrderOptimizer
 from zo_fused.parameters import fingerprint
+from zo_fused.recorder import Recorder
+from zo_fused.rules import SGD, FactorMomentum
 from zo_fused.streams import CONTRACT_VERSION
 
-METHODS = {"LOZO": "zo_fused.optim.lozo", "MeZO": "zo_fused.optim.mezo"}
+METHODS = {
+    "ForwardGrad": "zo_fused.optim.forward_grad",
+    "LOZO": "zo_fused.optim.lozo",
+    "MeZO": "zo_fused.optim.mezo",
+    "ZOAdam": "zo_fused.optim.adam",
+    "ZOSignSGD": "zo_fused.optim.sign",
+}
 
 
 def replay(
@@ -25,7 +34,8 @@ def replay(
 ) -> int:
     """Apply a replay log to base weights, in place: the run's weights, bit for bit, on any device.
 
-    No forward pass is made. Three sweeps a step, as in the run.
+    No forward pass is made. The sweeps are those of the run, but many steps of them in one pass
+    over the weights (`zo_fused.recorder`). If it is interrupted, the weights are of no use.
 
     Args:
         model: the base model in the dtype of the run, or its tensors by name.
@@ -47,10 +57,25 @@ def replay(
         from tqdm import tqdm
 
         events = tqdm(events, desc="replay", unit="step")
+    recorder = _recorder(optimizer)
     for event in events:
         optimizer.replay_event(event)
     optimizer.flush()  # a run that was cut off left its weights where its schedule has them
+    if recorder is not None:
+        recorder.run()
     return sum(not event.restored for event in record.events)
+
+
+def _recorder(optimizer: Any) -> Recorder | None:
+    """What the sweeps of an optimizer wait in from here on. None where it would bring nothing (a
+    direction keeps a part of the weights beside them) or miss some (of rules that make their own).
+    """
+    recordable = isinstance(optimizer._rule, SGD | FactorMomentum)
+    if type(optimizer._direction) not in (Dense, LowRank) or not recordable:
+        return None
+    optimizer._direction = Recorder(optimizer._direction)
+    recorder: Recorder = optimizer._direction
+    return recorder
 
 
 def _optimizer(model: nn.Module | Mapping[str, Tensor], record: replay_log.Log) -> Any:

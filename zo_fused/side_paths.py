@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from zo_fused.pairs import run_pair
 from zo_fused.side_weight import METADATA, SideWeight, UsedOtherwise, function_name
+from zo_fused.stand_ins import Places
 
 
 class SidePaths:
@@ -46,23 +47,19 @@ class SidePaths:
         self.left_out: dict[int, str] = {}
         self._bs = list(bs)
         self._module = module
-        self._places = _places(module)
+        self._places = Places(module)
         self._weights: dict[int, SideWeight] = {}
         for i, (p, v, b, scale) in enumerate(zip(params, vs, bs, scales, strict=True)):
             if p.dim() != 2:
                 self.left_out[i] = f"has {p.dim()} dimensions"
-            elif id(p) not in self._places:
+            elif p not in self._places:
                 self.left_out[i] = "is held by no submodule"
             else:
                 self._weights[i] = SideWeight.make(p, b, v, scale)
 
     @property
     def names(self) -> dict[int, list[str]]:
-        return {
-            i: [f"{path}.{key}" if path else key for _, path, key in self._places[id(p)]]
-            for i, p in enumerate(self.params)
-            if id(p) in self._places
-        }
+        return {i: self._places.names(p) for i, p in enumerate(self.params) if p in self._places}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -71,7 +68,7 @@ class SidePaths:
         Raises:
             UsedOtherwise: (in the block) a weight is used in a way that has no side path.
         """
-        with self._holding(self._stand_ins()):
+        with self._places.holding(self._stand_ins()):
             yield
 
     @contextmanager
@@ -112,7 +109,7 @@ class SidePaths:
             TypeError, RuntimeError: see `zo_fused.pairs.run_pair`.
         """
         for p, _ in pair_values:
-            if id(p) not in self._places:
+            if p not in self._places:
                 raise ValueError(
                     f"paired=True needs all parameters inside the module, and none of its "
                     f"submodules holds one of shape {tuple(p.shape)}; use paired=False"
@@ -125,7 +122,7 @@ class SidePaths:
             for weight, b in zip(weights, bs, strict=True):
                 weight.set_b(b, paired=True)
             stand_ins = {id(p): value for p, value in zip(others, values, strict=True)}
-            with self._holding(self._stand_ins() | stand_ins):
+            with self._places.holding(self._stand_ins() | stand_ins):
                 return closure()
 
         try:
@@ -136,29 +133,6 @@ class SidePaths:
 
     def _stand_ins(self) -> dict[int, Tensor]:
         return {id(self.params[i]): weight for i, weight in self._weights.items()}
-
-    @contextmanager
-    def _holding(self, stand_ins: dict[int, Tensor]) -> Iterator[None]:
-        """Put tensors where the module holds parameters; `stand_ins`: id of a parameter -> tensor.
-
-        `nn.Module.__setattr__` takes parameters only, hence the table itself.
-        """
-        swapped = []
-        try:
-            for key, stand_in in stand_ins.items():
-                for owner, path, name in self._places[key]:
-                    held = owner._parameters.get(name)
-                    if id(held) != key and not isinstance(held, SideWeight):
-                        raise RuntimeError(
-                            f"zo_fused: {path}.{name} holds another parameter than it did when "
-                            "the side paths were made"
-                        )
-                    swapped.append((owner._parameters, name, held))
-                    owner._parameters[name] = stand_in  # type: ignore[assignment]
-            yield
-        finally:
-            for table, name, param in reversed(swapped):
-                table[name] = param
 
 
 class _Watch(TorchFunctionMode):
@@ -181,15 +155,3 @@ class _Watch(TorchFunctionMode):
                     if id(inner) in self._params:
                         raise UsedOtherwise(self._params[id(inner)], function_name(func))
         return func(*args, **kwargs)
-
-
-def _places(module: nn.Module) -> dict[int, list[tuple[nn.Module, str, str]]]:
-    """For the id of every parameter: the modules that hold it, their paths and the names there."""
-    places: dict[int, list[tuple[nn.Module, str, str]]] = {}
-    for path, owner in module.named_modules():
-        if isinstance(owner, torch.jit.ScriptModule):
-            continue  # compiled code reads its own copy of the table
-        for key, p in owner._parameters.items():
-            if p is not None:
-                places.setdefault(id(p), []).append((owner, path, key))
-    return places

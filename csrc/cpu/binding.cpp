@@ -256,6 +256,20 @@ void dense(const Tensor& table, const Tensor& keys, const Tensor& coeffs, const 
   });
 }
 
+void dense_steps(const Tensor& table, const Tensor& keys, const Tensor& script,
+                 const Tensor& coeffs, const Tensor& decay) {
+  const Sweeps& sweeps = *chosen().sweeps;
+  const std::vector<Noise> rows = rows_of<Noise>(table);
+  const std::vector<RoundKeys> key = expand(keys);
+  const int64_t count = script.size(0);
+  for_spans(rows, [&](size_t i, const Span& span, int64_t start) {
+    const Noise& row = rows[i];
+    const Script part = {count, read<int64_t>(script), key.data(),
+                         read<float>(coeffs) + 2 * i * count, read<float>(decay) + i * count};
+    sweeps.dense_steps[row.dtype](row.data + start * item_size(row.dtype), span, part);
+  });
+}
+
 void moments(const Tensor& table, const Tensor& keys, const Tensor& grads, const Tensor& restores,
              const Tensor& coeffs, const Tensor& decay, int64_t rule,
              std::optional<Tensor> rounding) {
@@ -281,9 +295,21 @@ void moments(const Tensor& table, const Tensor& keys, const Tensor& grads, const
 constexpr int64_t padding = 16;            // vt is read in whole vectors of up to 16 floats
 constexpr int64_t panel_floats = 1 << 16;  // of vt, which the rows of a chunk read again and again
 
+// Sweeps over all parameters, to be made in one pass. A row of `script` begins with the index of a
+// product U V^T and ends with that of a key in `keys`, or -1.
+struct Products {
+  int64_t count;  // U's of a parameter, one after the other
+  int64_t sweeps;
+  const int64_t* script;  // [sweeps][3]
+  const RoundKeys* keys;
+  const float* coeffs;  // [P][sweeps]; null: ones
+  const float* decay;   // [P][sweeps]
+};
+
 // One parameter as a matrix, with the factor along its columns transposed.
 struct Matrix {
   int64_t rows, columns, rank, stride;  // stride: of vt
+  int64_t u_step, v_step, vt_step;      // from product to product: what they share has none
   const float* u;
   const float* v;
   float* vt;
@@ -293,8 +319,8 @@ struct Matrix {
   int64_t chunks() const { return ceil_div(rows, chunk_rows) * chunks_across(); }
 };
 
-// `u` may be another one than the row's.
-Matrix matrix(const Product& row, const float* u) {
+// `u` may be another one than the row's. A chunk has so many elements.
+Matrix matrix(const Product& row, const float* u, int64_t elements = chunk_elements) {
   Matrix m{};
   if (row.numel() == 0) return m;
   m.rows = row.rows;
@@ -302,69 +328,86 @@ Matrix matrix(const Product& row, const float* u) {
   m.rank = row.rank;
   m.u = u;
   m.v = row.v;
+  m.u_step = m.rows * m.rank;
   if (m.columns == 1) {  // a column is a row with the factors exchanged: products commute
     std::swap(m.rows, m.columns);
     std::swap(m.u, m.v);
+    std::swap(m.u_step, m.v_step);
   }
   m.stride = ceil_div(m.columns, padding) * padding;
   m.chunk_columns =
       std::min(m.columns, std::max(panel_floats / m.rank / padding, int64_t{4}) * padding);
-  m.chunk_rows = std::clamp(chunk_elements / m.chunk_columns, int64_t{1}, m.rows);
+  m.chunk_rows = std::clamp(elements / m.chunk_columns, int64_t{1}, m.rows);
   return m;
 }
 
-void transpose(const Matrix& m) {
+void transpose(const Matrix& m, int64_t product) {
+  const float* const v = m.v + product * m.v_step;
+  float* const vt = m.vt + product * m.vt_step;
   constexpr int64_t block = 64;  // rows of v that stay in the first-level cache
   for (int64_t first = 0; first < m.columns; first += block) {
     const int64_t last = std::min(first + block, m.columns);
     for (int64_t q = 0; q < m.rank; ++q) {
-      for (int64_t j = first; j < last; ++j) m.vt[q * m.stride + j] = m.v[j * m.rank + q];
+      for (int64_t j = first; j < last; ++j) vt[q * m.stride + j] = v[j * m.rank + q];
     }
   }
   for (int64_t q = 0; q < m.rank; ++q) {
-    std::fill(m.vt + q * m.stride + m.columns, m.vt + (q + 1) * m.stride, 0.0f);
+    std::fill(vt + q * m.stride + m.columns, vt + (q + 1) * m.stride, 0.0f);
   }
 }
 
 void multiply(const Sweeps& sweeps, const std::vector<Product>& rows,
-              std::vector<Matrix>& matrices, const float* coeffs, const float* decay,
-              const std::optional<Tensor>& rounding_key) {
-  const std::vector<RoundKeys> rounding = expand(rounding_key);
-  std::vector<int64_t> one_each, counts;
+              std::vector<Matrix>& matrices, const Products& products) {
+  std::vector<int64_t> transposes, counts;
   int64_t floats = 0, elements = 0;
-  for (const Matrix& m : matrices) {
-    one_each.push_back(m.rows > 0);
+  for (Matrix& m : matrices) {
+    // Where factors were exchanged, every product has a factor along the columns.
+    transposes.push_back(m.rows > 0 ? (m.v_step > 0 ? products.count : 1) : 0);
     counts.push_back(m.rows > 0 ? m.chunks() : 0);
-    floats += m.rank * m.stride;
+    m.vt_step = m.v_step > 0 ? m.rank * m.stride : 0;
+    floats += transposes.back() * m.rank * m.stride;
     elements += m.rows * m.columns;
   }
   const std::unique_ptr<float[]> scratch(new float[floats]);
   float* next = scratch.get();
-  for (Matrix& m : matrices) {
-    m.vt = next;
-    next += m.rank * m.stride;
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    matrices[i].vt = next;
+    next += transposes[i] * matrices[i].rank * matrices[i].stride;
   }
-  for_chunks(one_each, floats, [&](size_t i, int64_t) { transpose(matrices[i]); });
+  for_chunks(transposes, floats, [&](size_t i, int64_t k) { transpose(matrices[i], k); });
   for_chunks(counts, elements, [&](size_t i, int64_t chunk) {
     const Matrix& m = matrices[i];
     const Product& row = rows[i];
     const int64_t top = chunk / m.chunks_across() * m.chunk_rows;
     const int64_t column = chunk % m.chunks_across() * m.chunk_columns;
     const int64_t start = top * m.columns + column;
-    const Tile tile = {std::min(m.chunk_rows, m.rows - top),
-                       std::min(m.chunk_columns, m.columns - column),
-                       m.columns,
-                       m.u + top * m.rank,
-                       m.vt + column,
-                       m.stride,
-                       m.rank,
-                       coeffs ? coeffs[i] : 1.0f,
-                       decay[i],
-                       static_cast<uint64_t>(row.offset + start),
-                       row.id,
-                       data_or_null(rounding)};
-    sweeps.lowrank[row.dtype](row.data + start * item_size(row.dtype), tile);
+    for (int64_t sweep = 0; sweep < products.sweeps; ++sweep) {
+      const int64_t* const line = products.script + 3 * sweep;
+      const int64_t at = i * products.sweeps + sweep;
+      const Tile tile = {std::min(m.chunk_rows, m.rows - top),
+                         std::min(m.chunk_columns, m.columns - column),
+                         m.columns,
+                         m.u + line[0] * m.u_step + top * m.rank,
+                         m.vt + line[0] * m.vt_step + column,
+                         m.stride,
+                         m.rank,
+                         products.coeffs ? products.coeffs[at] : 1.0f,
+                         products.decay[at],
+                         static_cast<uint64_t>(row.offset + start),
+                         row.id,
+                         line[2] < 0 ? nullptr : products.keys + line[2]};
+      sweeps.lowrank[row.dtype](row.data + start * item_size(row.dtype), tile);
+    }
   });
+}
+
+// One sweep is a script of one line.
+void multiply_once(const Sweeps& sweeps, const std::vector<Product>& rows,
+                   std::vector<Matrix>& matrices, const float* coeffs, const Tensor& decay,
+                   const std::optional<Tensor>& rounding) {
+  const std::vector<RoundKeys> key = expand(rounding);
+  const int64_t line[3] = {0, -1, rounding ? 0 : -1};
+  multiply(sweeps, rows, matrices, {1, 1, line, key.data(), coeffs, read<float>(decay)});
 }
 
 void lowrank(const Tensor& table, const Tensor& coeffs, const Tensor& decay,
@@ -372,7 +415,19 @@ void lowrank(const Tensor& table, const Tensor& coeffs, const Tensor& decay,
   const std::vector<Product> rows = rows_of<Product>(table);
   std::vector<Matrix> matrices;
   for (const Product& row : rows) matrices.push_back(matrix(row, row.u));
-  multiply(*chosen().sweeps, rows, matrices, read<float>(coeffs), read<float>(decay), rounding);
+  multiply_once(*chosen().sweeps, rows, matrices, read<float>(coeffs), decay, rounding);
+}
+
+void lowrank_steps(const Tensor& table, int64_t count, const Tensor& keys, const Tensor& script,
+                   const Tensor& coeffs, const Tensor& decay) {
+  constexpr int64_t elements = chunk_elements / 4;  // which stay in a core's cache meanwhile
+  const std::vector<Product> rows = rows_of<Product>(table);
+  const std::vector<RoundKeys> key = expand(keys);
+  std::vector<Matrix> matrices;
+  for (const Product& row : rows) matrices.push_back(matrix(row, row.u, elements));
+  multiply(*chosen().sweeps, rows, matrices,
+           {count, script.size(0), read<int64_t>(script), key.data(), read<float>(coeffs),
+            read<float>(decay)});
 }
 
 void lowrank_momentum(const Tensor& table, const Tensor& coeffs, const Tensor& decay,
@@ -401,7 +456,7 @@ void lowrank_momentum(const Tensor& table, const Tensor& coeffs, const Tensor& d
   for (size_t i = 0; i < rows.size(); ++i) {
     matrices.push_back(matrix(rows[i], a.get() + starts[i]));
   }
-  multiply(sweeps, rows, matrices, nullptr, read<float>(decay), rounding);
+  multiply_once(sweeps, rows, matrices, nullptr, decay, rounding);
 }
 
 }  // namespace
@@ -415,9 +470,14 @@ STABLE_TORCH_LIBRARY(zo_fused_C, m) {
   m.def(
       "dense(Tensor table, Tensor keys, Tensor coeffs, Tensor decay, Tensor? rounding) -> ()");
   m.def(
+      "dense_steps(Tensor table, Tensor keys, Tensor script, Tensor coeffs, Tensor decay) -> ()");
+  m.def(
       "moments(Tensor table, Tensor keys, Tensor grads, Tensor restores, Tensor coeffs, "
       "Tensor decay, int rule, Tensor? rounding) -> ()");
   m.def("lowrank(Tensor table, Tensor coeffs, Tensor decay, Tensor? rounding) -> ()");
+  m.def(
+      "lowrank_steps(Tensor table, int products, Tensor keys, Tensor script, Tensor coeffs, "
+      "Tensor decay) -> ()");
   m.def("lowrank_momentum(Tensor table, Tensor coeffs, Tensor decay, Tensor? rounding) -> ()");
 }
 
@@ -429,8 +489,10 @@ STABLE_TORCH_LIBRARY_IMPL(zo_fused_C, CPU, m) {
   m.impl("bits", TORCH_BOX(&zo_fused::operators::bits));
   m.impl("normal", TORCH_BOX(&zo_fused::operators::normal));
   m.impl("dense", TORCH_BOX(&zo_fused::operators::dense));
+  m.impl("dense_steps", TORCH_BOX(&zo_fused::operators::dense_steps));
   m.impl("moments", TORCH_BOX(&zo_fused::operators::moments));
   m.impl("lowrank", TORCH_BOX(&zo_fused::operators::lowrank));
+  m.impl("lowrank_steps", TORCH_BOX(&zo_fused::operators::lowrank_steps));
   m.impl("lowrank_momentum", TORCH_BOX(&zo_fused::operators::lowrank_momentum));
 }
 

@@ -156,6 +156,32 @@ void dense(void* weights, const Span& span, const Update& u) {
   for_blocks<L>(span, body, static_cast<T*>(weights));
 }
 
+// Sweep after sweep over a block, which stays in the first-level cache. Neighbouring sweeps share
+// directions, and noise is what takes the time: the last direction's stays in registers.
+template <class L, class T>
+void dense_steps(void* weights, const Span& span, const Script& s) {
+  const auto body = [&](uint64_t first, T* block) ZO_LAMBDA {
+    typename L::F32 z[4] = {};
+    int64_t held = -1;  // whose normals are in z
+    const int64_t* row = s.script;
+    for (int64_t sweep = 0; sweep < s.sweeps; ++sweep, row += 3) {
+      typename L::F32 acc[4];
+      for (int i = 0; i < 4; ++i) {
+        acc[i] = decayed<L>(L::load(block + i * L::lanes), s.decay[sweep]);
+      }
+      for (int term = 0; term < 2 && row[term] >= 0; ++term) {
+        if (row[term] != held) {
+          held = row[term];
+          block_normals<L>(z, first, span.id, s.keys[held]);
+        }
+        for (int i = 0; i < 4; ++i) acc[i] = step<L>(acc[i], s.coeffs[2 * sweep + term], z[i]);
+      }
+      store_block<L>(block, acc, first, span.id, row[2] < 0 ? nullptr : s.keys + row[2]);
+    }
+  };
+  for_blocks<L>(span, body, static_cast<T*>(weights));
+}
+
 // ---- moments -----------------------------------------------------------------------------------
 
 // The block's estimate g goes into its moments and they into acc.
@@ -364,6 +390,7 @@ constexpr Sweeps sweeps_of = {
     bits<N>,
     normal<N>,
     {dense<N, Half>, dense<N, BFloat16>, dense<N, float>},
+    {dense_steps<N, Half>, dense_steps<N, BFloat16>, dense_steps<N, float>},
     {{moment_sweep<N, Half, Half>, moment_sweep<N, Half, float>},
      {moment_sweep<N, BFloat16, BFloat16>, moment_sweep<N, BFloat16, float>},
      {moment_sweep<N, float, float>, moment_sweep<N, float, float>}},

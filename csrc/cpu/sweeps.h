@@ -28,6 +28,16 @@ struct Update {
   const RoundKeys* rounding;
 };
 
+// Sweeps over the weights of one parameter, to be made in one pass (zo_fused/script.py). A row of
+// `script` has the indices in `keys` of one or two directions and of the rounding stream; -1: none.
+struct Script {
+  int64_t sweeps;
+  const int64_t* script;  // [sweeps][3]
+  const RoundKeys* keys;
+  const float* coeffs;  // [sweeps][2]
+  const float* decay;  // [sweeps]
+};
+
 // What a sweep over moments does beside: the estimate is sum_k grads[k] * z_k.
 struct Moments {
   Rule rule;
@@ -53,6 +63,7 @@ struct Sweeps {
   void (*normal)(float* out, const Span& span, const RoundKeys& keys);
   // Indexed by the Dtype of the weights.
   void (*dense[3])(void* weights, const Span& span, const Update& update);
+  void (*dense_steps[3])(void* weights, const Span& span, const Script& script);
   // The second index: whether `firsts` are float32, or of the weights' type. `firsts` may be null;
   // for all rules but Adam, `seconds` are.
   void (*moments[3][2])(void* weights, void* firsts, float* seconds, const Span& span,

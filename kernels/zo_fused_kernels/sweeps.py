@@ -5,5 +5,16 @@ from .fill import bits, normal
 from .launch import CHUNK, TILE
 from .lowrank import lowrank, momentum
 from .moments import moments
+from .steps import dense_steps
 
-__all__ = ["CHUNK", "TILE", "bits", "dense", "lowrank", "moments", "momentum", "normal"]
+__all__ = [
+    "CHUNK",
+    "TILE",
+    "bits",
+    "dense",
+    "dense_steps",
+    "lowrank",
+    "moments",
+    "momentum",
+    "normal",
+]

@@ -59,10 +59,12 @@ _COUNTERS = ("seed", "step", "restores", "contract", "in_place")
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
-    """Base of the optimizers: two-sided estimates along one direction a step.
+    """Base of the optimizers: estimates along one direction a step.
 
     ``g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)`` (SPSA; Spall 1992), where z belongs to
-    the step: it is drawn anew in every sweep from (seed, step, parameter id, element index).
+    the step: it is drawn anew in every sweep from (seed, step, parameter id, element index). With
+    ``one_sided=True``, ``g = (L(theta + eps z) - L(theta)) / eps``: one sweep less (two in both
+    schedules), for an estimate that is biased by the curvature.
 
     The sweeps of a step are ``+eps``, ``-2 eps``, and restore together with the update; with
     ``deferred=True`` the last one also moves to ``+eps`` of the next step, so that there are two,
@@ -83,7 +85,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         defaults: hyper-parameters of the groups.
         direction, rule: see above.
         seed: base seed of the run, ``0 <= seed < 2**64``. The global generators are never used.
-        deferred: see above.
+        deferred, one_sided: see above.
         options: arguments of the method that groups don't tell, recorded in the replay log.
 
     Attributes:
@@ -101,6 +103,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         seed: int,
         deferred: bool = False,
         options: dict[str, Any] | None = None,
+        one_sided: bool = False,
     ) -> None:
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed must lie in [0, 2**64), got {seed}")
@@ -112,7 +115,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._direction = direction
         self._rule = rule
         self._deferred = deferred
-        self._options = {"deferred": deferred, **(options or {})}
+        self._one_sided = one_sided
+        self._options = {"deferred": deferred, "one_sided": one_sided, **(options or {})}
         self._reset()
         counters: dict[str, Any] = dict.fromkeys(_COUNTERS, 0)
         # in_place: positions of the matrices that a direction can't keep its changes beside
@@ -185,7 +189,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if self._at or any(map(self._direction.pending, self._buckets)):
             # too late to do it here: the weights may have been copied already
             raise RuntimeError("weights are not at theta: flush() before copying or pickling")
-        own = ("_direction", "_rule", "_deferred", "_options")
+        own = ("_direction", "_rule", "_deferred", "_one_sided", "_options")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -305,11 +309,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _refresh(self) -> None:
         """Look again at the parameters before a step: what requires gradients, where it lies."""
-        groups, trainable, names = (
-            self.param_groups,
-            self._trainable_override,
-            self._direction.fixed,
-        )
+        groups, trainable = self.param_groups, self._trainable_override
+        names = self._direction.fixed
         in_place = set(groups[0]["in_place"]) if self._direction.beside else None
         now = (signature(groups, names), trainable, in_place)
         if now != self._signature:
@@ -337,9 +338,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: computes the loss, any scalar, without a backward pass. Called twice, at
-                ``theta + eps z`` and ``theta - eps z``, under `torch.no_grad`, with the same state
-                of torch's global generators, so dropout masks agree; these generators end where one
-                call leaves them. The model's train or eval mode is yours.
+                ``theta + eps z`` and ``theta - eps z`` (one-sided: theta), under `torch.no_grad`,
+                with the same state of torch's global generators, so dropout masks agree; these
+                generators end where one call leaves them. The model's train or eval mode is yours.
             loss_plus, loss_minus: the two losses, from `perturb` or `perturbed`.
 
         Returns:
@@ -361,7 +362,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if closure is not None:
             if loss_plus is not None or loss_minus is not None:
                 raise TypeError("step() takes a closure or two losses, not both")
-            return self._finish(*self._evaluate_both(closure))
+            return self._finish(*self._estimate(closure))
         if loss_plus is None or loss_minus is None:
             raise TypeError("step() needs a closure, or loss_plus and loss_minus")
         try:
@@ -369,7 +370,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.flush()
             raise
-        return self._finish(plus, minus)
+        return self._finish(*self._from_losses(plus, minus))
 
     def _capture(self, closure: Closure | None) -> Tensor:
         """Record a step whose number is read on the device; the host's state stays as it is."""
@@ -384,21 +385,32 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 "take two steps before you capture one, over parameters on one device"
             )
-        step, before = self.step_count, list(self._at)
-        with running(Clock(self._counter, step)):
-            loss = self._finish(*self._evaluate_both(closure))
-            self._counter.add_(1)
-        self._count(step=step)
-        self._at, self._captured = before, True
+        step, restores = self.step_count, self.param_groups[0]["restores"]
+        before = (self._at, self._path, self._ahead)
+        self._path = list(self._path)
+        try:
+            with running(Clock(self._counter, step)):
+                loss = self._finish(*self._estimate(closure))
+                self._counter.add_(1)
+        finally:  # nothing has run yet
+            self._count(step=step, restores=restores)
+            self._at, self._path, self._ahead = before
+        self._captured = True
         return loss
 
-    def _finish(self, plus: Tensor, minus: Tensor) -> Tensor:
-        """The update of two losses, float64 tensors []; their mean."""
+    def _estimate(self, closure: Closure) -> tuple[Tensor, Tensor]:
+        """The loss, float64 [], and the projected gradient, float32 []."""
+        return self._from_losses(*self._evaluate_both(closure))
+
+    def _from_losses(self, plus: Tensor, minus: Tensor) -> tuple[Tensor, Tensor]:
+        eps = float(self.param_groups[0]["eps"])
+        distance = eps if self._one_sided else 2 * eps
+        return (plus + minus) / 2, ((plus - minus) / distance).to(torch.float32)
+
+    def _finish(self, loss: Tensor, projected_grad: Tensor) -> Tensor:
         with self._timed("update"):
-            eps = float(self.param_groups[0]["eps"])
-            projected_grad = ((plus - minus) / (2 * eps)).to(torch.float32)
             self._update(projected_grad)
-        return ((plus + minus) / 2).to(torch.float32)
+        return loss.to(torch.float32)
 
     def _evaluate_both(self, closure: Closure) -> tuple[Tensor, Tensor]:
         generators: _GeneratorStates | None = None
@@ -406,22 +418,27 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             try:
                 if self._direction.paired:
                     return self._evaluate_pair(closure)
-                self._perturb(1.0)
-                generators = _GeneratorStates(self._buckets)
-                with self._timed("forward"), self._direction.watching():
-                    plus = self._scalar(closure())
-                generators.rewind()
-                self._perturb(-1.0)
-                with self._timed("forward"), self._direction.watching():
-                    minus = self._scalar(closure())
-                return plus, minus
+                losses: dict[float, Tensor] = {}
+                other = 0.0 if self._one_sided else -1.0
+                # from where the schedule has the weights
+                order = (0.0, 1.0) if self._one_sided and not self._deferred else (1.0, other)
+                for sign in order:
+                    self._perturb(sign)
+                    if not losses:
+                        generators = _GeneratorStates(self._buckets)
+                    elif generators is not None:
+                        generators.rewind()
+                    with self._timed("forward"), self._direction.watching():
+                        losses[sign] = self._scalar(closure())
+                return losses[1.0], losses[other]
             except UsedOtherwise as use:
                 self.flush()
                 if generators is not None:
                     generators.rewind()
                 self._perturb_in_place(use.param, f"is used by {use.function}")
             except BaseException:
-                self.flush()
+                if clock() is None:  # else nothing has been done that could be taken back
+                    self.flush()
                 raise
 
     def _evaluate_pair(self, closure: Closure) -> tuple[Tensor, Tensor]:
@@ -591,7 +608,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         hidden = {"params", "param_names", "initial_lr", *_COUNTERS}
         groups = [
             {
-                name: float(value) if isinstance(value, Tensor) else value
+                name: plain(value)
                 for name, value in group.items()
                 if name not in hidden and name in self.defaults
             }
@@ -629,6 +646,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         else:
             grad = math.nan if event.projected_grad is None else event.projected_grad
             self._update(torch.tensor(grad, dtype=torch.float32))
+
+
+def plain(value: Any) -> Any:
+    """A hyper-parameter as JSON gives it back."""
+    if isinstance(value, Tensor):
+        return float(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 class _FlushBefore:

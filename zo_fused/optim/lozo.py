@@ -1,4 +1,4 @@
-"""LOZO and LOZO-M: zeroth-order SGD along lazily sampled low-rank directions. Floor 9."""
+"""LOZO and LOZO-M: zeroth-order SGD along lazily sampled low-rank directions. Floor 11."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ class LOZO(ZerothOrderOptimizer):
         module: the model that the closure evaluates, for mode "factored" where `params` is not it.
         deferred: (inplace) two sweeps a step instead of three; weights rest perturbed between
             steps, see `ZerothOrderOptimizer` and `flush`.
+        one_sided: estimate from ``L(theta + eps z)`` and ``L(theta)``, see `ZerothOrderOptimizer`.
     """
 
     def __init__(
@@ -71,11 +72,14 @@ class LOZO(ZerothOrderOptimizer):
         paired: bool = False,
         module: nn.Module | None = None,
         deferred: bool = False,
+        one_sided: bool = False,
     ) -> None:
         if mode not in ("inplace", "factored"):
             raise ValueError(f'mode must be "inplace" or "factored", got {mode!r}')
         if mode == "factored" and deferred:
             raise ValueError("deferred is for sweeps over the weights; factored steps make none")
+        if mode == "factored" and one_sided:
+            raise ValueError('one_sided is for mode="inplace": factored steps save no sweep by it')
         if mode != "factored" and paired:
             raise ValueError('paired needs mode="factored": weights have one sign at a time')
         if rounding is None:
@@ -101,7 +105,7 @@ class LOZO(ZerothOrderOptimizer):
                     "LOZO(model, ...), or module=model beside param groups"
                 )
             direction = Factored(evaluated, paired, divide_by_rank)
-        super().__init__(params, defaults, direction, rule, seed, deferred, options)
+        super().__init__(params, defaults, direction, rule, seed, deferred, options, one_sided)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

@@ -1,4 +1,4 @@
-"""MeZO: zeroth-order SGD along dense Gaussian directions. Floor 9."""
+"""MeZO: zeroth-order SGD along dense Gaussian directions. Floor 11."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from zo_fused.directions import Dense
+from zo_fused.moment_rules import Momentum
 from zo_fused.optim.base import ZerothOrderOptimizer
 from zo_fused.rules import SGD
 
@@ -15,20 +16,27 @@ class MeZO(ZerothOrderOptimizer):
     """Memory-efficient zeroth-order SGD (Malladi et al. 2023, arXiv 2305.17333, algorithm 1).
 
     ``z ~ N(0, I)``, ``g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)``,
-    ``theta = theta - lr * (g z + weight_decay * theta)``.
+    ``theta = theta - lr * (g z + weight_decay * theta)``. With momentum (MeZO-M; ZO-SGD-MMT in
+    arXiv 2402.11592) ``m = momentum * m + (1 - dampening) * g z`` takes the place of ``g z``.
 
-    Two forward passes, three sweeps (two with ``deferred``), no state. The released code decays
-    parameters by name (all but biases and layer norms); here the param groups decide.
+    Two forward passes, three sweeps (two with ``deferred``). No state; with momentum m. The
+    released code decays parameters by name (all but biases and layer norms); here the param groups
+    decide.
 
     Args:
         params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
         lr: learning rate. The paper uses 1e-7 to 1e-6 for whole OPT models.
         eps: perturbation radius.
         weight_decay: decay, with the learning rate as factor.
+        momentum: 0, or the coefficient of m, in [0, 1). Whether there is momentum is chosen for the
+            run; a group can only set its coefficient.
+        dampening: 0 is the heavy ball; ``dampening=momentum`` the exponential moving average.
+        state_dtype: of m: "float32", or "param", the dtype of each weight.
         rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
         seed: base seed of the run.
         deferred: two sweeps a step instead of three; weights rest perturbed between steps, see
             `ZerothOrderOptimizer` and `flush`.
+        one_sided: estimate from ``L(theta + eps z)`` and ``L(theta)``, see `ZerothOrderOptimizer`.
     """
 
     def __init__(
@@ -37,9 +45,30 @@ class MeZO(ZerothOrderOptimizer):
         lr: float | Tensor = 1e-6,
         eps: float = 1e-3,
         weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        state_dtype: str = "float32",
         rounding: str = "nearest",
         seed: int = 0,
         deferred: bool = False,
+        one_sided: bool = False,
     ) -> None:
-        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rounding": rounding}
-        super().__init__(params, defaults, Dense(), SGD(), seed, deferred)
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "dampening": dampening,
+            "rounding": rounding,
+        }
+        rule = Momentum(state_dtype) if momentum else SGD()
+        options = {"momentum": momentum, "state_dtype": state_dtype}
+        super().__init__(params, defaults, Dense(), rule, seed, deferred, options, one_sided)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        for name in ("momentum", "dampening"):
+            if not 0 <= group[name] < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {group[name]}")
+        if group["momentum"] and isinstance(self._rule, SGD):
+            raise ValueError("a group has momentum but the optimizer was made without")

@@ -1,0 +1,106 @@
+"""ForwardGrad: exact directional derivatives by forward-mode differentiation. Floor 11."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from zo_fused import _ops
+from zo_fused.directions import Dense
+from zo_fused.keys import Stream, stream_keys
+from zo_fused.optim.base import Closure, ZerothOrderOptimizer
+from zo_fused.parameters import Bucket
+from zo_fused.rules import SGD
+from zo_fused.stand_ins import Places
+from zo_fused.streams import Purpose, as_int64
+
+
+class ForwardGrad(ZerothOrderOptimizer):
+    """Forward gradient descent (Baydin et al. 2022, arXiv 2202.08587; Forward-Grad in 2402.11592).
+
+    ``z ~ N(0, I)``, ``g = <grad L(theta), z>`` from one forward pass with tangents, exact and
+    without a radius; ``theta = theta - lr * (g z + weight_decay * theta)``. The mean of ``g z`` is
+    the gradient.
+
+    One forward pass, which computes values and tangents, and one sweep. No state, but while it
+    runs every weight has a tangent in its own dtype: as much memory again as the weights, and
+    tangents of activations beside the activations.
+
+    Attention runs on PyTorch's own operators (the "math" kernels), as fused kernels know no
+    tangents. A model must be made of operators that do.
+
+    Args:
+        module: the model that the closure evaluates.
+        lr: learning rate.
+        weight_decay: decay, with the learning rate as factor.
+        rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias. No
+            restore dithers this update, so small ones need "stochastic".
+        seed: base seed of the run.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        lr: float | Tensor = 1e-6,
+        weight_decay: float = 0.0,
+        rounding: str = "stochastic",
+        seed: int = 0,
+        eps: float = 1.0,  # what a log has; there is no radius
+    ) -> None:
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rounding": rounding}
+        direction = Dense()
+        direction.module = module if isinstance(module, nn.Module) else None
+        super().__init__(module, defaults, direction, SGD(), seed)
+        self._options = {}
+
+    def _estimate(self, closure: Closure) -> tuple[Tensor, Tensor]:
+        self.perturb(0.0)  # nothing moves, but parameters are looked at again
+        if self._direction.module is None:
+            raise ValueError("ForwardGrad needs the module: ForwardGrad(model, ...)")
+        places = Places(self._direction.module)
+        with self._timed("forward"), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+            duals: dict[int, Tensor] = {}
+            for bucket in self._buckets:
+                for p, tangent in zip(bucket.params, self._tangents(bucket), strict=True):
+                    if p not in places:
+                        raise ValueError(
+                            f"ForwardGrad: no submodule holds a parameter of shape {tuple(p.shape)}"
+                        )
+                    duals[id(p)] = forward_ad.make_dual(p.detach(), tangent)
+            with places.holding(duals):
+                loss = self._differentiable(closure)
+            value, tangent = forward_ad.unpack_dual(loss)
+        if tangent is None:
+            raise ValueError(
+                "ForwardGrad: the loss carries no tangent: it must be computed from the module's "
+                "parameters, by differentiable operators, and returned as a tensor"
+            )
+        return self._scalar(value), self._scalar(tangent).to(torch.float32)
+
+    @staticmethod
+    def _differentiable(closure: Closure) -> Any:
+        try:
+            return closure()
+        except NotImplementedError as error:
+            if "forward AD" in str(error):
+                raise NotImplementedError(
+                    f"ForwardGrad: the model uses an operator that has no forward-mode derivative; "
+                    f"replace it (attention: attn_implementation='sdpa' or 'eager'): {error}"
+                ) from error
+            raise
+
+    def _tangents(self, bucket: Bucket) -> list[Tensor]:
+        """z of the coming step for every parameter, in its dtype."""
+        streams = [Stream(Purpose.DENSE, self.step_count)]
+        key = stream_keys(self.seed, streams, bucket.device)
+        made = []
+        for p, id_ in zip(bucket.params, bucket.id_list, strict=True):
+            z = torch.empty(p.shape, dtype=torch.float32, device=p.device)
+            ids = bucket.ids.new_full((1,), as_int64(id_))
+            _ops.normal_([z], ids, torch.zeros_like(ids), key)
+            made.append(z.to(p.dtype))
+        return made

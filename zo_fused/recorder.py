@@ -1,0 +1,211 @@
+"""Sweeps that wait for others, to be made in one pass over the weights. Floor 10.
+
+A replay has no forward passes: nothing looks at the weights between sweeps. So a `Recorder` stands
+in for the optimizer's direction, takes down what it is asked for and runs it, many steps at a time,
+as one script (`zo_fused.script`). Each weight then goes through the same roundings in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_fused.directions import Dense, Direction, LowRank, Term
+from zo_fused.factors import Factors
+from zo_fused.keys import Stream, stream_keys
+from zo_fused.ops import int64_tensor
+from zo_fused.parameters import Bucket
+from zo_fused.streams import Purpose
+
+# At a time: 16 steps, or 24 where they are deferred. More would bring a few percent, and Ctrl-C
+# waits for the end of a pass.
+SWEEPS = 48
+# U's at a time. Each takes the memory of a step's factors; after a few steps a pass, reading and
+# writing the weights costs little beside the arithmetic.
+PRODUCTS = 8
+
+
+class Tape:
+    """Sweeps over a bucket that have not been made yet."""
+
+    def __init__(self, bucket: Bucket, limit: int) -> None:
+        self._bucket = bucket
+        self._limit = limit
+        self._script: list[tuple[int, int, int]] = []  # the keys of roundings numbered apart
+        self._coeffs: list[Tensor] = []
+        self._decay: list[Tensor] = []
+        self._roundings: list[Tensor] = []
+
+    def _write(
+        self, which: Sequence[int], coeffs: Tensor, decay: Tensor, rounding: Tensor | None
+    ) -> None:
+        first, second = (*which, -1)[:2]
+        if rounding is not None:
+            self._roundings.append(rounding)
+        key = -1 if rounding is None else len(self._roundings) - 1
+        self._script.append((first, second, key))
+        self._coeffs.append(coeffs.float())
+        self._decay.append(decay.float())
+        if len(self._script) >= self._limit:
+            self.run()
+
+    def _take(self, keys: Tensor) -> tuple[Tensor, ...]:
+        """The rows of an operator for all that was written, of which nothing is then left.
+
+        Args:
+            keys: of the directions.
+        """
+        rows = [(a, b, key + len(keys) if key >= 0 else -1) for a, b, key in self._script]
+        taken = (
+            torch.cat([keys, *self._roundings]),
+            torch.tensor(rows),
+            torch.stack(self._coeffs, dim=1),
+            torch.stack(self._decay, dim=1),
+        )
+        for written in (self._script, self._coeffs, self._decay, self._roundings):
+            written.clear()
+        return taken
+
+    def add(self, seed: int, terms: Sequence[Term], decay: Tensor, rounding: Tensor | None) -> None:
+        """Take down a sweep: the arguments of `Direction.sweep`."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """Make the sweeps."""
+        raise NotImplementedError
+
+
+class DenseTape(Tape):
+    """Of `Dense` directions."""
+
+    def __init__(self, bucket: Bucket, limit: int) -> None:
+        super().__init__(bucket, limit)
+        self._streams: dict[tuple[int, int], int] = {}  # seeds and steps, in order
+
+    def add(self, seed: int, terms: Sequence[Term], decay: Tensor, rounding: Tensor | None) -> None:
+        which = [self._streams.setdefault((seed, t.step), len(self._streams)) for t in terms]
+        coeffs = torch.zeros(len(decay), 2, device=decay.device)
+        for column, term in enumerate(terms):
+            coeffs[:, column] = term.coeffs
+        self._write(which, coeffs, decay, rounding)
+
+    def run(self) -> None:
+        if not self._script:
+            return
+        device = self._bucket.device
+        keys = [stream_keys(s, [Stream(Purpose.DENSE, t)], device) for s, t in self._streams]
+        rows = self._take(torch.cat(keys))
+        self._streams.clear()
+        self._bucket.sweep("dense_steps_")(*rows)
+
+
+class LowRankTape(Tape):
+    """Of `LowRank` directions. A product is a step's U, or a sum of them, and the window's V."""
+
+    def __init__(self, bucket: Bucket, limit: int, direction: LowRank) -> None:
+        super().__init__(bucket, limit)
+        self._direction = direction
+        self._factors: Factors = direction.factors(bucket)
+        self._products = min(PRODUCTS, limit)
+        shapes = [(self._products * rows, rank) for rows, rank in self._factors.u_shapes]
+        self._us = [
+            flat.view(self._products, -1, rank)
+            for flat, (_, rank) in zip(self._factors.buffer(shapes)[1], shapes, strict=True)
+        ]
+        self._slots = [[u[product] for u in self._us] for product in range(self._products)]
+        self._vs = self._factors.buffer(self._factors.v_shapes)[1]
+        self._windows: Any = None  # whose V is in vs
+        self._taken: list[Any] = []  # the slots: which step's U is in them; None: a sum
+
+    def add(self, seed: int, terms: Sequence[Term], decay: Tensor, rounding: Tensor | None) -> None:
+        steps = [self._factors.of(seed, term.step) for term in terms]
+        windows = steps[0].windows
+        if any(step.windows != windows for step in steps):
+            self.run()  # two V's in one sweep
+            self._direction.sweep(self._bucket, seed, terms, decay, rounding)
+            return
+        if windows != self._windows:
+            self.run()
+            torch._foreach_copy_(self._vs, steps[0].vs)
+            self._windows = windows
+        if len(terms) == 1 and terms[0].factor is None:
+            product, coeffs = self._product(steps[0].step, steps[0].us), terms[0].coeffs
+        else:
+            summands = [
+                (term.coeffs, step.flat_u if term.factor is None else term.factor)
+                for term, step in zip(terms, steps, strict=True)
+            ]
+            product = self._product(None, self._factors.total(summands, 0))
+            coeffs = torch.ones_like(decay)
+        self._write([product], coeffs, decay, rounding)
+
+    def _product(self, step: Any, us: list[Tensor]) -> int:
+        """The slot that has these U's."""
+        if step is not None and self._taken and self._taken[-1] == step:
+            return len(self._taken) - 1
+        if len(self._taken) == self._products:
+            self.run()
+        torch._foreach_copy_(self._slots[len(self._taken)], us)
+        self._taken.append(step)
+        return len(self._taken) - 1
+
+    def run(self) -> None:
+        if not self._script:
+            return
+        rows = self._take(int64_tensor([], self._bucket.device))
+        self._taken.clear()
+        self._bucket.sweep("lowrank_steps_", self._us, self._vs)(*rows)
+
+
+class Recorder(Direction):
+    """A direction whose sweeps wait until there are enough of them, or until `run`.
+
+    Args:
+        direction: `Dense` or `LowRank`.
+        limit: sweeps that wait at most.
+    """
+
+    def __init__(self, direction: Dense | LowRank, limit: int = SWEEPS) -> None:
+        self._direction = direction
+        self._limit = limit
+        self._tapes: dict[Bucket, Tape] = {}
+        self.fixed = direction.fixed
+
+    def _tape(self, bucket: Bucket) -> Tape:
+        if isinstance(self._direction, LowRank):
+            return LowRankTape(bucket, self._limit, self._direction)
+        return DenseTape(bucket, self._limit)
+
+    def sweep(
+        self,
+        bucket: Bucket,
+        seed: int,
+        terms: Sequence[Term],
+        decay: Tensor,
+        rounding: Tensor | None = None,
+    ) -> None:
+        if bucket not in self._tapes:
+            self._tapes[bucket] = self._tape(bucket)
+        self._tapes[bucket].add(seed, terms, decay, rounding)
+
+    def run(self) -> None:
+        """Make the sweeps that wait."""
+        for tape in self._tapes.values():
+            tape.run()
+
+    def update_scale(self, bucket: Bucket) -> Tensor | None:
+        return self._direction.update_scale(bucket)
+
+    def factors(self, bucket: Bucket) -> Factors:
+        """As `LowRank.factors`: momentum is kept in them."""
+        assert isinstance(self._direction, LowRank)
+        return self._direction.factors(bucket)
+
+    def out_of_reach(self, buckets: Sequence[Bucket]) -> list[tuple[Tensor, str]]:
+        """What an optimizer asks of new buckets, which may have parameters of the old ones."""
+        self.run()
+        self._tapes = {}
+        return self._direction.out_of_reach(buckets)
