@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import overhead
 import pytest
 import sass
 import small_updates
@@ -55,3 +56,8 @@ def test_tables_of_machine_code() -> None:
     assert "| low rank | 8.0 / 80 L2 | not counted / 99 |" in lines
     # 0.8 of what an H100 issues, 128 * 132 * 1.755e9 a second, against 3e12 / 4 elements.
     assert any(line.startswith("| dense | 0.40 issue |") for line in lines)
+
+
+def test_overhead_measures_every_variant() -> None:
+    for _, cls, options in overhead.VARIANTS:
+        assert overhead.microseconds(cls, options, steps=2) > 0
