@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from zo_fused import _ops, directions, dispatch, recorder, rules
+from zo_fused import _ops, directions, dispatch, keys, recorder, rules
 from zo_fused.optim import base
 
 SWEEPS = ("dense_", "lowrank_", "lowrank_momentum_", "moments_")
@@ -125,14 +125,12 @@ def skipped_restore(patch: pytest.MonkeyPatch) -> None:
 
 
 def skipped_restore_on_error(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(base.ZerothOrderOptimizer, "restore", lambda self: None)
+    patch.setattr(base.ZerothOrderOptimizer, "flush", lambda self: None)
 
 
 def one_key_for_all_steps(patch: pytest.MonkeyPatch) -> None:
-    derive = directions.derive_key
-    patch.setattr(
-        directions, "derive_key", lambda seed, purpose, step=0, query=0: derive(seed, purpose)
-    )
+    derive = keys.derive_key
+    patch.setattr(keys, "derive_key", lambda seed, purpose, step=0, query=0: derive(seed, purpose))
 
 
 def other_u_in_the_update(patch: pytest.MonkeyPatch) -> None:
