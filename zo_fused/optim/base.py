@@ -453,6 +453,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         everyone = [p for group in self.param_groups for p in group["params"]]
         position = next(i for i, p in enumerate(everyone) if p is param)
         name = self._parameter_table()[position][0] or position
+        if position in self.param_groups[0]["in_place"]:
+            raise RuntimeError(f"parameter {name} {reason} although it is perturbed in place")
         logger.info("parameter %s is perturbed in place: it %s", name, reason)
         self._count(in_place=(*self.param_groups[0]["in_place"], position))
 
