@@ -326,6 +326,7 @@ def sweeps_of(weights: Weights, transforms: Sequence[str]) -> Iterator[Sweep]:
     elements, moved = weights.elements, weights.bytes
     half = weights.params[0].element_size() == 2
     yield Sweep("dense", dense(weights), moved)
+    yield Sweep("dense, rademacher", dense(weights, transform="rademacher"), moved)
     if "fast" in transforms:
         yield Sweep("dense, fast", dense(weights, transform="fast"), moved)
     for rank in RANKS:
@@ -348,7 +349,7 @@ def sweeps_of(weights: Weights, transforms: Sequence[str]) -> Iterator[Sweep]:
     )
     if not half:  # the fill is float32 anyway
         for transform in transforms:
-            name = "normals" + ", fast" * (transform == "fast")
+            name = "normals" + f", {transform}" * (transform != "portable")
             yield Sweep(name, fill(weights, transform), 4 * elements)
 
 

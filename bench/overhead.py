@@ -2,12 +2,15 @@
 
 The parameters of OPT-125M, each shrunk to two elements a dimension, so that sweeps have next to
 nothing to compute, and a closure that returns a constant. One thread; medians of the later steps.
+"kernels" is the time inside the backend's sweeps, "rest" what Python and small operations add.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from models import opt_shapes
 from torch import nn
 
 import zo_fused
+from zo_fused.prepared import Prepared
 
 WARM_UP, STEPS = 50, 500
 VARIANTS: list[tuple[str, Any, dict[str, Any]]] = [
@@ -37,24 +41,51 @@ def small_model() -> nn.Module:
     return module
 
 
-def microseconds(cls: Any, options: dict[str, Any], steps: int = STEPS) -> float:
-    """Median time of a step."""
+@contextmanager
+def timed_sweeps() -> Iterator[list[float]]:
+    """A block in which prepared sweeps add the seconds of their backend's part to a number."""
+    spent, original = [0.0], Prepared._made_by
+
+    def made_by(self: Prepared, backend: Any) -> Callable[..., None]:
+        sweep = original(self, backend)
+
+        def timed(*rows: Any, **options: Any) -> None:
+            start = time.perf_counter()
+            sweep(*rows, **options)
+            spent[0] += time.perf_counter() - start
+
+        return timed
+
+    Prepared._made_by = made_by  # type: ignore[method-assign]
+    try:
+        yield spent
+    finally:
+        Prepared._made_by = original  # type: ignore[method-assign]
+
+
+def microseconds(cls: Any, options: dict[str, Any], steps: int = STEPS) -> tuple[float, float]:
+    """Median time of a step, and of the kernels in it."""
     opt = cls(small_model(), **options)
     loss = torch.ones(())
-    times = []
-    for _ in range(WARM_UP + steps):
-        start = time.perf_counter()
-        opt.step(lambda: loss)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[WARM_UP:]) * 1e6
+    times, kernels = [], []
+    with timed_sweeps() as spent:
+        for _ in range(WARM_UP + steps):
+            spent[0] = 0.0
+            start = time.perf_counter()
+            opt.step(lambda: loss)
+            times.append(time.perf_counter() - start)
+            kernels.append(spent[0])
+    return statistics.median(times[WARM_UP:]) * 1e6, statistics.median(kernels[WARM_UP:]) * 1e6
 
 
 def main() -> None:
     """Command line."""
     torch.set_num_threads(1)
     print(f"{len(list(small_model().parameters()))} parameters, microseconds a step")
+    print(f"{'':16}{'step':>8}{'kernels':>9}{'rest':>8}")
     for name, cls, options in VARIANTS:
-        print(f"{name:16}{microseconds(cls, options):8.0f}")
+        step, kernels = microseconds(cls, options)
+        print(f"{name:16}{step:8.0f}{kernels:9.0f}{step - kernels:8.0f}")
 
 
 if __name__ == "__main__":

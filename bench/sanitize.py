@@ -34,6 +34,8 @@ RANKS = (1, 2, 3, 4, 8, 16, 17, 32, 64)
 IDS = 0xFEDC_BA98_7654_3210
 KEYS = [derive_key(7, Purpose.DENSE, step) for step in range(3)]
 ROUNDING = int64_tensor([derive_key(7, Purpose.ROUNDING)])
+EXACT = ("portable", "rademacher")
+TRANSFORMS = (*EXACT, "fast")
 POISON = 77
 
 # What each operator writes.
@@ -83,13 +85,13 @@ def _fills() -> Iterator[Case]:
         given = {**_streams(len(sizes), offset), "keys": int64_tensor((KEYS * 2)[: len(sizes)])}
         words = [torch.zeros(n, dtype=torch.int64) for n in sizes]
         yield Case(f"bits, offset {offset}", "bits_", {"outs": words, **given})
-        for transform in ("portable", "fast"):
+        for transform in TRANSFORMS:
             outs = [torch.zeros(n) for n in sizes]
             yield Case(
                 f"normal, {transform}, offset {offset}",
                 "normal_",
                 {"outs": outs, **given, "transform": transform},
-                transform == "portable",
+                transform != "fast",
             )
 
 
@@ -100,7 +102,7 @@ def _roundings(dtype: torch.dtype) -> tuple[Tensor | None, ...]:
 def _dense() -> Iterator[Case]:
     offsets = itertools.cycle(OFFSETS)
     for (label, dtype), directions in itertools.product(DTYPES.items(), (0, 1, 2, 3)):
-        transforms = ("portable", "fast") if directions in (1, 2) else ("portable",)
+        transforms = TRANSFORMS if directions in (1, 2) else ("portable",)
         for rounding, transform in itertools.product(_roundings(dtype), transforms):
             offset = next(offsets)
             sizes = LONG if directions == 1 and rounding is None else SIZES
@@ -117,7 +119,7 @@ def _dense() -> Iterator[Case]:
                     "rounding": rounding,
                     "transform": transform,
                 },
-                transform == "portable",
+                transform != "fast",
             )
     mixed = [_random(100, dtype=dtype) for dtype in DTYPES.values()]
     yield Case(
@@ -146,7 +148,7 @@ def _moments() -> Iterator[Case]:
         forms: list[tuple[int, Tensor | None, str]] = [
             *((1, rounding, "portable") for rounding in _roundings(dtype)),
             *([(2, None, "portable")] if first == "float32" else []),
-            *([(1, None, "fast")] if rule == "momentum" else []),
+            *([(1, None, "fast"), (2, None, "rademacher")] if rule == "momentum" else []),
         ]
         state = {"float32": torch.float32, "like the weights": dtype}.get(first)
         for directions, rounding, transform in forms:
@@ -172,7 +174,32 @@ def _moments() -> Iterator[Case]:
                     "rounding": rounding,
                     "transform": transform,
                 },
-                transform == "portable",
+                transform != "fast",
+            )
+    for (label, dtype), directions in itertools.product(DTYPES.items(), (1, 3, 130)):
+        sizes = SIZES if directions < 100 else SIZES[:3]
+        count, transform = len(sizes), ("portable", "rademacher")[directions == 3]
+        for rounding in _roundings(dtype):
+            offset = next(offsets)
+            yield Case(
+                f"moments {label}, adam of squares, K={directions}, {transform}, offset {offset}"
+                + (", stochastic" if rounding is not None else ""),
+                "moments_",
+                {
+                    "params": [_random(n, dtype=dtype, seed=n) for n in sizes],
+                    "firsts": [],
+                    "seconds": [],
+                    **_streams(count, offset),
+                    "keys": int64_tensor(range(directions)),
+                    "grads": _random(count, directions, seed=5),
+                    "restores": _random(count, directions, seed=6),
+                    "coeffs": torch.tensor([[0.9, 0.1, 0.99, 0.01, 1e-3, -0.1]] * count),
+                    "decay": _decay(count),
+                    "rule": "adam",
+                    "rounding": rounding,
+                    "transform": transform,
+                    "squares": _random(count, directions, seed=7).square(),
+                },
             )
 
 
@@ -215,10 +242,10 @@ def _lowrank_momentum() -> Iterator[Case]:
 
 def _scripts() -> Iterator[Case]:
     rows = torch.tensor([[0, -1, -1], [0, 1, 2], [1, -1, -1]])
-    for label, dtype in DTYPES.items():
+    for (label, dtype), transform in zip(DTYPES.items(), itertools.cycle(EXACT), strict=False):
         common = {"keys": int64_tensor(KEYS), "decay": 1 + 0.1 * _random(len(SIZES), 3, seed=2)}
         yield Case(
-            f"script {label}",
+            f"script {label}, {transform}",
             "dense_steps_",
             {
                 "params": [_random(n, dtype=dtype, seed=n) for n in SIZES],
@@ -226,6 +253,7 @@ def _scripts() -> Iterator[Case]:
                 **common,
                 "script": rows,
                 "coeffs": _random(len(SIZES), 3, 2, seed=1),
+                "transform": transform,
             },
         )
         arguments = _matrix(dtype, 2, None)
@@ -302,7 +330,7 @@ def run(
 def expected(case: Case) -> list[Tensor]:
     """What the reference makes of a case (of the fast transform: what it is close to)."""
     given = dict(case.arguments)
-    if "transform" in given:
+    if not case.exact:
         given["transform"] = "portable"
     slow = Case(case.name, case.operator, given)
     return run(slow, "reference", torch.device("cpu"))[0]

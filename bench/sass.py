@@ -327,7 +327,12 @@ def cases(target: str) -> Iterator[Case]:
 
     def moments(dtype: torch.dtype, rule: str, states: tuple[torch.dtype, ...]) -> None:
         scalars = (torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 6), one)
-        sweeps.moments(FakeLaunch(dtype, states), key, *scalars, rule, None, "portable")
+        sweeps.moments(FakeLaunch(dtype, states), key, *scalars, rule, None, "portable", None)
+
+    def squares(dtype: torch.dtype) -> None:
+        table = torch.zeros(1, 3)
+        scalars = (table, table, torch.zeros(1, 6), one)
+        sweeps.moments(FakeLaunch(dtype), keys, *scalars, "adam", None, "portable", table)
 
     def lowrank(dtype: torch.dtype, rank: int, scaled: bool, rounding: bool) -> None:
         coeffs = one if scaled else None
@@ -350,6 +355,7 @@ def cases(target: str) -> Iterator[Case]:
             ("dense, 2 directions", (2,)),
             ("dense, any directions", (3,)),
             ("dense, stochastic", (1, True)),
+            ("dense, rademacher", (1, False, "rademacher")),
             ("dense, fast", (1, False, "fast")),
         ):
             yield Case(
@@ -374,6 +380,7 @@ def cases(target: str) -> Iterator[Case]:
                 lambda dtype=dtype, rule=rule, states=states: moments(dtype, rule, states),  # type: ignore[misc]
                 noise_unit(launch.MOMENTS_BLOCK, dtype, *states),
             )
+        yield Case(f"moments, adam of squares {name}", lambda dtype=dtype: squares(dtype), None)  # type: ignore[misc]
         for rank in RANKS:
             yield Case(
                 f"low-rank r={rank} {name}",
@@ -396,7 +403,7 @@ def cases(target: str) -> Iterator[Case]:
         yield Case(
             label,
             lambda dtype=dtype, script=script: sweeps.dense_steps(  # type: ignore[misc]
-                FakeLaunch(dtype), key, script, torch.zeros(1, 1, 2), torch.zeros(1, 1)
+                FakeLaunch(dtype), key, script, torch.zeros(1, 1, 2), torch.zeros(1, 1), "portable"
             ),
             None,
         )

@@ -19,6 +19,9 @@ inline constexpr bool rounds = sizeof(T) == 2;
 
 enum class Rule { momentum, sign, adam };
 
+// How words become normals or, with `rademacher`, signs. Only GPUs have `fast`.
+enum class Transform { portable, rademacher, fast };
+
 // A parameter's row of coefficients.
 struct MomentCoeffs {
   float beta, gain, beta2, gain2, eps, step;
@@ -46,6 +49,18 @@ ZO_HD typename L::F32 momentum(typename L::F32& moment, typename L::F32 u, float
   return L::fma(L::splat(step), moment, L::mul(u, L::splat(restore)));
 }
 
+// What Adam moves a weight by, but for the factor `step`.
+template <class L>
+ZO_HD typename L::F32 adam(typename L::F32 first, typename L::F32 second, float eps) {
+  return L::div(first, L::add(L::sqrt(second), L::splat(eps)));
+}
+
+// second + square * z^2: one direction of a second moment that is not kept.
+template <class L>
+ZO_HD typename L::F32 add_square(typename L::F32 second, float square, typename L::F32 z) {
+  return L::fma(L::mul(L::splat(square), z), z, second);
+}
+
 // The estimate g goes into the first moment, which is `kept` from step to step or not, and with
 // Adam into the second. Returns what the weight is then moved by, but for the factor `step`.
 template <class L, Rule rule, bool kept>
@@ -59,7 +74,7 @@ ZO_HD typename L::F32 moments(typename L::F32 g, typename L::F32& first, typenam
   }
   if constexpr (rule == Rule::adam) {
     second = L::fma(L::mul(g, L::splat(c.gain2)), g, L::mul(second, L::splat(c.beta2)));
-    return L::div(first, L::add(L::sqrt(second), L::splat(c.eps)));
+    return adam<L>(first, second, c.eps);
   } else if constexpr (rule == Rule::sign) {
     return L::sign(first);
   } else {

@@ -1,4 +1,5 @@
-// Standard normals from random words: Box-Muller without libm, the same bits on every machine.
+// Standard normals from random words: Box-Muller without libm, the same bits on every machine. And
+// signs, which are cheaper.
 // `zo_fused/reference.py` explains each step and is the definition.
 #pragma once
 
@@ -44,6 +45,12 @@ ZO_HD void normal_pair(typename L::U32 a, typename L::U32 b, typename L::F32& z0
   const auto cos = L::mul(horner<L>(y, 1.0f, -0x1.3bd3a2p-2f, 0x1.03b162p-6f, -0x1.4ea9e8p-12f), r);
   z0 = L::as_float(L::xor_and(L::bits(L::fnma(sin, r, cos)), a, 0x80000000u));
   z1 = L::as_float(L::xor_and(L::bits(L::fma(sin, r, cos)), b, 0x80000000u));
+}
+
+// +1 or -1: the top bit of a word is the sign.
+template <class L>
+ZO_HD typename L::F32 rademacher(typename L::U32 word) {
+  return L::as_float(L::and_or(word, 0x80000000u, 0x3F800000u));
 }
 
 }  // namespace zo_fused

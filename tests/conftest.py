@@ -71,7 +71,7 @@ def sweeps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def sweep(self: Bucket, name: str, *lists: Any, **options: Any) -> Any:
         run = original(self, name, *lists, **options)
-        return lambda *args: (made.append(name), run(*args))[1]
+        return lambda *args, **options: (made.append(name), run(*args, **options))[1]
 
     monkeypatch.setattr(Bucket, "sweep", sweep)
     return made

@@ -15,8 +15,11 @@ FLOORS: list[set[str]] = [
         "zo_fused.streams",
         "zo_fused._env",
         "zo_fused.interrupts",
+        "zo_fused.layers",
         "zo_fused.replay_log",
+        "zo_fused.schedule",
         "zo_fused.script",
+        "zo_fused.vectors",
     },
     {"zo_fused.reference", "zo_fused.table", "zo_fused.arguments"},
     {"zo_fused.multi_tensor"},
@@ -29,17 +32,24 @@ FLOORS: list[set[str]] = [
     {"zo_fused.directions"},
     {"zo_fused.rules", "zo_fused.factored", "zo_fused.recorder"},
     {"zo_fused.optim.base", "zo_fused.moment_rules"},
-    {f"zo_fused.optim.{name}" for name in ("adam", "forward_grad", "lozo", "mezo", "sign")},
-    {"zo_fused.rebuild"},
+    {
+        f"zo_fused.optim.{name}"
+        for name in ("adam", "conservative", "forward_grad", "lozo", "mezo", "sign")
+    },
+    {"zo_fused.rebuild", "zo_fused.optim.hybrid"},
     {"zo_fused.task.errors", "zo_fused.task.files", "zo_fused.task.order"},
     {"zo_fused.task.prompt", "zo_fused.task.history", "zo_fused.task.models"},
-    {"zo_fused.task.data", "zo_fused.task.checkpoint", "zo_fused.task.report"},
+    {
+        f"zo_fused.task.{name}"
+        for name in ("adapters", "checkpoint", "comparison", "data", "report")
+    },
     {"zo_fused.task.encoding"},
     {"zo_fused.task.scoring"},
     {"zo_fused.task.loop"},
     {"zo_fused.task.run"},
-    {"zo_fused.cli.defaults"},
+    {"zo_fused.cli.defaults", "zo_fused.cli.parser", "zo_fused.cli.runs"},
     {"zo_fused.cli.finetune", "zo_fused.cli.replay", "zo_fused.cli.doctor"},
+    {"zo_fused.cli.compare"},
     {"zo_fused.cli.main"},
 ]
 

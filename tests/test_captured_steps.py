@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import zo_fused
-from zo_fused import keys, ops, parameters
+from zo_fused import keys, ops, vectors
 from zo_fused.keys import Clock, Stream, running, stream_keys
 from zo_fused.optim import base
 from zo_fused.streams import Purpose, as_int64, derive_key
@@ -30,6 +30,14 @@ METHODS: dict[str, Callable[..., Any]] = {
     "LOZO": lambda *a, **kw: zo_fused.LOZO(*a, interval=3, **kw),
     "MeZO-M": lambda *a, **kw: zo_fused.MeZO(*a, momentum=0.9, **kw),
     "ZOAdam": zo_fused.ZOAdam,
+    "queries": lambda *a, **kw: zo_fused.MeZO(*a, queries=2, **kw),
+    "queries deferred": lambda *a, **kw: zo_fused.ZOAdam(*a, queries=2, deferred=True, **kw),
+    "LOZO queries": lambda *a, **kw: zo_fused.LOZO(*a, interval=3, queries=2, **kw),
+    "blocks at once": lambda m, **kw: zo_fused.MeZO(
+        [{"params": list(m.named_parameters())[i::2], "block": i} for i in (0, 1)],
+        block_order="simultaneous",
+        **kw,
+    ),
     "ZOSignSGD deferred": lambda *a, **kw: zo_fused.ZOSignSGD(*a, deferred=True, **kw),
 }
 
@@ -48,7 +56,9 @@ def loss_of(model: nn.Module) -> Callable[[], Tensor]:
 @pytest.fixture
 def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     """`with capture():` steps are recorded; nothing may be made from the host's numbers."""
-    monkeypatch.setattr(base, "countable", lambda device: True)
+    # numbers are tensors then, as they are on GPUs, wherever a module has the name
+    for module in (base, vectors):
+        monkeypatch.setattr(module, "on_host", lambda device: False)
 
     def no_copies(*args: Any, **kw: Any) -> None:
         raise AssertionError("something was copied from the host")
@@ -58,7 +68,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
         with monkeypatch.context() as inside:
             inside.setattr(base, "capturing", lambda: True)
             inside.setattr(ops, "on_device", no_copies)
-            inside.setattr(parameters, "on_device", no_copies)
+            inside.setattr(vectors, "on_device", no_copies)
             inside.setattr(torch, "tensor", no_copies)
             yield
 
@@ -105,6 +115,7 @@ def test_the_learning_rate_may_be_a_tensor_on_the_device(capture: Callable[[], A
         (lambda m: zo_fused.LOZO(m, deferred=True), "same V"),
         (lambda m: zo_fused.LOZO(m, momentum=0.9), "momentum"),
         (lambda m: zo_fused.LOZO(m, mode="factored"), "window"),
+        (lambda m: zo_fused.MeZO(m, block_order="sequential"), "turn"),
     ],
 )
 def test_what_cannot_be_captured_says_why(
@@ -186,6 +197,9 @@ def events_of_a_step(method: Any, parameters: int, **kw: Any) -> int:
         (zo_fused.MeZO, {"deferred": True, "rounding": "stochastic"}),
         (zo_fused.MeZO, {"momentum": 0.9}),
         (zo_fused.ZOAdam, {}),
+        (zo_fused.MeZO, {"queries": 3}),
+        (zo_fused.LOZO, {"interval": 100, "queries": 3}),
+        (zo_fused.ZOConservative, {}),
         (zo_fused.LOZO, {"interval": 100}),
         (zo_fused.LOZO, {"interval": 100, "deferred": True}),
         (zo_fused.LOZO, {"interval": 100, "momentum": 0.9, "divide_by_rank": True}),

@@ -177,7 +177,8 @@ def check(
     def moved(key: str, x: Any) -> Any:
         if isinstance(x, list):
             return [read.put(y) for y in x]
-        return x.to(served.device) if isinstance(x, Tensor) and key not in ("ids", "offsets") else x
+        on_host = ("ids", "offsets", "script")
+        return x.to(served.device) if isinstance(x, Tensor) and key not in on_host else x
 
     there = {key: moved(key, x) for key, x in rest.items()}
     getattr(served.sweeps, name)(**got, **there)
@@ -201,6 +202,7 @@ def check_dense(
     directions: int = 1,
     rounding: Tensor | None = None,
     misalignment: int = 0,
+    transform: str = "portable",
 ) -> None:
     params = [weights(n, dtype=dtypes[i % len(dtypes)], seed=i) for i, n in enumerate(sizes)]
     check(
@@ -213,6 +215,7 @@ def check_dense(
         coeffs=random(len(sizes), directions, seed=1),
         decay=1 + 0.1 * random(len(sizes), seed=2),
         rounding=rounding,
+        transform=transform,
     )
 
 
@@ -225,6 +228,9 @@ def check_moments(
     offset: int = 0,
     rounding: Tensor | None = None,
     misalignment: int = 0,
+    transform: str = "portable",
+    keys: Sequence[int] = KEYS[:2],
+    of_squares: bool = False,
 ) -> None:
     params = [random(n, dtype=dtypes[i % len(dtypes)], seed=i) for i, n in enumerate(sizes)]
     count = len(params)
@@ -237,17 +243,19 @@ def check_moments(
         {
             "params": params,
             "firsts": [] if state == "nothing" else firsts,
-            "seconds": [x.float().square() for x in firsts] if rule == "adam" else [],
+            "seconds": [] if rule != "adam" or of_squares else [x.float().square() for x in firsts],
         },
         misalignment,
         **streams(count, offset),
-        keys=int64(*KEYS[:2]),
-        grads=random(count, 2, seed=1),
-        restores=random(count, 2, seed=2),
+        keys=int64(*keys),
+        grads=random(count, len(keys), seed=1),
+        restores=random(count, len(keys), seed=2),
         coeffs=random(count, 6, seed=3).abs(),
         decay=1 + 0.1 * random(count, seed=4),
         rule=rule,
         rounding=rounding,
+        transform=transform,
+        squares=random(count, len(keys), seed=5).square() if of_squares else None,
     )
 
 
@@ -345,6 +353,33 @@ def test_fills_of_several_chunks(served: Served) -> None:
         check(served, name, {"outs": outs}, **streams(1, 4 * 2**32 - CHUNK), keys=int64(KEYS[0]))
 
 
+def test_fills_of_signs(served: Served) -> None:
+    for offset, misalignment in ((0, 0), (3, 0), (8, 1), (CARRY, 0), (FAR, 1)):
+        outs = [torch.zeros(n) for n in (0, 1, 9, 300, CHUNK + 5)]
+        keys = int64(*KEYS, *KEYS[:2])
+        rest = {**streams(5, offset), "keys": keys, "transform": "rademacher"}
+        check(served, "normal_", {"outs": outs}, misalignment, **rest)
+
+
+@pytest.mark.parametrize("number", [-1, 3])
+def test_operators_refuse_transforms_that_they_lack(served: Served, number: int) -> None:
+    out = torch.zeros(5, device=served.device)
+    rows = table.noise_rows([out], [ID], [0], (), CHUNK)
+    (launch,) = table.launches(rows, served.device)
+    keys, one = int64(KEYS[0]).to(served.device), torch.ones(1, device=served.device)
+    operators, noise = served.kernels._operators, (launch.table, launch.programs)
+    for call in (
+        lambda: operators.normal(*noise, keys, number, 0),
+        lambda: operators.dense(*noise, 2, keys, one, one, None, number, 0),
+        lambda: operators.moments(
+            *(*noise, 2, 0, 0, keys, one, one, None, torch.ones(6), one, None, number, 0)
+        ),
+    ):
+        with pytest.raises(RuntimeError, match="no transform number"):
+            call()
+    assert not out.any()
+
+
 def test_fast_is_close_to_portable(served: Served) -> None:
     sizes = (3 * CHUNK + 1, 100)
     made = {}
@@ -425,6 +460,29 @@ def test_dense_directions(served: Served, directions: int, rounding: Tensor | No
     check_dense(served, (1, 65, 300) * 2, DTYPES, 2, directions, rounding)
 
 
+@pytest.mark.parametrize("rounding", [None, ROUNDING], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("directions", [1, 3])
+def test_dense_signs(served: Served, directions: int, rounding: Tensor | None) -> None:
+    for offset, misalignment in ((0, 0), (3, 0), (5, 5), (CARRY, 1)):
+        rest = (offset, directions, rounding, misalignment, "rademacher")
+        check_dense(served, (*SIZES, 300), DTYPES, *rest)
+    check_dense(served, (CHUNK + 9,), DTYPES[:1], 5, directions, rounding, 0, "rademacher")
+
+
+def test_scripts_of_signs(served: Served) -> None:
+    check(
+        served,
+        "dense_steps_",
+        {"params": [weights(n, dtype=d, seed=n) for n in (9, 300) for d in DTYPES]},
+        **streams(6, 3),
+        keys=int64(*KEYS),
+        script=int64(0, -1, -1, 0, 1, 2, 1, -1, -1).view(3, 3),
+        coeffs=random(6, 3, 2),
+        decay=1 + 0.1 * random(6, 3, seed=1),
+        transform="rademacher",
+    )
+
+
 def test_one_launch_for_each_dtype(served: Served) -> None:
     if served.launches is None:
         pytest.skip("launches are counted under emulation")
@@ -459,6 +517,33 @@ def test_moments(served: Served, rule: str, state: str, rounding: Tensor | None)
 @pytest.mark.parametrize(("rule", "state"), [("momentum", "like weights"), ("adam", "float32")])
 def test_moments_over_chunks(served: Served, rule: str, state: str) -> None:
     check_moments(served, (CHUNK + 70,) * 3, DTYPES, rule, state, CHUNK - 1, ROUNDING)
+
+
+@pytest.mark.parametrize(("rule", "state"), RULES)
+def test_moments_of_signs(served: Served, rule: str, state: str) -> None:
+    for offset, rounding in ((3, None), (CARRY, ROUNDING)):
+        check_moments(
+            *(served, (9, 300) * 3, DTYPES, rule, state, offset, rounding),
+            transform="rademacher",
+        )
+
+
+@pytest.mark.parametrize("rounding", [None, ROUNDING], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("transform", ["portable", "rademacher"])
+def test_adam_of_squares(served: Served, transform: str, rounding: Tensor | None) -> None:
+    sizes = (*SIZES, 300)
+    for offset, misalignment, directions in ((0, 0, 2), (3, 0, 3), (CARRY, 0, 1), (5, 5, 2)):
+        rest = (offset, rounding, misalignment, transform, KEYS[:directions], True)
+        check_moments(served, sizes, DTYPES, "adam", "nothing", *rest)
+    rest = (7, rounding, 0, transform, (), True)  # of no directions, 0 / eps
+    check_moments(served, (9,) * 3, DTYPES, "adam", "nothing", *rest)
+
+
+def test_adam_of_many_squares(served: Served) -> None:
+    rest = (CHUNK - 1, ROUNDING, 0, "rademacher", range(130), True)
+    check_moments(served, (300,) * 3, DTYPES, "adam", "nothing", *rest)
+    rest = (CHUNK - 1, ROUNDING, 0, "portable", KEYS[:1], True)
+    check_moments(served, (CHUNK + 70,) * 3, DTYPES, "adam", "nothing", *rest)
 
 
 # ---- low-rank sweeps ----------------------------------------------------------------------------
@@ -708,12 +793,17 @@ print(kernels.CHUNK, kernels.TILE)
     assert run.stdout.splitlines() == ["[(8, 0), (9, 0), (10, 0)]", "32768 (64, 256)"], run.stderr
 
 
+def by(transform: str) -> str:
+    """A transform in the name of a kernel."""
+    return f"LNS_9TransformE{cuda.TRANSFORMS.index(transform)}E"
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_machine_code(extension: Path, architecture: str) -> None:
     if tool("cuobjdump") is None:
         pytest.skip("no cuobjdump")
     kernels = disassemble(extension, architecture)
-    assert len(kernels) == 46
+    assert len(kernels) == 62
     # Local memory is where registers are spilled; generic accesses cost more than global ones.
     bad = re.compile(r"LDL|STL|(LD|ST)\.E|D(ADD|MUL|FMA|SETP|MNMX)|[FI]2F\S*F64|LDS|STS|BAR")
     for name, code in kernels.items():
@@ -724,10 +814,12 @@ def test_machine_code(extension: Path, architecture: str) -> None:
         assert code.registers <= (80 if "5dense" in name else 128), name
     # Instructions per element, in the loop that a thread's whole groups go through.
     for part, most in (
-        ("denseINS_4HalfELb1ELb0ELb0E", 34),
-        ("denseINS_8BFloat16ELb1ELb0ELb0E", 34),
-        ("denseIfLb1ELb0ELb0E", 34),
-        ("denseINS_4HalfELb1ELb0ELb1E", 24),
+        (f"denseINS_4HalfELb1ELb0E{by('portable')}", 34),
+        (f"denseINS_8BFloat16ELb1ELb0E{by('portable')}", 34),
+        (f"denseIfLb1ELb0E{by('portable')}", 34),
+        (f"denseINS_4HalfELb1ELb0E{by('rademacher')}", 16.5),
+        (f"denseIfLb1ELb0E{by('rademacher')}", 16.5),
+        (f"denseINS_4HalfELb1ELb0E{by('fast')}", 24),
         ("lowrankINS_4HalfELi4ELb0E", 11),
         ("lowrankINS_4HalfELi8ELb0E", 18),
     ):

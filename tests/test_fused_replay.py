@@ -84,11 +84,12 @@ class Call:
 
     def check(self, by: Any) -> None:
         """Fused on the current backend, against the single sweeps of `by`."""
-        fused, single = self.copies(), self.copies()
-        zo_fused._ops.dense_steps_(fused, *self.streams, *self.dense())
-        for rows in scripts.dense(*self.dense()):
-            by.dense_(single, *self.streams, *rows)
-        self.same(fused, single)
+        for transform in ("portable", "rademacher"):
+            fused, single = self.copies(), self.copies()
+            zo_fused._ops.dense_steps_(fused, *self.streams, *self.dense(), transform)
+            for rows in scripts.dense(*self.dense()):
+                by.dense_(single, *self.streams, *rows, transform)
+            self.same(fused, single)
         fused, single = self.copies(), self.copies()
         zo_fused._ops.lowrank_steps_(fused, self.us, self.vs, *self.streams, *self.lowrank())
         for product, (coeffs, decay, rounding) in scripts.lowrank(*self.lowrank()):
@@ -150,6 +151,8 @@ def test_any_script(rows: Any, shapes: Any, dtype: torch.dtype) -> None:
 def test_indices_out_of_range_are_refused(column: int, value: int, message: str) -> None:
     call = Call([(3, 7)], torch.float16, SCRIPT)
     before = call.copies()
+    with pytest.raises(ValueError, match="transform='quick'"):
+        zo_fused._ops.dense_steps_(call.params, *call.streams, *call.dense(), "quick")
     call.script[2, column] = value
     with pytest.raises(ValueError, match=message):
         zo_fused._ops.dense_steps_(call.params, *call.streams, *call.dense())

@@ -116,6 +116,15 @@ def test_functions_give_the_same_bits_as_on_the_cpu(backend: str, device: torch.
     assert [i for i, (g, w) in enumerate(zip(got, wanted, strict=True)) if not same(g, w)] == []
 
 
+def test_signs_are_fair(backend: str, device: torch.device) -> None:
+    n = 1 << 24
+    z = noise.normal(n, KEYS[0], device=device, transform="rademacher").double()
+    assert z.abs().eq(1).all()
+    for lag in range(5):
+        product = z if lag == 0 else z[lag:] * z[:-lag]
+        assert abs(float(product.mean())) < 5 / n**0.5
+
+
 @pytest.mark.parametrize("transform", ["portable", "fast"])
 def test_normals_are_normal(backend: str, device: torch.device, transform: str) -> None:
     n = 1 << 24

@@ -114,6 +114,7 @@ def check_dense(
     decay: float = 1.0,
     shift: int = 0,
     rounding: bool = False,
+    transform: str = "portable",
 ) -> None:
     generator = torch.Generator().manual_seed(len(keys))
     count = len(shapes)
@@ -126,6 +127,7 @@ def check_dense(
         torch.randn(count, len(keys), generator=generator),
         torch.full((count,), decay),
         rounding_key(rounding),
+        transform,
         shift=shift,
     )
 
@@ -139,11 +141,14 @@ def check_moments(
     keys: tuple[int, ...] = KEYS[:1],
     shift: int = 0,
     rounding: bool = False,
+    transform: str = "portable",
+    of_squares: bool = False,
 ) -> None:
     generator = torch.Generator().manual_seed(len(keys))
     count = len(shapes)
     firsts = [] if first is None else [weights(s, first, seed=9 + i) for i, s in enumerate(shapes)]
-    seconds = [torch.rand(s, generator=generator) for s in shapes] if rule == "adam" else []
+    keeps = rule == "adam" and not of_squares
+    seconds = [torch.rand(s, generator=generator) for s in shapes] if keeps else []
     check(
         "moments_",
         [[weights(s, dtype, seed=i) for i, s in enumerate(shapes)], firsts, seconds],
@@ -156,6 +161,8 @@ def check_moments(
         torch.full((count,), 0.75),
         rule,
         rounding_key(rounding),
+        transform,
+        torch.rand(count, len(keys), generator=generator) if of_squares else None,
         shift=shift,
     )
 
@@ -187,7 +194,11 @@ SCRIPT = int64(0, -1, -1, 0, 1, 4, 1, -1, -1, 1, 2, -1, 0, 1, 3, 2, 2, 4).view(6
 
 
 def check_steps(
-    shapes: list[tuple[int, ...]], dtype: torch.dtype, offset: int = 0, shift: int = 0
+    shapes: list[tuple[int, ...]],
+    dtype: torch.dtype,
+    offset: int = 0,
+    shift: int = 0,
+    transform: str = "portable",
 ) -> None:
     """Both sweeps of scripts."""
     generator = torch.Generator().manual_seed(len(shapes))
@@ -196,7 +207,7 @@ def check_steps(
     streams = (int64(*range(7, 7 + count)), int64(*[offset] * count), int64(*KEYS))
     coeffs = torch.randn(count, sweeps, 2, generator=generator)
     decay = 1 + torch.randn(count, sweeps, generator=generator) / 8
-    check("dense_steps_", [params], *streams, SCRIPT, coeffs, decay, shift=shift)
+    check("dense_steps_", [params], *streams, SCRIPT, coeffs, decay, transform, shift=shift)
     script = SCRIPT * int64(1, 0, 1) - int64(0, 1, 0)
     sides = [(s[0] if s else 1, p.numel()) for s, p in zip(shapes, params, strict=True)]
     us = [torch.randn(3, m, 2, generator=generator) for m, _ in sides]
@@ -242,6 +253,9 @@ def test_noise(name: str, offset: int) -> None:
         outs = [torch.zeros(numel, dtype=dtype), torch.zeros(3, dtype=dtype)]
         ids, offsets = int64(2**64 - 5, 9), int64(offset, offset + 1)
         check(name, [outs], ids, offsets, int64(*KEYS[:2]), shift=numel % 3)
+        if name == "normal_":
+            rows = (ids, offsets, int64(*KEYS[:2]), "rademacher")
+            check(name, [outs], *rows, shift=numel % 3)
 
 
 @needs_extension
@@ -492,6 +506,79 @@ def test_moments_of_any_size(
     check_moments([(numel,)], dtype, first, rule, offset, KEYS[:directions], shift, rounding)
 
 
+@needs_extension
+@pytest.mark.parametrize("transform", cpu.TRANSFORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adam_of_squares(dtype: torch.dtype, transform: str) -> None:
+    offsets = (*range(9), *FAR, *ROUNDING_FAR)
+    for i, numel in enumerate((0, 1, 3, 5, 17, 64, 100, 127, 128, 129, 300, 1000)):
+        keys = KEYS[: (1, 0, 2, 5)[i % 4]]
+        for rounding in (False, True):
+            check_moments(
+                *([(numel,)], dtype, None, "adam", offsets[i], keys, i % 4, rounding),
+                *(transform, True),
+            )
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adam_of_many_squares(dtype: torch.dtype) -> None:
+    rest = ("adam", 7, tuple(range(130)), 0, False, "rademacher", True)
+    check_moments([(300,), ()], dtype, None, *rest)
+    check_moments([(70_001,)], dtype, None, "adam", 65_533, KEYS[:1], 1, True, of_squares=True)
+
+
+# ---- signs --------------------------------------------------------------------------------------
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_signs(dtype: torch.dtype) -> None:
+    for i, numel in enumerate((*range(0, 71, 3), 128, 257, 1000)):
+        offset, keys = (*range(8), *FAR)[i % 12], KEYS[: (1, 2, 5, 0)[i % 4]]
+        for rounding in (False, True):
+            check_dense([(numel,)], dtype, offset, keys, 0.9, i % 3, rounding, "rademacher")
+    shapes = [(70_001,), (0, 3), (), (3, 5, 7)]
+    check_dense(shapes, dtype, 65_533, KEYS[:2], 0.99, 1, transform="rademacher")
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scripts_of_signs(dtype: torch.dtype) -> None:
+    check_steps([(3, 5), (1, 200), (9,), (2, 3, 8), (3, 0), ()], dtype, 3, 1, "rademacher")
+
+
+@needs_extension
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_moments_of_signs(dtype: torch.dtype, rule: str) -> None:
+    for i, first in enumerate((dtype, torch.float32, None)):
+        if rule == "adam" and first is None:
+            continue
+        for numel in (5, 128, 301):
+            keys, rounding = KEYS[: i + 1], numel % 2 == 0
+            check_moments(
+                *([(numel,)], dtype, first, rule, FAR[i], keys, i, rounding, "rademacher")
+            )
+
+
+@needs_extension
+@pytest.mark.parametrize("transform", [-1, 2, 3])
+def test_operators_refuse_transforms_that_they_lack(transform: int) -> None:
+    out, one = torch.zeros(5), torch.ones(1)
+    table = cpu.noise_table([out], [2], int64(0), int64(0))
+    operators, rows = torch.ops.zo_fused_C, (table, int64(1))
+    for call in (
+        lambda: operators.normal(*rows, transform),
+        lambda: operators.dense(*rows, one, one, None, transform),
+        lambda: operators.dense_steps(*rows, int64(0, -1, -1)[None], one, one, transform),
+        lambda: operators.moments(*rows, one, one, torch.ones(6), one, 0, None, transform, None),
+    ):
+        with pytest.raises(RuntimeError, match="no transform"):
+            call()
+    assert not out.any()
+
+
 # ---- low rank -----------------------------------------------------------------------------------
 
 
@@ -674,6 +761,8 @@ PEAK_MEMORY = """
     grads = (one[None], one[None])
     moments = ([torch.zeros_like(w)], [], *streams, *grads, torch.ones(1, 6), one, "sign", zero)
     print(growth(lambda: cpu.moments_([w], *moments)))
+    moments = ([], [], *streams, *grads, torch.ones(1, 6), one, "adam", None, "portable", one[None])
+    print(growth(lambda: cpu.moments_([w], *moments)))
 """
 
 
@@ -685,7 +774,7 @@ def test_peak_memory() -> None:
     )
     assert run.returncode == 0, run.stderr
     growths = [int(line) for line in run.stdout.split()]
-    assert len(growths) == 5
+    assert len(growths) == 6
     assert max(growths) < 2**20, growths
 
 
@@ -710,8 +799,9 @@ def test_headers_alone(compiler: str, tmp_path: Path) -> None:
     ).stdout.splitlines()
     assert len(answers) == len(known) == 3
     for answer, (_, _, expected) in zip(answers, known, strict=True):
-        words, normals = answer.split()[:4], answer.split()[4:]
+        words, normals, signs = (answer.split()[i : i + 4] for i in (0, 4, 8))
         assert words == expected.split()
         w = [torch.tensor([int(word, 16)]) for word in words]
         z = (*reference.normal_pair(w[0], w[1]), *reference.normal_pair(w[2], w[3]))
         assert [f"{as_bits(x).item() & 0xFFFFFFFF:08x}" for x in z] == normals
+        assert signs == ["3f800000" if int(word, 16) < 2**31 else "bf800000" for word in words]

@@ -170,6 +170,45 @@ def test_kolmogorov_smirnov() -> None:
         assert scipy.stats.kstest(z.numpy(), "norm").pvalue > 1e-3
 
 
+# ---- signs --------------------------------------------------------------------------------------
+
+
+def signs(numel: int, key: int, id: int = 0, offset: int = 0) -> torch.Tensor:
+    return noise.normal(numel, key, id, offset, transform="rademacher")
+
+
+@pytest.mark.parametrize(
+    ("offset", "documented"),
+    [(0, "+1 -1 +1 -1 +1 -1 +1 -1"), (2**34 - 3, "+1 -1 -1 -1 -1 +1")],
+)
+def test_signs_of_the_documentation(offset: int, documented: str) -> None:
+    id_ = parameter_id("model.decoder.layers.0.fc1.weight")
+    wanted = [float(sign) for sign in documented.split()]
+    assert signs(len(wanted), derive_key(42, Purpose.DENSE, 7), id_, offset).tolist() == wanted
+
+
+@given(st.integers(0, 200), st.integers(0, 2**61), u64, u64)
+def test_signs_are_the_top_bits_of_the_words(n: int, offset: int, param_id: int, key: int) -> None:
+    top = noise.random_bits(n, key, param_id, offset) >> 31
+    z = signs(n, key, param_id, offset)
+    assert z.dtype == torch.float32
+    assert torch.equal(z, 1.0 - 2.0 * top)
+
+
+def test_signs_are_fair_and_independent() -> None:
+    """Eight neighbours at a time: all 256 patterns are as frequent as each other."""
+    n = 1 << 20
+    for seed in range(4):
+        z = signs(n, derive_key(seed, Purpose.DENSE, step=7), id=seed)
+        assert z.abs().eq(1).all()
+        assert abs(z.double().mean()) < 5 / math.sqrt(n)
+        for start in (0, 3):  # counters are cut otherwise
+            bits = (z[start : n - 8 + start].view(-1, 8) > 0).long()
+            patterns = (bits << torch.arange(8)).sum(1)
+            counts = torch.bincount(patterns, minlength=256).numpy()
+            assert 1e-4 < scipy.stats.chisquare(counts).pvalue < 1 - 1e-4
+
+
 STREAMS = {
     "base": {},
     "other seed": {"seed": 1},
@@ -180,20 +219,25 @@ STREAMS = {
 }
 
 
-def test_streams_parameters_and_neighbours_are_uncorrelated() -> None:
+@pytest.mark.parametrize("transform", ["portable", "rademacher"])
+def test_streams_parameters_and_neighbours_are_uncorrelated(transform: str) -> None:
     """The bug of reseeding one generator for every parameter (es-at-scale #46) fails here."""
     n = 1 << 18
     rows = {}
     for name, change in STREAMS.items():
         key = derive_key(**{"seed": 0, "purpose": Purpose.DENSE, "step": 0, "query": 0, **change})
-        rows[name] = noise.normal(n, key, id=0)
+        rows[name] = noise.normal(n, key, id=0, transform=transform)
     key = derive_key(0, Purpose.DENSE)
-    rows["other parameter"] = noise.normal(n, key, id=1)
-    rows["named parameter"] = noise.normal(n, key, id=parameter_id("a.weight"))
-    rows["next element"] = noise.normal(n, key, id=0, offset=1)
-    rows["next counter"] = noise.normal(n, key, id=0, offset=4)
+    for name, id_, offset in (
+        ("other parameter", 1, 0),
+        ("named parameter", parameter_id("a.weight"), 0),
+        ("next element", 0, 1),
+        ("next counter", 0, 4),
+    ):
+        rows[name] = noise.normal(n, key, id_, offset, transform=transform)
     table = torch.stack(list(rows.values())).double()
-    for values in (table, table**2 - 1):  # the squares would show a shared radius
+    # The squares would show a shared radius; those of signs are 1.
+    for values in (table, table**2 - 1)[: 1 if transform == "rademacher" else 2]:
         correlation = torch.corrcoef(values)
         correlation.fill_diagonal_(0)
         assert correlation.abs().max() < 5.5 / math.sqrt(n)  # 90 pairs at 5.5 sigma
@@ -207,10 +251,16 @@ def test_streams_parameters_and_neighbours_are_uncorrelated() -> None:
     st.integers(0, 200),
     st.one_of(st.integers(0, 50), st.integers(2**34 - 300, 2**34 + 10), st.integers(0, 2**61)),
     u64,
+    st.sampled_from(["portable", "rademacher"]),
 )
-def test_any_split_gives_the_same_bits(first: int, second: int, offset: int, key: int) -> None:
-    whole = noise.normal(first + second, key, 5, offset)
-    parts = [noise.normal(first, key, 5, offset), noise.normal(second, key, 5, offset + first)]
+def test_any_split_gives_the_same_bits(
+    first: int, second: int, offset: int, key: int, transform: str
+) -> None:
+    def normal(numel: int, offset: int) -> torch.Tensor:
+        return noise.normal(numel, key, 5, offset, transform=transform)
+
+    whole = normal(first + second, offset)
+    parts = [normal(first, offset), normal(second, offset + first)]
     assert torch.equal(whole.view(torch.int32), torch.cat(parts).view(torch.int32))
 
 

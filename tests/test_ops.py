@@ -18,6 +18,7 @@ KEYS = [noise.derive_key(0, noise.Purpose.DENSE, step) for step in range(3)]
 KEY_U = noise.derive_key(0, noise.Purpose.U)
 KEY_V = noise.derive_key(0, noise.Purpose.V)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+EXACT = ["portable", "rademacher"]  # transforms that are the same everywhere
 
 
 @pytest.fixture(autouse=True, params=["reference", "cpu", "triton"])
@@ -47,15 +48,18 @@ def same(a: Tensor, b: Tensor) -> bool:
 # ---- dense --------------------------------------------------------------------------------------
 
 
-def test_perturbing_zeros_at_scale_one_gives_the_noise() -> None:
+@pytest.mark.parametrize("transform", EXACT)
+def test_perturbing_zeros_at_scale_one_gives_the_noise(transform: str) -> None:
     params = [torch.zeros(7), torch.zeros(3, 5), torch.zeros(())]
-    zo_fused.perturb_(params, KEY, 1.0)
+    zo_fused.perturb_(params, KEY, 1.0, transform=transform)
     for i, p in enumerate(params):
-        assert torch.equal(p.flatten(), noise.normal(p.numel(), KEY, id=i))
+        wanted = noise.normal(p.numel(), KEY, id=i, transform=transform)
+        assert torch.equal(p.flatten(), wanted)
 
 
+@pytest.mark.parametrize("transform", EXACT)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_update_is_one_rounding_of_the_float64_formula(dtype: torch.dtype) -> None:
+def test_update_is_one_rounding_of_the_float64_formula(dtype: torch.dtype, transform: str) -> None:
     """float32 arithmetic of K = 3 terms, then one rounding to the weight's dtype.
 
     Each of the four float32 operations is off by at most 2**-24 of the running sum, itself below
@@ -65,8 +69,8 @@ def test_update_is_one_rounding_of_the_float64_formula(dtype: torch.dtype) -> No
     coeffs, decay = [1e-2, -3e-3, 2e-2], 0.9
     exact = decay * p.double()
     for key, c in zip(KEYS, coeffs, strict=True):
-        exact += c * noise.normal(1000, key, id=4).double()
-    zo_fused.update_([p], KEYS, coeffs, decay, ids=[4])
+        exact += c * noise.normal(1000, key, id=4, transform=transform).double()
+    zo_fused.update_([p], KEYS, coeffs, decay, ids=[4], transform=transform)
     half_ulp = torch.finfo(dtype).eps / 2 * exact.abs() + torch.finfo(dtype).tiny
     assert ((p.double() - exact).abs() <= half_ulp + 4 * 2.0**-24 * 0.2).all()
 
@@ -229,6 +233,53 @@ def test_moments_follow_the_float64_formula(rule: str) -> None:
         torch.testing.assert_close(v.double(), v_exact, rtol=1e-6, atol=1e-6)
 
 
+def float64_adam_of_squares(
+    p: Tensor, keys: list[int], rows: list[list[float]], transform: str
+) -> Tensor:
+    """With gain 0.1, eps 1e-3, step -0.01, decay 0.999; the rows are grads, restores, squares."""
+    grads, restores, squares = torch.tensor(rows).double()
+    z = torch.stack([noise.normal(p.numel(), k, 0, transform=transform).double() for k in keys])
+    v = squares @ z**2
+    return 0.999 * p.double() + restores @ z - 0.01 * (0.1 * grads @ z) / (v.sqrt() + 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("directions", "transform"), [(1, "portable"), (3, "portable"), (130, "rademacher")]
+)
+def test_adam_of_squares_follows_the_float64_formula(directions: int, transform: str) -> None:
+    keys = [noise.derive_key(0, noise.Purpose.DENSE, step) for step in range(directions)]
+    decayed = [0.99 ** (directions - k) for k in range(directions)]
+    grads = [0.3 * (-1) ** k * c for k, c in enumerate(decayed)]
+    restores = [0.0] * (directions - 1) + [1e-3]
+    rows = [grads, restores, [0.01 * c**2 for c in decayed]]
+    p = weights(50)
+    exact = float64_adam_of_squares(p, keys, rows, transform)
+    zo_fused.moments_update_(
+        [p], keys, grads, "adam", -0.01,
+        gain=0.1, eps=1e-3, restores=restores, decay=0.999, squares=rows[2], transform=transform,
+        beta=0.7, beta2=0.7, gain2=7.0,  # which do not matter
+    )  # fmt: skip
+    # m is a sum of up to 130 terms below 0.3, each rounded in float32, and moves p by a hundredth
+    # of its quotient by sqrt(v), which is about 0.1 sqrt(K) or, with one direction, 0.1 |z|.
+    torch.testing.assert_close(p.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_adam_of_squares_has_coefficients_for_every_parameter() -> None:
+    together, alone = [weights(9), weights(4, 5)], [weights(9), weights(4, 5)]
+    tables = [torch.rand(2, 3, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+    def sweep(params: list[Tensor], rows: slice, ids: list[int]) -> None:
+        grads, restores, squares = (table[rows] for table in tables)
+        zo_fused.moments_update_(
+            params, KEYS, grads, "adam", -0.1, restores=restores, squares=squares, eps=1e-6, ids=ids
+        )
+
+    sweep(together, slice(None), [0, 1])
+    for i in range(2):
+        sweep(alone[i : i + 1], slice(i, i + 1), [i])
+        assert same(together[i], alone[i])
+
+
 def test_sign_without_state_moves_every_weight_by_the_step() -> None:
     p = torch.zeros(33)
     zo_fused.moments_update_([p], [KEY], [2.0], "sign", -0.5)
@@ -308,12 +359,17 @@ def operator_calls() -> dict[str, tuple]:
     script = torch.tensor([[1, -1, -1], [0, 2, 1], [0, -1, -1]])
     lines = (torch.randn(2, 3, 2), torch.randn(2, 3))
     words = [torch.empty(9, dtype=torch.int64), torch.empty(2, dtype=torch.int64)]
+    moments_of = (i64, zeros, torch.tensor([1, 2, 3]), *rows, "adam")
     return {
         "bits_": (words, i64, zeros, i64),
         "normal_": ([torch.empty(9), torch.empty(2, 3)], i64, zeros, i64),
         "dense_": (p, i64, zeros, torch.tensor([1, 2, 3]), torch.randn(2, 3), one, i64[:1]),
         "dense_steps_": (p, i64, zeros, torch.tensor([1, 2, 3]), script, *lines),
-        "moments_": (p, firsts, seconds, i64, zeros, torch.tensor([1, 2, 3]), *rows, "adam"),
+        "dense_steps_ of signs": (
+            *(p, i64, zeros, torch.tensor([1, 2, 3]), script, *lines, "rademacher"),
+        ),
+        "moments_": (p, firsts, seconds, *moments_of),
+        "moments_ of squares": (*(p, [], [], *moments_of, None, "rademacher", torch.rand(2, 3)),),
         "lowrank_": (p, us, vs, torch.randn(2), one, i64, zeros, i64[:1]),
         "lowrank_steps_": (
             *(p, [torch.stack((u, u)) for u in us], vs, i64, zeros, torch.tensor([1, 2, 3])),
@@ -326,7 +382,7 @@ def operator_calls() -> dict[str, tuple]:
 
 @pytest.mark.parametrize("name", list(operator_calls()))
 def test_opcheck(name: str) -> None:
-    operator = getattr(torch.ops.zo_fused, name).default
+    operator = getattr(torch.ops.zo_fused, name.partition(" ")[0]).default
     torch.library.opcheck(operator, operator_calls()[name])
 
 
@@ -418,6 +474,34 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[Tensor], None]]] = {
         ValueError,
         "firsts",
         lambda p: zo_fused.moments_update_([p], [KEY], [1.0], "adam", 0.1),
+    ),
+    "adam of squares with moments": (
+        ValueError,
+        "no firsts and no seconds",
+        lambda p: zo_fused.moments_update_(
+            [p], [KEY], [1.0], "adam", 0.1, firsts=[p.clone()], seconds=[p.clone()], squares=[1.0]
+        ),
+    ),
+    "adam of squares with second moments": (
+        ValueError,
+        "no firsts and no seconds",
+        lambda p: zo_fused.moments_update_(
+            [p], [KEY], [1.0], "adam", 0.1, seconds=[p.clone()], squares=[1.0]
+        ),
+    ),
+    "squares without adam": (
+        ValueError,
+        "rule 'sign' has no squares",
+        lambda p: zo_fused.moments_update_([p], [KEY], [1.0], "sign", 0.1, squares=[1.0]),
+    ),
+    "squares of a wrong shape": (
+        ValueError,
+        r"squares must be torch.float32 of shape \(1, 2\)",
+        lambda p: torch.ops.zo_fused.moments_(
+            *([p], [], [], torch.tensor([0]), torch.tensor([0]), torch.tensor([1, 2])),
+            *(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1, 6), torch.ones(1), "adam"),
+            *(None, "portable", torch.ones(1, 1)),
+        ),
     ),
     "second moments without adam": (
         ValueError,

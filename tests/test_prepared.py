@@ -56,7 +56,7 @@ def rows_of(name: str, count: int, seed: int = 0) -> tuple[Any, ...]:
         ),
         "dense_steps_": (
             *(two, torch.tensor([[0, -1, -1], [0, 1, -1], [1, -1, 0]])),
-            *(random(count, 3, 2, seed=seed), random(count, 3, seed=seed)),
+            *(random(count, 3, 2, seed=seed), random(count, 3, seed=seed), "portable"),
         ),
         "lowrank_": (random(count, seed=seed), decay, ROUNDING),
         "lowrank_steps_": (
@@ -166,6 +166,45 @@ def test_moments_that_are_not_kept(rule: str, backend: str) -> None:
         prepare("moments_", lists, *streams(len(params)))(*rows, rule, rounding=rounding)
         by_operator("moments_", wanted, (*rows, rule, rounding))
         assert_same_lists(lists, wanted)
+
+
+def test_adam_of_squares(backend: str) -> None:
+    (params, firsts, seconds), (*rows, rule, rounding) = call_of("moments_")
+    squares = random(len(params), 2, seed=5).square()
+    wanted = copies([params, [], []])
+    sweep = prepare("moments_", [params, [], []], *streams(len(params)))
+    strided = torch.stack([squares, squares], dim=-1)[..., 0]
+    for given in (squares, strided):
+        sweep(*rows, rule, rounding, "rademacher", squares=given)
+        by_operator("moments_", wanted, (*rows, rule, rounding, "rademacher", squares))
+        assert_same_lists([params], wanted[:1])
+    with pytest.raises(ValueError, match="firsts"):
+        sweep(*rows, rule, rounding)
+    for bad in (squares[:, :1], squares[:1], squares.double(), squares.to("meta")):
+        with pytest.raises(ValueError, match="squares"):
+            sweep(*rows, rule, rounding, squares=bad)
+    with pytest.raises(ValueError, match="no squares"):
+        sweep(*rows, "sign", squares=squares)
+    kept = prepare("moments_", [params, firsts, seconds], *streams(len(params)))
+    with pytest.raises(ValueError, match="no firsts"):
+        kept(*rows, rule, squares=squares)
+    assert_same_lists([params], wanted[:1])
+
+
+@pytest.mark.parametrize("name", ["normal_", "dense_", "dense_steps_", "moments_"])
+def test_signs(name: str, backend: str) -> None:
+    lists, rows = call_of(name)
+    wanted, normals = copies(lists), copies(lists)
+    rows = rows if name == "moments_" else rows[:-1]
+    sweep = prepare(name, lists, *streams(len(SHAPES)))
+    sweep(*rows, transform="rademacher")
+    arguments.bind(getattr(_ops, name), name, wanted, *streams(len(SHAPES)))(
+        *rows, transform="rademacher"
+    )
+    assert_same_lists(lists, wanted)
+    by_operator(name, normals, rows)
+    assert not torch.equal(lists[0][0], normals[0][0])
+    assert name != "normal_" or all(z.abs().eq(1).all() for z in lists[0])
 
 
 def test_low_rank_without_streams(backend: str) -> None:
@@ -344,7 +383,7 @@ def test_a_backend_that_cannot_serve(use_backend: Callable[[str], None]) -> None
 
 def test_transform_that_the_backend_lacks(use_backend: Callable[[str], None]) -> None:
     use_backend("reference")
-    for name in ("normal_", "dense_", "moments_"):
+    for name in ("normal_", "dense_", "dense_steps_", "moments_"):
         lists, rows = call_of(name)
         before = copies(lists)
         sweep = prepare(name, lists, *streams(len(SHAPES)))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import zo_fused
-from zo_fused.noise import Purpose, derive_key, normal, parameter_id
+from zo_fused.noise import Purpose, derive_key, normal, parameter_id, random_bits
 
 Weights = dict[str, Tensor]
 STEPS, SEED, EPS = 50, 11, 1e-2
@@ -71,9 +71,16 @@ def float64_loss(model: nn.Module, tokens: Tensor) -> Callable[[Weights], Tensor
     return loss
 
 
-def dense(name: str, w: Tensor, step: int) -> Tensor:
-    key = derive_key(SEED, Purpose.DENSE, step)
+def dense(name: str, w: Tensor, step: int, query: int = 0) -> Tensor:
+    key = derive_key(SEED, Purpose.DENSE, step, query)
     return normal(w.numel(), key, parameter_id(name)).double().view(w.shape)
+
+
+def rademacher(name: str, w: Tensor, step: int, query: int = 0) -> Tensor:
+    """The top bits of the random words."""
+    key = derive_key(SEED, Purpose.DENSE, step, query)
+    words = random_bits(w.numel(), key, parameter_id(name)).to(torch.int64) & 0xFFFFFFFF
+    return (1.0 - 2.0 * (words >> 31)).double().view(w.shape)
 
 
 def factor(name: str, rows: int, rank: int, purpose: Purpose, step: int) -> Tensor:
@@ -209,7 +216,179 @@ def textbook_sign(loss, theta: Weights, lr: float, wd: float, sign: str) -> list
     return grads
 
 
+def textbook_queries(  # type: ignore[no-untyped-def]
+    loss, theta: Weights, lr: float, wd: float, queries: int, estimate, draw=dense
+) -> list[float]:
+    """n-SPSA: the mean of several estimates."""
+    grads = []
+    for t in range(STEPS):
+        zs = [{k: draw(k, w, t, query) for k, w in theta.items()} for query in range(queries)]
+        gs = [estimate(loss, theta, z) for z in zs]
+        for k, w in theta.items():
+            mean = sum(g * z[k] for g, z in zip(gs, zs, strict=True)) / queries
+            theta[k] = w - lr * (mean + wd * w)
+        grads += gs
+    return grads
+
+
+def textbook_lozo_queries(loss, theta: Weights, lr: float, wd: float, queries: int) -> list[float]:  # type: ignore[no-untyped-def]
+    grads = []
+    for t in range(STEPS):
+        zs: list[Weights] = []
+        for query in range(queries):
+            z = {}
+            for k, w in theta.items():
+                z[k] = dense(k, w, t, query)
+                if w.dim() >= 2:
+                    key = derive_key(SEED, Purpose.U, t, query)
+                    u = normal(w.shape[0] * 2, key, parameter_id(k)).double().view(-1, 2)
+                    _, v = u_and_v(k, w, t, 2, 20)
+                    z[k] = (u @ v.T).view(w.shape)
+            zs.append(z)
+        gs = [two_sided(loss, theta, z) for z in zs]
+        for k, w in theta.items():
+            mean = sum(g * z[k] for g, z in zip(gs, zs, strict=True)) / queries
+            theta[k] = w - lr * (mean + wd * w)
+        grads += gs
+    return grads
+
+
+def textbook_lozo_m_queries(  # type: ignore[no-untyped-def]
+    loss, theta: Weights, lr: float, wd: float, queries: int, beta: float
+) -> list[float]:
+    """One window, so nothing is projected."""
+    grads = []
+    momentum = {k: torch.zeros_like(w) for k, w in theta.items()}
+    for t in range(STEPS):
+        zs: list[Weights] = []
+        for query in range(queries):
+            z = {}
+            for k, w in theta.items():
+                z[k] = dense(k, w, t, query)
+                if w.dim() >= 2:
+                    key = derive_key(SEED, Purpose.U, t, query)
+                    u = normal(w.shape[0] * 2, key, parameter_id(k)).double().view(-1, 2)
+                    z[k] = (u @ factor(k, w[0].numel(), 2, Purpose.V, 0).T).view(w.shape)
+            zs.append(z)
+        gs = [two_sided(loss, theta, z) for z in zs]
+        for k, w in theta.items():
+            mean = sum(g * z[k] for g, z in zip(gs, zs, strict=True)) / queries
+            momentum[k] = beta * momentum[k] + (1 - beta) * mean
+            theta[k] = w - lr * (momentum[k] + wd * w)
+        grads += gs
+    return grads
+
+
+def block_of(name: str) -> int:
+    """The blocks that the optimizers below are given."""
+    return {"embed": 0, "blocks.0": 1, "blocks.1": 2}[name[: 5 if name[0] == "e" else 8]]
+
+
+def in_blocks(model: nn.Module) -> list[dict]:  # type: ignore[type-arg]
+    named = list(model.named_parameters())
+    return [{"params": [x for x in named if block_of(x[0]) == b], "block": b} for b in range(3)]
+
+
+def textbook_blocks(  # type: ignore[no-untyped-def]
+    loss, theta: Weights, lr: float, wd: float, order: str
+) -> list[float]:
+    """Block coordinate descent: a block a step, or all from the same weights."""
+    grads = []
+    for t in range(STEPS):
+        taken = [t % 3] if order == "sequential" else [0, 1, 2]
+        z = {k: dense(k, w, t) for k, w in theta.items()}
+        masks = [{k: z[k] * (block_of(k) == b) for k in theta} for b in taken]
+        gs = [two_sided(loss, theta, mask) for mask in masks]
+        for b, g in zip(taken, gs, strict=True):
+            for k, w in theta.items():
+                if block_of(k) == b:
+                    theta[k] = w - lr * (g * z[k] + wd * w)
+        grads += gs
+    return grads
+
+
+def textbook_conservative(loss, theta: Weights, lr: float, wd: float) -> list[float]:  # type: ignore[no-untyped-def]
+    grads = []
+    for t in range(STEPS):
+        z = {k: dense(k, w, t) for k, w in theta.items()}
+        g = two_sided(loss, theta, z)
+        places = [{k: w + s * lr * g * z[k] for k, w in theta.items()} for s in (0, -1, 1)]
+        theta.update(min(places, key=lambda place: float(loss(place))))
+        grads.append(g)
+    return grads
+
+
+def textbook_adam_of_history(  # type: ignore[no-untyped-def]
+    loss, theta: Weights, lr: float, wd: float, betas: tuple[float, float], history: int
+) -> list[float]:
+    """Adam whose sums reach back over the last H estimates only."""
+    grads: list[float] = []
+    for t in range(STEPS):
+        past = range(max(0, t + 1 - history), t + 1)
+        n = len(past)
+        z = {k: dense(k, w, t) for k, w in theta.items()}
+        grads.append(two_sided(loss, theta, z))
+        for k, w in theta.items():
+            m, v = torch.zeros_like(w), torch.zeros_like(w)
+            for s in past:
+                gz = grads[s] * dense(k, w, s)
+                m += betas[0] ** (t - s) * (1 - betas[0]) * gz
+                v += betas[1] ** (t - s) * (1 - betas[1]) * gz**2
+            m, v = m / (1 - betas[0] ** n), v / (1 - betas[1] ** n)
+            theta[k] = w - lr * (m / (v.sqrt() + 1e-8) + wd * w)
+    return grads
+
+
 CASES = {
+    "MeZO, 3 queries": (
+        lambda *a, estimate, **kw: zo_fused.MeZO(*a, **kw), textbook_queries,
+        {"lr": 3e-4, "weight_decay": 0.5}, {"queries": 3, "estimate": two_sided},
+    ),
+    "MeZO, 3 queries, deferred": (
+        lambda *a, estimate, **kw: zo_fused.MeZO(*a, deferred=True, **kw), textbook_queries,
+        {"lr": 3e-4}, {"queries": 3, "estimate": two_sided},
+    ),
+    "MeZO, 3 one-sided queries": (
+        lambda *a, estimate, **kw: zo_fused.MeZO(*a, one_sided=True, **kw), textbook_queries,
+        {"lr": 3e-4}, {"queries": 3, "estimate": one_sided},
+    ),
+    "MeZO, 3 one-sided queries, deferred": (
+        lambda *a, estimate, **kw: zo_fused.MeZO(*a, one_sided=True, deferred=True, **kw),
+        textbook_queries, {"lr": 3e-4}, {"queries": 3, "estimate": one_sided},
+    ),
+    "MeZO, Rademacher": (
+        lambda *a, estimate, draw, **kw: zo_fused.MeZO(*a, distribution="rademacher", **kw),
+        textbook_queries, {"lr": 3e-4}, {"queries": 2, "estimate": two_sided, "draw": rademacher},
+    ),
+    "LOZO, 3 queries": (
+        lambda *a, **kw: zo_fused.LOZO(*a, interval=20, **kw), textbook_lozo_queries,
+        {"lr": 3e-4, "weight_decay": 0.5}, {"queries": 3},
+    ),
+    "LOZO, 3 queries, deferred": (
+        lambda *a, **kw: zo_fused.LOZO(*a, interval=20, deferred=True, **kw),
+        textbook_lozo_queries, {"lr": 3e-4}, {"queries": 3},
+    ),
+    "LOZO-M, 2 queries": (
+        lambda *a, **kw: zo_fused.LOZO(*a, interval=STEPS, **kw), textbook_lozo_m_queries,
+        {"lr": 3e-4}, {"queries": 2, "beta": 0.9},
+    ),
+    "MeZO, a block a step": (
+        lambda _, order, **kw: zo_fused.MeZO(in_blocks(kw.pop("model")), block_order=order, **kw),
+        textbook_blocks, {"lr": 1e-3, "weight_decay": 0.5}, {"order": "sequential"},
+    ),
+    "MeZO, blocks at once": (
+        lambda _, order, **kw: zo_fused.MeZO(in_blocks(kw.pop("model")), block_order=order, **kw),
+        textbook_blocks, {"lr": 3e-4, "weight_decay": 0.5}, {"order": "simultaneous"},
+    ),
+    "ZOConservative": (zo_fused.ZOConservative, textbook_conservative, {"lr": 3e-4}, {}),
+    "ZOAdam, long history": (
+        lambda *a, **kw: zo_fused.ZOAdam(*a, history=STEPS, **kw), textbook_adam,
+        {"lr": 1e-3, "weight_decay": 0.5}, {"betas": (0.9, 0.99)},
+    ),
+    "ZOAdam, short history": (
+        zo_fused.ZOAdam, textbook_adam_of_history,
+        {"lr": 1e-3, "weight_decay": 0.5}, {"betas": (0.9, 0.99), "history": 7},
+    ),
     "MeZO, one-sided": (
         lambda *a, **kw: zo_fused.MeZO(*a, one_sided=True, **kw), textbook_one_sided,
         {"lr": 3e-4, "weight_decay": 0.5}, {},
@@ -270,11 +449,13 @@ def test_fifty_float32_steps_follow_the_float64_textbook(case: str) -> None:
     expected = textbook(loss, theta, common["lr"], common.get("weight_decay", 0.0), **extra)
 
     options = {NAMES.get(k, k): v for k, v in extra.items()}
+    if "order" in extra:
+        options["model"] = model
     opt = method(model.named_parameters(), eps=EPS, seed=SEED, **common, **options)
-    grads = []
+    grads: list[float] = []
     for _ in range(STEPS):
         opt.step(lambda: loss(dict(model.named_parameters())))
-        grads.append(opt.projected_grad.item())
+        grads += opt.projected_grad.reshape(-1).tolist()
 
     opt.flush()
     torch.testing.assert_close(torch.tensor(grads), torch.tensor(expected), rtol=0, atol=2e-4)

@@ -46,15 +46,20 @@ def int64(*values: int) -> Tensor:
 
 
 def check_fill(
-    name: str, dtype: torch.dtype, sizes: Sequence[int], offset: int, device: torch.device
+    name: str,
+    dtype: torch.dtype,
+    sizes: Sequence[int],
+    offset: int,
+    device: torch.device,
+    *transform: str,
 ) -> None:
     ids, offsets = int64(*(ID + i for i in range(len(sizes)))), int64(*[offset] * len(sizes))
     keys = int64(*(KEYS[i % 3] for i in range(len(sizes))))
     islands = Islands(device, misalignment=1)
     wanted = [torch.empty(n, dtype=dtype) for n in sizes]
     got = [islands.put(torch.zeros(n, dtype=dtype)) for n in sizes]
-    getattr(reference, name)(wanted, ids, offsets, keys)
-    getattr(backend, name)(got, ids, offsets, keys.to(device))
+    getattr(reference, name)(wanted, ids, offsets, keys, *transform)
+    getattr(backend, name)(got, ids, offsets, keys.to(device), *transform)
     islands.check()
     for g, w in zip(got, wanted, strict=True):
         assert_same_bits(g, w)
@@ -68,6 +73,7 @@ def check_dense(
     directions: int = 1,
     misalignment: int = 0,
     rounding: bool = False,
+    transform: str = "portable",
 ) -> None:
     ids, offsets = int64(*(ID + i for i in range(len(sizes)))), int64(*[offset] * len(sizes))
     keys = int64(*KEYS[:directions])
@@ -77,9 +83,9 @@ def check_dense(
     islands = Islands(device, misalignment)
     got = [islands.put(w) for w in wanted]
     key = int64(KEYS[2]) if rounding else None
-    reference.dense_(wanted, ids, offsets, keys, coeffs, decay, key)
+    reference.dense_(wanted, ids, offsets, keys, coeffs, decay, key, transform)
     rows = [x if x is None else x.to(device) for x in (keys, coeffs, decay, key)]
-    backend.dense_(got, ids, offsets, *rows)
+    backend.dense_(got, ids, offsets, *rows, transform)
     islands.check()
     for g, w in zip(got, wanted, strict=True):
         assert_same_bits(g, w)
@@ -94,19 +100,24 @@ def check_moments(
     m_dtype: torch.dtype | None,
     directions: int = 1,
     rounding: bool = False,
+    transform: str = "portable",
+    of_squares: bool = False,
 ) -> None:
     ids, offsets = int64(*(ID + i for i in range(len(sizes)))), int64(*[offset] * len(sizes))
-    keys = int64(*KEYS[:directions])
+    keys = int64(*KEYS[:directions], *range(8, 5 + directions))
     rows = [random(len(sizes), columns, seed=columns) for columns in (directions, directions, 6)]
     rows[2].abs_()
     rows.append(1 + 0.1 * random(len(sizes), seed=2))
     params = [random(n, dtype=dtype, seed=n) for n in sizes]
     firsts = [random(n, dtype=m_dtype, seed=n + 1) for n in sizes] if m_dtype else []
-    seconds = [random(n, seed=n + 2).square() for n in sizes] if rule == "adam" else []
+    keeps = rule == "adam" and not of_squares
+    seconds = [random(n, seed=n + 2).square() for n in sizes] if keeps else []
+    squares = random(len(sizes), directions, seed=3).square() if of_squares else None
     islands = Islands(device)
     lists = [[islands.put(x) for x in xs] for xs in (params, firsts, seconds)]
     key = int64(KEYS[2]) if rounding else None
-    reference.moments_(params, firsts, seconds, ids, offsets, keys, *rows, rule, key)
+    rest = (transform, squares)
+    reference.moments_(params, firsts, seconds, ids, offsets, keys, *rows, rule, key, *rest)
     backend.moments_(
         *lists,
         ids,
@@ -115,6 +126,8 @@ def check_moments(
         *(row.to(device) for row in rows),
         rule,
         key if key is None else key.to(device),
+        transform,
+        squares if squares is None else squares.to(device),
     )
     islands.check()
     for got, wanted in zip(itertools.chain(*lists), params + firsts + seconds, strict=True):
@@ -251,6 +264,11 @@ def test_bits_and_normals(offset: int, device: torch.device) -> None:
     check_fill("normal_", torch.float32, (0, 7, 64), offset, device)
 
 
+@pytest.mark.parametrize("offset", [0, 3, CARRY, FAR])
+def test_signs(offset: int, device: torch.device) -> None:
+    check_fill("normal_", torch.float32, (0, 7, 64, BLOCK), offset, device, "rademacher")
+
+
 @pytest.mark.parametrize("offset", [0, 4 * 2**32 - BLOCK])
 def test_bits_and_normals_of_several_blocks(offset: int, device: torch.device) -> None:
     check_fill("bits_", torch.int64, (2 * BLOCK + 5,), offset, device)
@@ -302,6 +320,15 @@ def test_dense_rounding_stochastically(
     dtype: torch.dtype, offset: int, device: torch.device
 ) -> None:
     check_dense((0, 1, 9, BLOCK + 3), offset, device, dtype, 2, rounding=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("directions", [1, 2, 3])
+def test_dense_signs(dtype: torch.dtype, directions: int, device: torch.device) -> None:
+    rounding = directions == 2
+    for offset in (0, CARRY):
+        sizes = (0, 9, BLOCK + 3)
+        check_dense(sizes, offset, device, dtype, directions, 0, rounding, "rademacher")
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -391,6 +418,29 @@ def test_moments_without_state(rule: str, device: torch.device) -> None:
 @pytest.mark.parametrize("directions", [0, 1, 3])
 def test_moments_directions_and_offsets(directions: int, offset: int, device: torch.device) -> None:
     check_moments((65,), offset, device, "adam", torch.bfloat16, torch.float32, directions, True)
+
+
+@pytest.mark.parametrize("rule", ["momentum", "sign", "adam"])
+def test_moments_of_signs(rule: str, device: torch.device) -> None:
+    sizes = (3, launch.MOMENTS_BLOCK + 9)
+    for directions, dtype in ((1, torch.float16), (2, torch.float32)):
+        rest = (rule, dtype, torch.float32, directions, False, "rademacher")
+        check_moments(sizes, 0, device, *rest)
+
+
+@pytest.mark.parametrize("transform", ["portable", "rademacher"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adam_of_squares(dtype: torch.dtype, transform: str, device: torch.device) -> None:
+    sizes = (0, 3, launch.MOMENTS_BLOCK + 9)
+    for directions, offset in ((1, 0), (3, CARRY)):
+        rest = ("adam", dtype, None, directions, True, transform, True)
+        check_moments(sizes, offset, device, *rest)
+
+
+@pytest.mark.parametrize("directions", [0, 130])
+def test_adam_of_many_squares(directions: int, device: torch.device) -> None:
+    rest = ("adam", torch.bfloat16, None, directions, False, "rademacher", True)
+    check_moments((9, 100), 5, device, *rest)
 
 
 # ---- tables and launches ------------------------------------------------------------------------

@@ -35,6 +35,8 @@ BUDGETS = {
     "dense, 2 directions fp32": 62.0,
     "dense, stochastic fp16": 52.5,
     "dense, stochastic bf16": 46.5,
+    "dense, rademacher fp16": 17.5,
+    "dense, rademacher fp32": 16.5,
     "dense, fast fp16": 23.5,
     "dense, fast fp32": 22.5,
     "moments, momentum, m fp32 fp16": 44.0,

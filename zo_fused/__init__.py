@@ -12,11 +12,15 @@ __version__ = "0.1.0.dev0"
 
 _HOME = {
     "ForwardGrad": "zo_fused.optim.forward_grad",
+    "Hybrid": "zo_fused.optim.hybrid",
     "LOZO": "zo_fused.optim.lozo",
     "MeZO": "zo_fused.optim.mezo",
     "ZOAdam": "zo_fused.optim.adam",
+    "ZOConservative": "zo_fused.optim.conservative",
     "ZOSignSGD": "zo_fused.optim.sign",
     "backend_of": "zo_fused.dispatch",
+    "first_layers": "zo_fused.layers",
+    "layer_blocks": "zo_fused.layers",
     "lowrank_momentum_": "zo_fused.ops",
     "lowrank_perturb_": "zo_fused.ops",
     "lowrank_update_": "zo_fused.ops",

@@ -8,15 +8,15 @@ The only file that touches ``torch.library``. One list-valued call is one sweep.
   for ``bits_`` and ``normal_``. On the parameters' device, as are
 * ``coeffs``: float32 [P, K] (``dense_``), [P] (``lowrank_``), [P, 4] (``lowrank_momentum_``:
   beta, grad, restore, step), [P, 6] (``moments_``: beta, gain, beta2, gain2, eps, step), also
-* ``grads`` and ``restores``: float32 [P, K], and ``decay``: float32 [P].
+* ``grads``, ``restores`` and ``squares``: float32 [P, K], and ``decay``: float32 [P].
 
 Options:
 
 * ``rounding``: int64 [1] on the parameters' device, the key of a rounding stream: 16-bit weights
   are rounded stochastically. None: to nearest. Low-rank sweeps need ids and offsets only for it.
-* ``transform``: how words become normals, "portable" or (GPUs only) "fast".
+* ``transform``: how words become normals, "portable" or (GPUs only) "fast"; or signs, "rademacher".
 * ``rule``: "momentum", "adam" or "sign". ``firsts`` may be empty for all but "adam", which alone
-  has ``seconds``.
+  has ``seconds``. With ``squares`` "adam" keeps neither and makes both anew from all directions.
 
 ``dense_steps_`` and ``lowrank_steps_`` make many sweeps over the same weights in one pass. What
 they are is a ``script`` with rows of its own (`zo_fused.script`); us are (products, m, rank) there.
@@ -57,12 +57,12 @@ SCHEMAS = {
     ),
     "dense_steps_": (
         "(Tensor(a!)[] params, Tensor ids, Tensor offsets, Tensor keys, Tensor script, "
-        "Tensor coeffs, Tensor decay) -> ()"
+        f"Tensor coeffs, Tensor decay, {_TRANSFORM}) -> ()"
     ),
     "moments_": (
         "(Tensor(a!)[] params, Tensor(b!)[] firsts, Tensor(c!)[] seconds, Tensor ids, "
         "Tensor offsets, Tensor keys, Tensor grads, Tensor restores, Tensor coeffs, "
-        f"Tensor decay, str rule, Tensor? rounding=None, {_TRANSFORM}) -> ()"
+        f"Tensor decay, str rule, Tensor? rounding=None, {_TRANSFORM}, Tensor? squares=None) -> ()"
     ),
     "lowrank_": (
         "(Tensor(a!)[] params, Tensor[] us, Tensor[] vs, Tensor coeffs, Tensor decay, "

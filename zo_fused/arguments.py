@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-TRANSFORMS = ("portable", "fast")
+TRANSFORMS = ("portable", "rademacher", "fast")
 RULES = ("momentum", "adam", "sign")
 
 # How many lists of tensors a sweep begins with, and how many of them, the first ones, it writes.
@@ -326,12 +326,18 @@ def _check_indices(script: Tensor, *ends: int) -> None:
 
 
 def _dense_steps_rows(
-    checked: Checked, keys: Tensor, script: Tensor, coeffs: Tensor, decay: Tensor
+    checked: Checked,
+    keys: Tensor,
+    script: Tensor,
+    coeffs: Tensor,
+    decay: Tensor,
+    transform: str = "portable",
 ) -> str:
+    _check_choice("transform", transform, TRANSFORMS)
     shape = (checked.count, _check_script(checked, keys, script, decay), 2)
     _check_on("coeffs", coeffs, torch.float32, shape, checked.device)
     _check_indices(script, *[keys.numel()] * 3)
-    return "portable"
+    return transform
 
 
 def _lowrank_steps_rows(
@@ -354,11 +360,16 @@ def _moments_rows(
     rule: str,
     rounding: Tensor | None = None,
     transform: str = "portable",
+    squares: Tensor | None = None,
 ) -> str:
     _check_choice("rule", rule, RULES)
     _check_choice("transform", transform, TRANSFORMS)
     count, firsts, seconds = checked.count, *checked.lengths[1:]
-    if rule == "adam":
+    if squares is not None:
+        _check(rule == "adam", f"rule {rule!r} has no squares")
+        _check(not firsts and not seconds, "with squares no firsts and no seconds are kept")
+        _check_directions(checked, keys, squares=squares)
+    elif rule == "adam":
         _check_length("firsts", firsts, count)
         _check_length("seconds", seconds, count)
     elif seconds:

@@ -10,21 +10,22 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from zo_fused.factors import Factors, StepFactors
 from zo_fused.keys import Stream, stream_keys
 from zo_fused.parameters import Bucket
 from zo_fused.streams import Purpose
+from zo_fused.vectors import Vector, float32, table, vector
 
 
 class Term(NamedTuple):
-    """``coeff * z`` with the z of a step."""
+    """``coeff * z`` with the z of a step's query."""
 
     step: int
-    coeffs: Tensor  # [P]
-    factor: Tensor | None = None  # low rank: a flat factor instead of the step's U
+    coeffs: Vector
+    factor: Tensor | None = None  # low rank: a flat factor instead of the query's U
+    query: int = 0
 
 
 class Direction:
@@ -39,25 +40,30 @@ class Direction:
     module: nn.Module | None = None  # that takes part in evaluations
     paired = False  # whether both signs are evaluated at once, by `both`
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the sweeps that draw z themselves."""
+        return {}
+
     def sweep(
         self,
         bucket: Bucket,
         seed: int,
         terms: Sequence[Term],
-        decay: Tensor,
+        decay: Vector,
         rounding: Tensor | None = None,
     ) -> None:
         """``p = decay * p + sum of the terms`` in one sweep.
 
         Args:
-            terms: of one step, or of it and the next.
-            decay: [P].
+            terms: of one step, then perhaps of the next.
+            decay: factor of the weights.
             rounding: key of a rounding stream, int64 [1]; None: to nearest.
         """
         raise NotImplementedError
 
-    def update_scale(self, bucket: Bucket) -> Tensor | None:
-        """Factor of the update relative to z, float64 [P]; None for 1."""
+    def update_scale(self, bucket: Bucket) -> Vector | None:
+        """Factor of the update relative to z; None for 1."""
         return None
 
     def out_of_reach(self, buckets: Sequence[Bucket]) -> list[tuple[Tensor, str]]:
@@ -81,9 +87,10 @@ class Direction:
         groups: list[dict[str, Any]],
         seed: int,
         step: int,
+        query: int,
         closure: Callable[[], Any],
     ) -> Tensor:
-        """The losses at both signs, [2]."""
+        """The losses at both signs of a query, [2]."""
         raise NotImplementedError
 
     def window_ends(self, bucket: Bucket, step: int) -> bool:
@@ -99,30 +106,47 @@ class Direction:
         return False
 
 
+DISTRIBUTIONS = {"gaussian": "portable", "rademacher": "rademacher"}  # and their transforms
+
+
 class Dense(Direction):
-    """z ~ N(0, I), one stream per step (MeZO, arXiv 2305.17333, algorithm 1)."""
+    """z of independent elements, one stream a query (MeZO, arXiv 2305.17333, algorithm 1).
+
+    Args:
+        distribution: "gaussian", N(0, 1), or "rademacher", -1 or 1.
+    """
+
+    def __init__(self, distribution: str = "gaussian") -> None:
+        if distribution not in DISTRIBUTIONS:
+            names = tuple(DISTRIBUTIONS)
+            raise ValueError(f"distribution must be one of {names}, got {distribution!r}")
+        self._transform = DISTRIBUTIONS[distribution]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {} if self._transform == "portable" else {"transform": self._transform}
 
     def sweep(
         self,
         bucket: Bucket,
         seed: int,
         terms: Sequence[Term],
-        decay: Tensor,
+        decay: Vector,
         rounding: Tensor | None = None,
     ) -> None:
-        streams = [Stream(Purpose.DENSE, term.step) for term in terms]
+        streams = [Stream(Purpose.DENSE, term.step, query=term.query) for term in terms]
         keys = stream_keys(seed, streams, bucket.device)
-        coeffs = torch.stack([term.coeffs for term in terms], dim=-1)
-        bucket.sweep("dense_")(keys, coeffs.float(), decay.float(), rounding)
+        coeffs = table([term.coeffs for term in terms])
+        bucket.sweep("dense_")(keys, coeffs, float32(decay), rounding, **self.options)
 
 
 class LowRank(Direction):
     """z = U V^T with U fresh every step and V fixed for a window of ``interval`` steps.
 
-    For a parameter seen as (m, n): U (m, rank) from stream (U, step), V (n, rank) from stream
-    (V, step // interval), both N(0, 1), each from its own stream, so the U of the query is the U
-    of the update (the released LOZO code loses that at every new V). One-dimensional parameters
-    get dense noise from stream (dense, step): U is the noise itself, V is 1.
+    For a parameter seen as (m, n): U (m, rank) from stream (U, step, query), V (n, rank) from
+    stream (V, step // interval), both N(0, 1), each from its own stream, so the U of the query is
+    the U of the update (the released LOZO code loses that at every new V). One-dimensional
+    parameters get dense noise from stream (dense, step, query): U is the noise itself, V is 1.
     """
 
     fixed: tuple[str, ...] = ("rank", "interval")
@@ -147,34 +171,37 @@ class LowRank(Direction):
         decay: Tensor,
         rounding: Tensor | None = None,
     ) -> None:
+        (us, vs, key), coeffs = self.product(bucket, seed, terms)
+        bucket.sweep("lowrank_", us, vs, key=key)(float32(coeffs), float32(decay), rounding)
+
+    def product(
+        self, bucket: Bucket, seed: int, terms: Sequence[Term]
+    ) -> tuple[tuple[list[Tensor], list[Tensor], Any], Vector]:
+        """The terms as ``coeff * U V^T``: U's add up where V is the same, else the ranks do.
+
+        Returns:
+            U's and V's, a name for where they lie, and the coefficients.
+        """
         factors = self.factors(bucket)
-        steps = [factors.of(seed, term.step) for term in terms]
         if len(terms) == 1 and terms[0].factor is None:
-            us, vs, coeffs = steps[0].us, steps[0].vs, terms[0].coeffs
-            key = ("step", steps[0].number)
-        else:
-            us, vs, key = self._summed(factors, terms, steps)
-            coeffs = torch.ones_like(decay)
-        bucket.sweep("lowrank_", us, vs, key=key)(coeffs.float(), decay.float(), rounding)
-
-    @staticmethod
-    def _summed(
-        factors: Factors, terms: Sequence[Term], steps: Sequence[StepFactors]
-    ) -> tuple[list[Tensor], list[Tensor], Any]:
-        """The terms as one product: U's add up where V is the same, else the ranks do."""
-        summands: dict[Any, list[tuple[Tensor, Tensor]]] = {}
-        vs = {step.windows: step for step in steps}
-        for term, step in zip(terms, steps, strict=True):
+            step = factors.of(seed, terms[0].step, terms[0].query)
+            return (step.us, step.vs, ("step", step.number)), terms[0].coeffs
+        sums: dict[Any, tuple[list[Tensor], StepFactors]] = {}
+        for term in terms:
+            step = factors.of(seed, term.step, term.query)  # its U until the next query is asked
             flat = step.flat_u if term.factor is None else term.factor
-            summands.setdefault(step.windows, []).append((term.coeffs, flat))
-        sums = [factors.total(some, number) for number, some in enumerate(summands.values())]
+            first = step.windows not in sums
+            number = len(sums) if first else list(sums).index(step.windows)
+            parts = factors.add(number, term.coeffs, flat, first)
+            sums.setdefault(step.windows, (parts, step))
         if len(sums) == 1:
-            return sums[0], steps[0].vs, ("sum", steps[0].number)
-        pairs = [(us, vs[window].vs) for us, window in zip(sums, summands, strict=True)]
-        return *factors.joined(pairs), "joined"
+            ((us, step),) = sums.values()
+            return (us, step.vs, ("sum", step.number)), bucket.ones
+        pairs = [(us, step.vs) for us, step in sums.values()]
+        return (*factors.joined(pairs), "joined"), bucket.ones
 
-    def update_scale(self, bucket: Bucket) -> Tensor | None:
+    def update_scale(self, bucket: Bucket) -> Vector | None:
         if not self.divide_by_rank:
             return None
         ranks = [rank for _, rank in self.factors(bucket).v_shapes]  # 1 for vectors
-        return 1.0 / torch.tensor(ranks, dtype=torch.float64, device=bucket.device)
+        return bucket.once("1/rank", lambda: vector([1.0 / rank for rank in ranks], bucket.device))

@@ -22,6 +22,7 @@ from zo_fused.directions import LowRank, Term
 from zo_fused.factors import Factors, StepFactors
 from zo_fused.parameters import Bucket
 from zo_fused.side_paths import SidePaths
+from zo_fused.vectors import Vector, float32
 
 # V / 64 and 64 X take part in the forward pass: in float16, x V of large activations would overflow
 # and small X be subnormal; a power of two changes nothing else.
@@ -46,15 +47,16 @@ class Beside:
         parts = [made[p.dtype][1][i] for i, p in enumerate(bucket.params)]
         return ForwardFactors([flat for flat, _ in made.values()], parts)
 
-    def add(self, terms: Sequence[Term], steps: Sequence[StepFactors], decay: Tensor) -> None:
+    def add(self, seed: int, terms: Sequence[Term], decay: Vector) -> None:
         """``scale, X = decay * scale, decay * X + sum of coeff * factor``."""
         spread = self._factors.spread
-        self.scale.mul_(decay)
+        self.scale.mul_(float32(decay))
         self.x.mul_(spread(decay))
-        for term, step in zip(terms, steps, strict=True):
-            factor = step.flat_u if term.factor is None else term.factor
+        for term in terms:
+            self.step = self._factors.of(seed, term.step, term.query)
+            factor = self.step.flat_u if term.factor is None else term.factor
             self.x.add_(spread(term.coeffs) * factor)
-        self.step = steps[0]
+        assert self.step is not None
         self.bs.fill(self.x, FORWARD_SCALE)
         self.use(self.step)
 
@@ -141,15 +143,13 @@ class Factored(LowRank):
         bucket: Bucket,
         seed: int,
         terms: Sequence[Term],
-        decay: Tensor,
+        decay: Vector,
         rounding: Tensor | None = None,
     ) -> None:
         if not bucket.beside:
             super().sweep(bucket, seed, terms, decay, rounding)
             return
-        factors = self.factors(bucket)
-        steps = [factors.of(seed, term.step) for term in terms]
-        self._beside(bucket).add(terms, steps, decay.float())
+        self._beside(bucket).add(seed, terms, decay)
 
     def not_capturable(self, deferred: bool) -> str:
         return 'whether a window ends is for the host to say; mode="inplace"'
@@ -200,9 +200,10 @@ class Factored(LowRank):
         groups: list[dict[str, Any]],
         seed: int,
         step: int,
+        query: int,
         closure: Callable[[], Any],
     ) -> Tensor:
-        """The losses at both signs, [2], in one run of the closure; nothing is moved.
+        """The losses at both signs of a query, [2], in one run of the closure; nothing is moved.
 
         Parameters that are not beside theirs are copied, once for each sign.
         """
@@ -210,7 +211,7 @@ class Factored(LowRank):
         values: list[tuple[Tensor, Tensor]] = []
         for bucket in buckets:
             factors = self.factors(bucket)
-            now = factors.of(seed, step)
+            now = factors.of(seed, step, query)
             eps = bucket.hyper(groups, "eps")
             if bucket.beside:
                 kept = self._beside(bucket)
@@ -221,9 +222,9 @@ class Factored(LowRank):
         return self._side_paths(buckets).both(closure, bs, values)
 
     @staticmethod
-    def _moved_copies(bucket: Bucket, now: StepFactors, eps: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _moved_copies(bucket: Bucket, now: StepFactors, eps: Vector) -> list[tuple[Tensor, Tensor]]:
         copies = bucket.once("copies", lambda: [p.new_empty(2, *p.shape) for p in bucket.params])
-        for side, coeffs in enumerate((eps.float(), -eps.float())):
+        for side, coeffs in enumerate((float32(eps), float32(-eps))):
             halves = [pair[side] for pair in copies]
             torch._foreach_copy_(halves, bucket.params)
             key = (side, now.number)

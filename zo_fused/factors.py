@@ -17,9 +17,9 @@ from torch import Tensor
 
 from zo_fused import _ops
 from zo_fused.keys import Stream, clock, stream_keys
-from zo_fused.ops import on_device
 from zo_fused.parameters import Bucket
 from zo_fused.streams import Purpose
+from zo_fused.vectors import Vector, float32, on_device
 
 Pair = tuple[list[Tensor], list[Tensor]]
 
@@ -33,7 +33,7 @@ class StepFactors:
     us: list[Tensor]  # parts of flat_u, (m, rank) each
     vs: list[Tensor]
     number: int  # 0 or 1
-    step: Any = None  # what tells whose U is in it
+    step: Any = None  # what tells whose U is in it: of which step and query
     windows: Any = None  # the same of V, over all groups
 
 
@@ -76,25 +76,32 @@ class Factors:
         parts = zip(flat.split(sizes), shapes, strict=True)
         return flat, [part.view(shape) for part, shape in parts]
 
-    def spread(self, per_parameter: Tensor) -> Tensor:
+    def spread(self, per_parameter: Vector) -> Tensor:
         """A number a parameter as a number an element of a flat U, float32."""
-        return per_parameter.to(torch.float32)[self._owner]
+        return float32(per_parameter)[self._owner]
 
-    def of(self, seed: int, step: int) -> StepFactors:
-        """The factors of a step; those of the step before it stay as they are."""
+    def of(self, seed: int, step: int, query: int = 0) -> StepFactors:
+        """The factors of a step's query, until the next query of that step is asked for; those of
+        the step before it stay as they are."""
         slot = self._slots[step % 2]
-        now = (seed, step, clock())
+        now = (seed, step, query, clock())
         if slot.step != now:
-            self._draw_u(slot, seed, step)
-            # Under a clock only the device knows which window it is: there, every step has its own.
-            windows = now if clock() else (seed, *(step // n for n in self._intervals))
+            self._draw_u(slot, seed, step, query)
+            windows = self.windows(seed, step)
             if slot.windows != windows:
                 self._draw_v(slot, seed, step)
             slot.step, slot.windows = now, windows
         return slot
 
-    def _draw_u(self, slot: StepFactors, seed: int, step: int) -> None:
-        streams = [Stream(Purpose.U, step), Stream(Purpose.DENSE, step)]
+    def windows(self, seed: int, step: int) -> Any:
+        """What tells whose V a step has."""
+        # Under a clock only the device knows which window it is: there, every step has its own.
+        if clock():
+            return (seed, step, clock())
+        return (seed, *(step // interval for interval in self._intervals))
+
+    def _draw_u(self, slot: StepFactors, seed: int, step: int, query: int) -> None:
+        streams = [Stream(purpose, step, query=query) for purpose in (Purpose.U, Purpose.DENSE)]
         keys = stream_keys(seed, streams, self._bucket.device)[self._is_vector]
         self._bucket.fill(slot.us, self._all, ("u", slot.number))(keys)
 
@@ -104,18 +111,17 @@ class Factors:
         vs = [slot.vs[i] for i in self._matrices]
         self._bucket.fill(vs, self._matrices, ("v", slot.number))(keys)
 
-    def total(self, summands: Sequence[tuple[Tensor, Tensor]], number: int) -> list[Tensor]:
-        """``sum of coeff * factor`` in buffer 0 or 1, which the next call with it overwrites.
+    def add(self, number: int, coeffs: Vector, factor: Tensor, first: bool) -> list[Tensor]:
+        """``sum += coeff * factor``, from zero at first, in buffer 0 or 1; its parts.
 
         Product and sum are rounded one by one, so that every device has the same bits.
 
         Args:
-            summands: coefficients [P] and flat factors of the shape of U.
+            factor: of the shape of a flat U.
         """
-        flat, parts = self._bucket.once(("total", number), lambda: self.buffer(self.u_shapes))
-        for place, (coeffs, factor) in enumerate(summands):
-            product = self.spread(coeffs) * factor
-            flat.copy_(product) if place == 0 else flat.add_(product)
+        flat, parts = self._bucket.once(("sum", number), lambda: self.buffer(self.u_shapes))
+        product = self.spread(coeffs) * factor
+        flat.copy_(product) if first else flat.add_(product)
         return parts
 
     def joined(self, parts: Sequence[Pair]) -> Pair:

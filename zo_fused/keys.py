@@ -13,12 +13,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from zo_fused import reference
-from zo_fused.ops import int64_tensor
 from zo_fused.streams import MASK32, Purpose, as_int64, derive_key
+from zo_fused.vectors import on_device
 
 
 class Stream(NamedTuple):
@@ -30,7 +31,7 @@ class Stream(NamedTuple):
     query: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is one step's
 class Clock:
     """A step counter on a device, and what was derived from it in this step."""
 
@@ -63,7 +64,8 @@ def stream_keys(seed: int, streams: Sequence[Stream], device: torch.device) -> T
     now = clock()
     if now is None:
         keys = [derive_key(seed, s.purpose, s.step // s.interval, s.query) for s in streams]
-        return int64_tensor(keys, device)
+        host = torch.from_numpy(np.array(keys, dtype=np.uint64).view(np.int64))
+        return host if device.type == "cpu" else on_device(host, device)
     for stream in streams:
         if (seed, stream) not in now.made:
             now.made[seed, stream] = _on_device(seed, stream, now)

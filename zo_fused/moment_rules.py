@@ -17,6 +17,7 @@ from zo_fused.keys import Stream, stream_keys
 from zo_fused.parameters import Bucket
 from zo_fused.rules import SGD, Update
 from zo_fused.streams import Purpose
+from zo_fused.vectors import Vector, float32, minimum, of_tensor, sign, table
 
 STATE_DTYPES = ("float32", "param")
 
@@ -45,23 +46,27 @@ def kept(
 
 def _sweep(
     update: Update,
+    direction: Any,
     rule: str,
     moments: list[list[Tensor]],
-    beta: Tensor,
-    gain: Tensor,
-    beta2: Tensor,
-    gain2: Tensor,
-    eps: Tensor,
-    step: Tensor,
+    beta: Vector,
+    gain: Vector,
+    beta2: Vector,
+    gain2: Vector,
+    eps: Vector,
+    step: Vector,
 ) -> None:
-    """``m = beta m + gain g z``, ``v = beta2 v + gain2 (g z)^2`` and
-    ``p = decay p + restore z + step s`` with s of the rule; and the next perturbation."""
-    u, zero = update, torch.zeros_like(update.lr)
-    steps = [u.step]
-    grads = [u.if_finite(u.grad, 0.0)]
-    restores = [u.if_finite(u.decay * u.restore, u.restore)]
+    """With ``g`` the sum of all ``grad z``: ``m = beta m + gain g``, ``v = beta2 v + gain2 g^2``
+    and ``p = decay p + restore z + step s`` with s of the rule; and the next perturbation."""
+    u = update
+    streams = [Stream(Purpose.DENSE, u.step, query=query) for query in range(len(u.grads))]
+    grads = [u.if_finite(grad, 0.0) for grad in u.grads]
+    restores = [u.bucket.zeros] * len(grads)
+    restores[u.displaced] = u.if_finite(u.decay * u.restore, u.restore)
     if u.ahead is not None:
-        steps, grads, restores = [u.step, u.step + 1], [*grads, zero], [*restores, u.ahead]
+        streams.append(Stream(Purpose.DENSE, u.step + 1))
+        grads.append(u.bucket.zeros)
+        restores.append(u.ahead)
     columns = (
         u.if_finite(beta, 1.0),
         u.if_finite(gain, 0.0),
@@ -70,15 +75,15 @@ def _sweep(
         u.if_finite(eps, 1.0),
         u.if_finite(step, 0.0),
     )
-    streams = [Stream(Purpose.DENSE, step) for step in steps]
     u.bucket.sweep("moments_", *moments, key=rule)(
         stream_keys(u.seed, streams, u.bucket.device),
-        torch.stack(grads, dim=-1).float(),
-        torch.stack(restores, dim=-1).float(),
-        torch.stack(columns, dim=-1).float(),
-        u.if_finite(u.decay, 1.0).float(),
+        table(grads),
+        table(restores),
+        table(columns),
+        float32(u.if_finite(u.decay, 1.0)),
         rule,
         u.rounding,
+        **direction.options,
     )
 
 
@@ -97,9 +102,19 @@ class Momentum:
         u = update
         beta = u.bucket.hyper(u.groups, "momentum")
         gain = 1 - u.bucket.hyper(u.groups, "dampening")
-        zero = torch.zeros_like(beta)
+        zero = u.bucket.zeros
         m = kept(u.bucket, state, "momentum", self.state_dtype)
-        _sweep(u, "momentum", [m, []], beta, gain, zero, zero, zero, -u.lr)
+        _sweep(u, direction, "momentum", [m, []], beta, gain, zero, zero, zero, -u.lr)
+
+
+def steps_taken(bucket: Bucket, state: dict[Any, Any]) -> Vector:
+    """t of every parameter in one vector, whose elements the state then holds."""
+    t = torch.zeros(len(bucket.params), dtype=torch.float64, device=bucket.device)
+    for p, part in zip(bucket.params, t.unbind(), strict=True):
+        if "step" in state[p]:
+            part.copy_(state[p]["step"])
+        state[p]["step"] = part
+    return of_tensor(t)
 
 
 class Adam:
@@ -119,24 +134,92 @@ class Adam:
         u, bucket = update, update.bucket
         beta1, beta2 = (bucket.constant([g["betas"][i] for g in u.groups]) for i in (0, 1))
         eps = bucket.hyper(u.groups, "adam_eps")
-        t = bucket.once("step", lambda: self._steps(bucket, state))
-        t.add_(u.finite)
-        root = (1 - beta2**t).sqrt()
+        t = bucket.once("step", lambda: steps_taken(bucket, state))
+        t += u.finite
+        root = (1 - beta2**t) ** 0.5
         # lr m' / (sqrt(v') + eps) = (lr root / (1 - beta1^t)) m / (sqrt(v) + eps root)
         step = -u.lr * root / (1 - beta1**t)
         m = kept(bucket, state, "exp_avg", self.state_dtype)
         v = kept(bucket, state, "exp_avg_sq")
-        _sweep(u, "adam", [m, v], beta1, 1 - beta1, beta2, 1 - beta2, eps * root, step)
+        columns = (beta1, 1 - beta1, beta2, 1 - beta2, eps * root, step)
+        _sweep(u, direction, "adam", [m, v], *columns)
 
-    @staticmethod
-    def _steps(bucket: Bucket, state: dict[Any, Any]) -> Tensor:
-        """t of every parameter in one tensor, whose elements the state then holds."""
-        t = torch.zeros(len(bucket.params), dtype=torch.float64, device=bucket.device)
-        for p, part in zip(bucket.params, t.unbind(), strict=True):
-            if "step" in state[p]:
-                part.copy_(state[p]["step"])
-            state[p]["step"] = part
-        return t
+
+class AdamOfHistory:
+    """`Adam` with moments made anew from the estimates of the last H steps:
+
+    ``m = sum of a_s z_s``, ``v = sum of b_s z_s^2`` with ``a_s = beta1^(t - s) (1 - beta1) g_s``
+    and ``b_s = beta2^(t - s) (1 - beta2) g_s^2``, over good steps s; the bias corrections take
+    ``min(t, H)`` for t, the share that the sums have. State per parameter: ``exp_avg_coeffs`` and
+    ``exp_avg_sq_coeffs``: a and b, the last step's last, float64 [H]; ``step``: t, float64 [].
+    """
+
+    not_capturable = "how many steps there are to look back on, is for the host to say"
+
+    def __init__(self, history: int) -> None:
+        self.history = history
+
+    def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+        u, bucket = update, update.bucket
+        beta1, beta2 = (bucket.constant([g["betas"][i] for g in u.groups]) for i in (0, 1))
+        t = bucket.once("step", lambda: steps_taken(bucket, state))
+        t += u.finite
+        seen = minimum(t, float(self.history))
+        root = (1 - beta2**seen) ** 0.5
+        grad = u.if_finite(u.grads[0], 0.0)
+        first = self._advance(u, state, "exp_avg_coeffs", beta1, (1 - beta1) * grad)
+        second = self._advance(u, state, "exp_avg_sq_coeffs", beta2, (1 - beta2) * grad * grad)
+        columns = (
+            u.bucket.zeros,
+            u.bucket.ones,
+            u.bucket.zeros,
+            u.bucket.zeros,
+            u.if_finite(bucket.hyper(u.groups, "adam_eps") * root, 1.0),
+            u.if_finite(-u.lr * root / (1 - beta1**seen), 0.0),
+        )
+        window = min(self.history, u.step + 1)
+        streams = [Stream(Purpose.DENSE, u.step - back) for back in reversed(range(window))]
+        restores = [u.bucket.zeros] * window
+        restores[-1] = u.if_finite(u.decay * u.restore, u.restore)
+        grads = [first[:, slot] for slot in range(self.history - window, self.history)]
+        squares = [second[:, slot] for slot in range(self.history - window, self.history)]
+        if u.ahead is not None:
+            streams.append(Stream(Purpose.DENSE, u.step + 1))
+            restores.append(u.ahead)
+            grads.append(u.bucket.zeros)
+            squares.append(u.bucket.zeros)
+        bucket.sweep("moments_", [], [], key="history")(
+            stream_keys(u.seed, streams, bucket.device),
+            table(grads),
+            table(restores),
+            table(columns),
+            float32(u.if_finite(u.decay, 1.0)),
+            "adam",
+            u.rounding,
+            squares=table(squares),
+            **direction.options,
+        )
+
+    def _advance(
+        self, update: Update, state: dict[Any, Any], name: str, beta: Vector, newest: Vector
+    ) -> Vector:
+        """The coefficients [P, H] after this step, the oldest of which are gone."""
+        bucket = update.bucket
+        coeffs = bucket.once(name, lambda: self._coefficients(bucket, state, name))
+        decayed = coeffs[:, 1:] * update.if_finite(beta, 1.0)[:, None]
+        coeffs[:, :-1] = decayed
+        coeffs[:, -1] = newest
+        return coeffs
+
+    def _coefficients(self, bucket: Bucket, state: dict[Any, Any], name: str) -> Vector:
+        """Those of all parameters in one table, whose rows the state then holds."""
+        shape = (len(bucket.params), self.history)
+        rows = torch.zeros(shape, dtype=torch.float64, device=bucket.device)
+        for p, row in zip(bucket.params, rows.unbind(), strict=True):
+            if name in state[p]:
+                row.copy_(state[p][name])
+            state[p][name] = row
+        return of_tensor(rows)
 
 
 class Sign:
@@ -146,15 +229,16 @@ class Sign:
 
     def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
         u = update
-        one, zero = torch.ones_like(u.lr), torch.zeros_like(u.lr)
-        _sweep(u, "sign", [[], []], zero, one, zero, zero, zero, -u.lr)
+        one, zero = u.bucket.ones, u.bucket.zeros
+        _sweep(u, direction, "sign", [[], []], zero, one, zero, zero, zero, -u.lr)
 
 
 class ScalarSign:
-    """``theta = (1 - lr weight_decay) theta - lr sign(g) z``. No state."""
+    """``theta = (1 - lr weight_decay) theta - lr sign(g) z`` (of several queries the mean).
+    No state."""
 
     not_capturable = ""
 
     def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
-        u = update
-        SGD().apply(replace(u, grad=u.grad.sign()), direction, state)
+        signs = [sign(grad) / len(update.grads) for grad in update.grads]
+        SGD().apply(replace(update, grads=signs), direction, state)

@@ -27,7 +27,7 @@ class Kernels(Protocol):
 
     `launch` has the parameters; tensors are contiguous, on its device and as in `zo_fused/_ops.py`;
     rounding is the int64 [1] key of a rounding stream or None. One function may be missing:
-    ``dense_steps(launch, keys, script, coeffs, decay)``, the dense sweeps of a script.
+    ``dense_steps(launch, keys, script, coeffs, decay, transform)``, the dense sweeps of a script.
     """
 
     CHUNK: int  # elements of a parameter that a program of a sweep over noise takes
@@ -37,7 +37,7 @@ class Kernels(Protocol):
         """Fill int64 tensors with words; keys: [P]."""
 
     def normal(self, launch: Launch, keys: Tensor, transform: str) -> None:
-        """Fill float32 tensors with normals; keys: [P]."""
+        """Fill float32 tensors with normals or signs; keys: [P]."""
 
     def dense(
         self,
@@ -61,8 +61,10 @@ class Kernels(Protocol):
         rule: str,
         rounding: Tensor | None,
         transform: str,
+        squares: Tensor | None,
     ) -> None:
-        """As `zo_fused.reference.moments_`; the states of the launch are m and, for adam, v."""
+        """As `zo_fused.reference.moments_`; the states of the launch are m and, for adam, v. With
+        squares, [P, K], there are none."""
 
     def lowrank(
         self, launch: Launch, coeffs: Tensor | None, decay: Tensor, rounding: Tensor | None
@@ -211,15 +213,21 @@ class MultiTensor:
         launches = self._noise_launches(params, ids, offsets)
         single = self._dense(params, ids, offsets)
 
-        def sweep(keys: Tensor, script: Tensor, coeffs: Tensor, decay: Tensor) -> None:
+        def sweep(
+            keys: Tensor,
+            script: Tensor,
+            coeffs: Tensor,
+            decay: Tensor,
+            transform: str = "portable",
+        ) -> None:
             if fused is None:
                 for rows in scripts.dense(keys, script, coeffs, decay):
-                    single(*rows)
+                    single(*rows, transform)
                 return
             tensors = [tensor.contiguous() for tensor in (keys, script, coeffs, decay)]
             with _device_of(decay):
                 for launch in launches:
-                    fused(launch, *tensors)
+                    fused(launch, *tensors, transform)
 
         return sweep
 
@@ -243,13 +251,15 @@ class MultiTensor:
             rule: str,
             rounding: Tensor | None = None,
             transform: str = "portable",
+            squares: Tensor | None = None,
         ) -> None:
             keys, grads, restores = keys.contiguous(), grads.contiguous(), restores.contiguous()
             coeffs, decay = coeffs.contiguous(), decay.contiguous()
+            squares = None if squares is None else squares.contiguous()
             scalars = (keys, grads, restores, coeffs, decay)
             with _device_of(decay):
                 for launch in launches:
-                    kernels.moments(launch, *scalars, rule, rounding, transform)
+                    kernels.moments(launch, *scalars, rule, rounding, transform, squares)
 
         return sweep
 
@@ -354,8 +364,10 @@ class MultiTensor:
         script: Tensor,
         coeffs: Tensor,
         decay: Tensor,
+        transform: str = "portable",
     ) -> None:
-        self.prepare("dense_steps_", (params,), ids, offsets)(keys, script, coeffs, decay)
+        rows = (keys, script, coeffs, decay, transform)
+        self.prepare("dense_steps_", (params,), ids, offsets)(*rows)
 
     def moments_(
         self,
@@ -372,8 +384,9 @@ class MultiTensor:
         rule: str,
         rounding: Tensor | None = None,
         transform: str = "portable",
+        squares: Tensor | None = None,
     ) -> None:
-        rows = (keys, grads, restores, coeffs, decay, rule, rounding, transform)
+        rows = (keys, grads, restores, coeffs, decay, rule, rounding, transform, squares)
         self.prepare("moments_", (params, firsts, seconds), ids, offsets)(*rows)
 
     def lowrank_(

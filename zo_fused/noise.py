@@ -36,7 +36,7 @@ def normal(
     *,
     transform: str = "portable",
 ) -> Tensor:
-    """Standard normals of elements ``offset .. offset + numel`` of parameter ``id``.
+    """Standard normals, or signs, of elements ``offset .. offset + numel`` of parameter ``id``.
 
     Args:
         numel: how many.
@@ -44,7 +44,8 @@ def normal(
         id: 64-bit parameter id.
         offset: index of the first element in the full parameter, below ``2**62``.
         device: where to make them; the values don't depend on it.
-        transform: "portable", or on GPUs "fast", whose values are close to these.
+        transform: "portable", or on GPUs "fast", whose values are close to these; "rademacher":
+            +1 and -1 instead, with equal probability.
 
     Returns:
         float32 tensor [numel].

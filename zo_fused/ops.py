@@ -8,7 +8,8 @@ rounded once, written once. Nothing here records gradients.
 Options of all sweeps: ``rounding_key``, the key of a rounding stream (purpose ROUNDING), rounds
 16-bit weights stochastically, without bias; None rounds to nearest. ``transform="fast"`` makes
 normals with the approximate units of a GPU: close to the portable ones, but not the same bits on
-every device.
+every device. ``transform="rademacher"`` makes signs in place of normals: every element of z is +1
+or -1, the same on every device.
 """
 
 from __future__ import annotations
@@ -20,16 +21,10 @@ from torch import Tensor
 
 from zo_fused import _ops
 from zo_fused.streams import as_int64
+from zo_fused.vectors import on_device
 
 Scalar = float | Tensor
 Factor = int | Sequence[Tensor]
-
-
-def on_device(host: Tensor, device: torch.device | str) -> Tensor:
-    """A copy of a host tensor on a device; the host does not wait for GPUs."""
-    if torch.device(device).type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
 
 
 def int64_tensor(values: Sequence[int] | Tensor, device: torch.device | str = "cpu") -> Tensor:
@@ -155,6 +150,7 @@ def moments_update_(
     offsets: Sequence[int] | None = None,
     rounding_key: int | Tensor | None = None,
     transform: str = "portable",
+    squares: Sequence[float] | Tensor | None = None,
 ) -> None:
     """Element-wise moments of the estimate ``g = sum_k grads[k] * z_k``, and their step, in one
     sweep. g exists in registers only. For each parameter p:
@@ -167,6 +163,10 @@ def moments_update_(
     Heavy ball is ``gain=1``, the exponential average ``gain=1 - beta``; bias corrections of Adam
     go into `step` and `eps`. `step` is negative to descend.
 
+    Adam without memory: with `squares` the directions are those of the last K steps, from which
+    "adam" makes both moments anew, ``m = gain * g`` and ``v = sum_k squares[k] * z_k**2``. K is as
+    large as you like; every direction costs its noise.
+
     Args:
         params: tensors on one device.
         keys: K 64-bit stream keys.
@@ -178,9 +178,12 @@ def moments_update_(
         restores: a number or K numbers, that take back a perturbation.
         decay, ids, offsets: as in `update_`.
         rounding_key, transform: see the top of this module.
+        squares: K numbers, or a float32 tensor [K] or [len(params), K], for "adam" without `firsts`
+            and `seconds`; beta, beta2 and gain2 then don't matter.
 
     Raises:
-        TypeError, ValueError: as `update_`; also for moments of a wrong shape or dtype.
+        TypeError, ValueError: as `update_`; also for moments of a wrong shape or dtype, or squares
+            where there are others.
     """
     params = list(params)
     table, starts = _streams(params, ids, offsets)
@@ -201,6 +204,7 @@ def moments_update_(
         rule,
         _rounding(rounding_key, params),
         transform,
+        None if squares is None else _rows(squares, params, *wide),
     )
 
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from zo_fused import _ops
-from zo_fused.ops import int64_tensor, on_device
-from zo_fused.prepared import prepare
+from zo_fused.ops import int64_tensor
+from zo_fused.prepared import Prepared, prepare
 from zo_fused.streams import parameter_id
+from zo_fused.vectors import Vector, of_tensor, vector
 
 Made = TypeVar("Made")
 
@@ -31,53 +32,75 @@ class Bucket:
     device: torch.device
     fixed: list[dict[str, Any]]  # per group, hyper-parameters that stay while the bucket is in use
     beside: bool = False  # matrices whose changes a direction keeps beside them
+    block: int = 0  # of its groups, where blocks of parameters are perturbed one at a time
     params: list[Tensor] = field(default_factory=list)
-    group: list[int] = field(default_factory=list)  # index of the param group
+    groups: list[int] = field(default_factory=list)  # indices of its param groups
+    group: list[int] = field(default_factory=list)  # index of the param group, a parameter
     id_list: list[int] = field(default_factory=list)
     ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     offsets: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     group_index: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     _made: dict[Any, Any] = field(default_factory=dict)
-    _constants: OrderedDict[tuple[float, ...], Tensor] = field(default_factory=OrderedDict)
+    _prepared: list[Prepared] = field(default_factory=list)
+    _constants: OrderedDict[tuple[float, ...], Vector] = field(default_factory=OrderedDict)
 
-    def rows(self, per_group: Tensor) -> Tensor:
-        """A per-group vector as a per-parameter vector on this bucket's device."""
-        return on_device(per_group, self.device)[self.group_index]
-
-    def constant(self, per_group: Sequence[float]) -> Tensor:
-        """`rows` of numbers, float64. Not to be changed: it is kept for the next call, which then
-        copies nothing to the device."""
+    def constant(self, per_group: Sequence[float]) -> Vector:
+        """Numbers of the groups as a vector. Not to be changed: it is kept for the next call, which
+        then copies nothing to the device."""
         key = tuple(per_group)
         if key not in self._constants:
-            self._constants[key] = self.rows(torch.tensor(key, dtype=torch.float64))
+            self._constants[key] = vector([key[g] for g in self.group], self.device)
             if len(self._constants) > 32:
                 self._constants.popitem(last=False)
         return self._constants[key]
 
-    def hyper(self, param_groups: list[dict[str, Any]], name: str) -> Tensor:
-        """A hyper-parameter as a float64 vector with a row a parameter; the host waits for nothing,
-        also where it is a tensor on the device. Not to be changed."""
+    def hyper(self, param_groups: list[dict[str, Any]], name: str) -> Vector:
+        """A hyper-parameter as a vector; the host waits for nothing, also where it is a tensor on
+        the device. Not to be changed."""
         values = [group[name] for group in param_groups]
         if any(isinstance(v, Tensor) and v.device.type != "cpu" for v in values):
             there = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values]
-            return torch.stack([v.reshape(()) for v in there])[self.group_index]
+            return of_tensor(torch.stack([v.reshape(()) for v in there])[self.group_index])
         return self.constant([float(v) for v in values])
+
+    @property
+    def zeros(self) -> Vector:
+        """A vector of zeros, not to be changed."""
+        return self.constant([0.0] * len(self.fixed))
+
+    @property
+    def ones(self) -> Vector:
+        """A vector of ones, not to be changed."""
+        return self.constant([1.0] * len(self.fixed))
+
+    def has(self, per_group: Sequence[float]) -> bool:
+        """Whether one of its groups has a number other than zero."""
+        return any(per_group[g] for g in self.groups)
 
     def sweep(
         self, name: str, *lists: list[Tensor], key: Any = None, params: list[Tensor] | None = None
     ) -> Callable[..., None]:
         """The sweep of that name over the parameters (or tensors like them) and further lists of
-        tensors, ready to be called with its scalars; made once per key."""
+        tensors, ready to be called with its rows, which are not checked; made once per key."""
         made = [self.params if params is None else params, *lists]
-        return self.once((name, key), lambda: prepare(name, made, self.ids, self.offsets))
+        return self.once((name, key), lambda: self._prepare(name, made, self.ids, self.offsets))
 
-    def fill(self, outs: list[Tensor], rows: list[int], key: Any) -> Callable[[Tensor], None]:
+    def fill(self, outs: list[Tensor], rows: list[int], key: Any) -> Callable[..., None]:
         """Fills tensors with the normals of the parameters in these rows; called with a key each.
         Made once per key."""
         return self.once(
             ("normal_", key),
-            lambda: prepare("normal_", [outs], self.ids[rows], self.offsets[rows]),
+            lambda: self._prepare("normal_", [outs], self.ids[rows], self.offsets[rows]),
         )
+
+    def _prepare(self, *arguments: Any) -> Callable[..., None]:
+        self._prepared.append(prepare(*arguments))
+        return self._prepared[-1].run
+
+    def look_again(self) -> None:
+        """The parameters may have moved (``p.data = ...``): sweeps follow them."""
+        for prepared in self._prepared:
+            prepared.look_again()
 
     def once(self, key: Any, make: Callable[[], Made]) -> Made:
         """What `make` returned when it was first called under this key."""
@@ -98,10 +121,10 @@ def signature(param_groups: list[dict[str, Any]], names: Sequence[str]) -> tuple
     """
     params = list(chain.from_iterable(group["params"] for group in param_groups))
     return (
-        tuple(map(id, params)),
-        tuple(map(torch.Tensor.data_ptr, params)),
-        tuple(map(_requires_grad, params)),
-        tuple(group[name] for group in param_groups for name in names),
+        list(map(id, params)),
+        list(map(torch.Tensor.data_ptr, params)),
+        list(map(_requires_grad, params)),
+        [group[name] for group in param_groups for name in names],
     )
 
 
@@ -153,6 +176,7 @@ def make_buckets(
     trainable: set[int] | None,
     names: Sequence[str] = (),
     in_place: set[int] | None = None,
+    by_block: bool = False,
 ) -> list[Bucket]:
     """One bucket per device, of the parameters that require gradients.
 
@@ -161,6 +185,7 @@ def make_buckets(
         trainable: positions to take instead of those with ``requires_grad`` (for replay).
         names: hyper-parameters that buckets hold on to.
         in_place: if given, matrices but for those at these positions get buckets of their own.
+        by_block: parameters of different blocks get buckets of their own, in the order of blocks.
 
     A tensor that appears twice (tied weights under two names) is taken once, by its first name.
     """
@@ -180,7 +205,9 @@ def make_buckets(
             _refuse_unsupported(p, f"parameter {labels[i] if labels else position!r}")
             seen.add(memory)
             beside = in_place is not None and p.dim() == 2 and position not in in_place
-            bucket = buckets.setdefault((p.device, beside), Bucket(p.device, fixed, beside))
+            block = group["block"] if by_block else 0
+            key = (p.device, beside, block)
+            bucket = buckets.setdefault(key, Bucket(p.device, fixed, beside, block))
             bucket.params.append(p)
             bucket.group.append(group_number)
             bucket.id_list.append(ids[position])
@@ -188,4 +215,5 @@ def make_buckets(
         bucket.ids = int64_tensor(bucket.id_list)
         bucket.offsets = torch.zeros_like(bucket.ids)
         bucket.group_index = torch.tensor(bucket.group, device=bucket.device)
-    return list(buckets.values())
+        bucket.groups = sorted(set(bucket.group))
+    return sorted(buckets.values(), key=attrgetter("block"))

@@ -61,9 +61,23 @@ class Prepared:
         Raises:
             TypeError, ValueError: as the operator. Nothing has been written then.
         """
+        self.look_again()
+        self._swept(check_rows(self._checked, *rows, **options), rows, options)
+
+    def run(self, *rows: Any, **options: Any) -> None:
+        """Sweep, for callers who know that the rows fit and call `look_again` when tensors may have
+        moved: here only freed memory is noticed. A transform is given by name."""
+        if self._freed:
+            self._look()
+            check_rows(self._checked, *rows, **options)
+        self._swept(options.get("transform", "portable"), rows, options)
+
+    def look_again(self) -> None:
+        """Prepare the sweep anew if something that it writes has moved."""
         if self._freed or _addresses(self._written) != self._seen:
             self._look()
-        transform = check_rows(self._checked, *rows, **options)
+
+    def _swept(self, transform: str, rows: tuple[Any, ...], options: dict[str, Any]) -> None:
         if self._checked.device is None:
             return
         backend = _ops.backend_for(self._checked.device, transform)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,7 @@ METHODS = {
     "LOZO": "zo_fused.optim.lozo",
     "MeZO": "zo_fused.optim.mezo",
     "ZOAdam": "zo_fused.optim.adam",
+    "ZOConservative": "zo_fused.optim.conservative",
     "ZOSignSGD": "zo_fused.optim.sign",
 }
 
@@ -101,9 +103,11 @@ def _optimizer(model: nn.Module | Mapping[str, Tensor], record: replay_log.Log) 
         raise ValueError("the log was written for other base weights than these")
     method = getattr(importlib.import_module(METHODS[header["method"]]), header["method"])
     defaults = {**header["groups"][0], **header["options"]}  # every group has values of its own
+    defaults |= {"seed": header["seed"], "module": nn.Module()}
     factored = defaults.get("mode") == "factored"
-    module = {"module": nn.Module()} if factored else {}
-    optimizer: ZerothOrderOptimizer = method(groups, **defaults, **module, seed=header["seed"])
+    takes = list(inspect.signature(method).parameters)[1:]  # the first: what to tune
+    arguments = {name: value for name, value in defaults.items() if name in takes}
+    optimizer: ZerothOrderOptimizer = method(groups, **arguments)
     if factored:
         optimizer._direction.module = None  # nothing will be evaluated
     return optimizer

@@ -19,6 +19,7 @@ from zo_fused.keys import Stream, stream_keys
 from zo_fused.ops import int64_tensor
 from zo_fused.parameters import Bucket
 from zo_fused.streams import Purpose
+from zo_fused.vectors import Vector, float32, table
 
 # At a time: 16 steps, or 24 where they are deferred. More would bring a few percent, and Ctrl-C
 # waits for the end of a pass.
@@ -40,15 +41,15 @@ class Tape:
         self._roundings: list[Tensor] = []
 
     def _write(
-        self, which: Sequence[int], coeffs: Tensor, decay: Tensor, rounding: Tensor | None
+        self, which: Sequence[int], coeffs: Tensor, decay: Vector, rounding: Tensor | None
     ) -> None:
         first, second = (*which, -1)[:2]
         if rounding is not None:
             self._roundings.append(rounding)
         key = -1 if rounding is None else len(self._roundings) - 1
         self._script.append((first, second, key))
-        self._coeffs.append(coeffs.float())
-        self._decay.append(decay.float())
+        self._coeffs.append(coeffs)
+        self._decay.append(float32(decay))
         if len(self._script) >= self._limit:
             self.run()
 
@@ -69,7 +70,7 @@ class Tape:
             written.clear()
         return taken
 
-    def add(self, seed: int, terms: Sequence[Term], decay: Tensor, rounding: Tensor | None) -> None:
+    def add(self, seed: int, terms: Sequence[Term], decay: Vector, rounding: Tensor | None) -> None:
         """Take down a sweep: the arguments of `Direction.sweep`."""
         raise NotImplementedError
 
@@ -81,25 +82,29 @@ class Tape:
 class DenseTape(Tape):
     """Of `Dense` directions."""
 
-    def __init__(self, bucket: Bucket, limit: int) -> None:
+    def __init__(self, bucket: Bucket, limit: int, direction: Dense) -> None:
         super().__init__(bucket, limit)
-        self._streams: dict[tuple[int, int], int] = {}  # seeds and steps, in order
+        self._direction = direction
+        self._streams: dict[tuple[int, Stream], int] = {}  # with their seeds, in order
 
-    def add(self, seed: int, terms: Sequence[Term], decay: Tensor, rounding: Tensor | None) -> None:
-        which = [self._streams.setdefault((seed, t.step), len(self._streams)) for t in terms]
-        coeffs = torch.zeros(len(decay), 2, device=decay.device)
-        for column, term in enumerate(terms):
-            coeffs[:, column] = term.coeffs
-        self._write(which, coeffs, decay, rounding)
+    def add(self, seed: int, terms: Sequence[Term], decay: Vector, rounding: Tensor | None) -> None:
+        if len(terms) > 2:  # as many directions a sweep of a script has
+            self.run()
+            self._direction.sweep(self._bucket, seed, terms, decay, rounding)
+            return
+        streams = [(seed, Stream(Purpose.DENSE, t.step, query=t.query)) for t in terms]
+        which = [self._streams.setdefault(stream, len(self._streams)) for stream in streams]
+        columns = [term.coeffs for term in terms] + [self._bucket.zeros] * (2 - len(terms))
+        self._write(which, table(columns), decay, rounding)
 
     def run(self) -> None:
         if not self._script:
             return
         device = self._bucket.device
-        keys = [stream_keys(s, [Stream(Purpose.DENSE, t)], device) for s, t in self._streams]
+        keys = [stream_keys(seed, [stream], device) for seed, stream in self._streams]
         rows = self._take(torch.cat(keys))
         self._streams.clear()
-        self._bucket.sweep("dense_steps_")(*rows)
+        self._bucket.sweep("dense_steps_")(*rows, **self._direction.options)
 
 
 class LowRankTape(Tape):
@@ -118,38 +123,31 @@ class LowRankTape(Tape):
         self._slots = [[u[product] for u in self._us] for product in range(self._products)]
         self._vs = self._factors.buffer(self._factors.v_shapes)[1]
         self._windows: Any = None  # whose V is in vs
-        self._taken: list[Any] = []  # the slots: which step's U is in them; None: a sum
+        self._taken: list[Any] = []  # the slots: which query's U is in them; None: a sum
 
-    def add(self, seed: int, terms: Sequence[Term], decay: Tensor, rounding: Tensor | None) -> None:
-        steps = [self._factors.of(seed, term.step) for term in terms]
-        windows = steps[0].windows
-        if any(step.windows != windows for step in steps):
+    def add(self, seed: int, terms: Sequence[Term], decay: Vector, rounding: Tensor | None) -> None:
+        windows = self._factors.windows(seed, terms[0].step)
+        if any(self._factors.windows(seed, term.step) != windows for term in terms):
             self.run()  # two V's in one sweep
             self._direction.sweep(self._bucket, seed, terms, decay, rounding)
             return
         if windows != self._windows:
             self.run()
-            torch._foreach_copy_(self._vs, steps[0].vs)
+            torch._foreach_copy_(self._vs, self._factors.of(seed, terms[0].step).vs)
             self._windows = windows
-        if len(terms) == 1 and terms[0].factor is None:
-            product, coeffs = self._product(steps[0].step, steps[0].us), terms[0].coeffs
-        else:
-            summands = [
-                (term.coeffs, step.flat_u if term.factor is None else term.factor)
-                for term, step in zip(terms, steps, strict=True)
-            ]
-            product = self._product(None, self._factors.total(summands, 0))
-            coeffs = torch.ones_like(decay)
-        self._write([product], coeffs, decay, rounding)
+        (us, _, _), coeffs = self._direction.product(self._bucket, seed, terms)
+        single = len(terms) == 1 and terms[0].factor is None
+        query = (seed, terms[0].step, terms[0].query) if single else None
+        self._write([self._product(query, us)], float32(coeffs), decay, rounding)
 
-    def _product(self, step: Any, us: list[Tensor]) -> int:
+    def _product(self, query: Any, us: list[Tensor]) -> int:
         """The slot that has these U's."""
-        if step is not None and self._taken and self._taken[-1] == step:
+        if query is not None and self._taken and self._taken[-1] == query:
             return len(self._taken) - 1
         if len(self._taken) == self._products:
             self.run()
         torch._foreach_copy_(self._slots[len(self._taken)], us)
-        self._taken.append(step)
+        self._taken.append(query)
         return len(self._taken) - 1
 
     def run(self) -> None:
@@ -177,14 +175,14 @@ class Recorder(Direction):
     def _tape(self, bucket: Bucket) -> Tape:
         if isinstance(self._direction, LowRank):
             return LowRankTape(bucket, self._limit, self._direction)
-        return DenseTape(bucket, self._limit)
+        return DenseTape(bucket, self._limit, self._direction)
 
     def sweep(
         self,
         bucket: Bucket,
         seed: int,
         terms: Sequence[Term],
-        decay: Tensor,
+        decay: Vector,
         rounding: Tensor | None = None,
     ) -> None:
         if bucket not in self._tapes:
@@ -196,7 +194,7 @@ class Recorder(Direction):
         for tape in self._tapes.values():
             tape.run()
 
-    def update_scale(self, bucket: Bucket) -> Tensor | None:
+    def update_scale(self, bucket: Bucket) -> Vector | None:
         return self._direction.update_scale(bucket)
 
     def factors(self, bucket: Bucket) -> Factors:

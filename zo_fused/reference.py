@@ -146,8 +146,23 @@ def normal_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return z0, z1
 
 
-def normal(numel: int, key: int, param_id: int, offset: int, device: torch.device) -> Tensor:
-    """Standard normals of elements ``offset .. offset + numel`` of a parameter, float32 [numel]."""
+def rademacher(word: Tensor) -> Tensor:
+    """+1 or -1, float32, by the top bit of a random word: the sign of a float32."""
+    return _float(word & 0x80000000 | 0x3F800000)
+
+
+def normal(
+    numel: int,
+    key: int,
+    param_id: int,
+    offset: int,
+    device: torch.device,
+    transform: str = "portable",
+) -> Tensor:
+    """Standard normals of elements ``offset .. offset + numel`` of a parameter, float32 [numel]; or
+    signs, if the transform is "rademacher"."""
+    if transform == "rademacher":
+        return rademacher(random_bits(numel, key, param_id, offset, device))
     n, skip = _counters(numel, offset, device)
     w0, w1, w2, w3 = philox(n, param_id, key)
     z = (*normal_pair(w0, w1), *normal_pair(w2, w3))
@@ -197,7 +212,7 @@ def stochastic(x: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
 # The operators of the backends. Arguments as in `zo_fused/_ops.py`, already checked:
 # parameters are contiguous; one row of `ids`, `offsets`, `coeffs`, `decay` belongs to each.
 
-TRANSFORMS = ("portable",)
+TRANSFORMS = ("portable", "rademacher")
 
 
 def _chunks(numel: int) -> Iterator[tuple[int, int]]:
@@ -234,11 +249,12 @@ def normal_(
     keys: Tensor,
     transform: str = "portable",
 ) -> None:
-    """outs[i][e] = standard normal of element ``offsets[i] + e``; float32 tensors."""
+    """outs[i][e] = standard normal or sign of element ``offsets[i] + e``; float32 tensors."""
     for out, (id_, offset, key) in zip(outs, _integers(ids, offsets, keys), strict=True):
         flat = out.view(-1)
         for start, size in _chunks(flat.numel()):
-            flat[start : start + size] = normal(size, key, id_, offset + start, out.device)
+            z = normal(size, key, id_, offset + start, out.device, transform)
+            flat[start : start + size] = z
 
 
 def dense_(
@@ -260,7 +276,8 @@ def dense_(
             part = flat[start : start + size]
             acc = part.float() * d
             for k, key in enumerate(stream_keys):
-                acc = fma(c[k], normal(size, key, id_, offset + start, param.device), acc)
+                z = normal(size, key, id_, offset + start, param.device, transform)
+                acc = fma(c[k], z, acc)
             _store(part, acc, rounding, id_, offset + start)
 
 
@@ -272,10 +289,11 @@ def dense_steps_(
     script: Tensor,
     coeffs: Tensor,
     decay: Tensor,
+    transform: str = "portable",
 ) -> None:
     """The dense sweeps of a script (`zo_fused.script`), one after the other, each rounded."""
     for rows in scripts.dense(keys, script, coeffs, decay):
-        dense_(params, ids, offsets, *rows)
+        dense_(params, ids, offsets, *rows, transform)
 
 
 def moments_(
@@ -292,6 +310,7 @@ def moments_(
     rule: str,
     rounding: Tensor | None = None,
     transform: str = "portable",
+    squares: Tensor | None = None,
 ) -> None:
     """The estimate ``g = sum_k grads[k] * z_k`` goes into the moments, the moments into p:
 
@@ -302,6 +321,8 @@ def moments_(
 
     Columns of coeffs: beta, gain, beta2, gain2, eps, step. m is rounded to nearest where it is
     kept in 16 bits; s takes it unrounded. Root and quotient are those of IEEE 754.
+
+    With `squares` rule "adam" keeps neither: ``m = gain * g``, ``v = sum_k squares[k] * z_k**2``.
     """
     stream_keys = keys.tolist()
     rows = zip(params, _integers(ids, offsets), grads, restores, coeffs, decay, strict=True)
@@ -317,20 +338,23 @@ def moments_(
         for start, size in _chunks(flat.numel()):
             here = slice(start, start + size)
             acc = flat[here].float() * d
-            g = torch.zeros_like(acc)
+            g, v = torch.zeros_like(acc), torch.zeros_like(acc)
             for k, key in enumerate(stream_keys):
-                z = normal(size, key, id_, offset + start, param.device)
+                z = normal(size, key, id_, offset + start, param.device, transform)
                 g = fma(grad[k], z, g)
                 acc = fma(restore[k], z, acc)
+                if squares is not None:
+                    v = fma(squares[i, k] * z, z, v)
             m = g * gain
             if firsts:
                 first = firsts[i].view(-1)[here]
                 m = fma(gain, g, first.float() * beta)
                 first.copy_(m)
             if rule == "adam":
-                second = seconds[i].view(-1)[here]
-                second.copy_(fma(g * gain2, g, second * beta2))
-                s = m / (_sqrt(second) + eps)
+                if squares is None:
+                    second = seconds[i].view(-1)[here]
+                    v = second.copy_(fma(g * gain2, g, second * beta2))
+                s = m / (_sqrt(v) + eps)
             else:
                 s = (m > 0).float() - (m < 0).float() if rule == "sign" else m
             _store(flat[here], fma(step, s, acc), rounding, id_, offset + start)

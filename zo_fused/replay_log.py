@@ -2,8 +2,9 @@
 
 One header line, then one line an event:
 
-* ``[step, g]``: an update with projected gradient g (null: a loss was not finite; nothing applied)
-* ``[step, g, path]``: the same after other perturbations than the usual ``[1, -1]``
+* ``[step, g]``: an update with projected gradient g, a list of them where a step has several (null:
+  a loss was not finite; nothing applied), after the header's usual path of perturbations
+* ``[step, g, path]``: the same after other perturbations
 * ``[step, "restore", path]``: perturbations that were taken back without an update
 * ``{"groups": [...]}``: hyper-parameters of the groups from here on
 * ``{"trainable": [...]}``: positions of the trainable parameters from here on
@@ -23,7 +24,6 @@ from typing import Any
 
 FORMAT = "zo_fused replay log"
 VERSION = 1
-USUAL_PATH = [1.0, -1.0]
 
 
 @dataclass
@@ -31,8 +31,8 @@ class Event:
     """One perturb-and-update (or perturb-and-restore) of the run."""
 
     step: int
-    path: list[float]  # displacements, in units of eps, before the update or restore
-    projected_grad: float | None  # None: nothing was applied
+    path: list[Any]  # perturbations before the update or restore
+    projected_grads: list[float] | None  # None: nothing was applied
     restored: bool  # True: taken back without an update; the step is still to come
     groups: list[dict[str, Any]]
     trainable: list[int]
@@ -74,12 +74,20 @@ Settings = dict[str, Any]  # the values of these names, as the log has them
 _SETTINGS = ("groups", "trainable", "in_place")
 
 
-def _event(value: Any, settings: Settings) -> Event:
+def _numbers(value: Any) -> list[float]:
+    return [float(x) for x in (value if isinstance(value, list) else [value])]
+
+
+def _perturbation(value: Any) -> Any:
+    return {"at": _numbers(value["at"])} if isinstance(value, dict) else _numbers(value)
+
+
+def _event(value: Any, settings: Settings, usual_path: list[Any]) -> Event:
     step, what, *rest = value
-    path = [float(x) for x in rest[0]] if rest else USUAL_PATH
+    path = [_perturbation(x) for x in (rest[0] if rest else usual_path)]
     restored = what == "restore"
-    grad = None if restored or what is None else float(what)
-    return Event(int(step), path, grad, restored, **settings)
+    grads = None if restored or what is None else _numbers(what)
+    return Event(int(step), path, grads, restored, **settings)
 
 
 def read(path: str | os.PathLike[str], contract: int) -> Log:
@@ -97,13 +105,14 @@ def read(path: str | os.PathLike[str], contract: int) -> Log:
             _check_header(path, value, contract)
             log = Log(value)
             settings = {name: value[name] for name in _SETTINGS}
+            log.header.setdefault("path", [1, -1])
             continue
         try:
             if isinstance(value, dict):
                 settings = settings | {name: value[name] for name in _SETTINGS if name in value}
             else:
-                log.events.append(_event(value, settings))
-        except (TypeError, ValueError) as error:
+                log.events.append(_event(value, settings, log.header["path"]))
+        except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"{path}, line {number}: not an event ({error})") from None
     if log is None:
         raise ValueError(f"{path} is not a zo_fused replay log: it has no complete header line")
@@ -113,9 +122,10 @@ def read(path: str | os.PathLike[str], contract: int) -> Log:
 class Writer:
     """Writes a log as the run goes. The file is closed between lines, so nothing is left behind."""
 
-    def __init__(self, path: Path, settings: Settings) -> None:
+    def __init__(self, path: Path, settings: Settings, usual_path: list[Any]) -> None:
         self._path = path
         self._settings = settings
+        self._usual_path = usual_path
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> Writer:
@@ -123,7 +133,7 @@ class Writer:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("", encoding="utf-8")
-        writer = cls(path, {name: header[name] for name in _SETTINGS})
+        writer = cls(path, {name: header[name] for name in _SETTINGS}, header["path"])
         writer._write({"format": FORMAT, "version": VERSION, **header})
         return writer
 
@@ -149,8 +159,8 @@ class Writer:
         for number, text, value in _lines(path):
             if number == 1:
                 _check_header(path, value, header["contract"])
-                for name in ("method", "seed", "options", "parameters"):
-                    if value[name] != header[name]:
+                for name in ("method", "seed", "options", "parameters", "path"):
+                    if value.get(name) != header[name]:
                         raise ValueError(f"{path} is the log of another run: {name} differs")
                 settings = {name: value[name] for name in _SETTINGS}
                 next_step = value["first_step"]
@@ -173,21 +183,24 @@ class Writer:
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, path)
-        return cls(path, settings)
+        return cls(path, settings, header["path"])
 
     def update(
         self,
         step: int,
-        path: list[float],
-        projected_grad: float | None,
+        path: list[Any],
+        projected_grads: list[float] | None,
         settings: Settings,
     ) -> None:
         """An update was applied, or skipped (None)."""
         self._set(settings)
-        event = [step, projected_grad] if path == USUAL_PATH else [step, projected_grad, path]
-        self._write(event)
+        grads: Any = projected_grads
+        if projected_grads is not None and len(projected_grads) == 1:
+            (grads,) = projected_grads
+        event = [step, grads]
+        self._write(event if path == self._usual_path else [*event, path])
 
-    def restore(self, step: int, path: list[float], settings: Settings) -> None:
+    def restore(self, step: int, path: list[Any], settings: Settings) -> None:
         """Perturbations were taken back, and what was kept beside the weights written."""
         self._set(settings)
         self._write([step, "restore", path])

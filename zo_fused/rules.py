@@ -1,8 +1,8 @@
 """What a projected gradient does to the weights: one class per update rule. Floor 8.
 
 A rule takes back the last perturbation, applies the update and, where the schedule asks for it,
-perturbs along the next step's z, all in one sweep. All scalars are float64 vectors on the bucket's
-device, one row a parameter; nothing waits for the host.
+perturbs along the next step's z, all in one sweep. All numbers are vectors with a row a parameter
+(`zo_fused.vectors`); on GPUs nothing waits for the host.
 """
 
 from __future__ import annotations
@@ -16,27 +16,29 @@ from torch import Tensor
 from zo_fused.directions import Direction, LowRank, Term
 from zo_fused.factors import Factors
 from zo_fused.parameters import Bucket
+from zo_fused.vectors import Flag, Vector, where
 
 
 @dataclass
 class Update:
-    """One step's update of one bucket. Vectors: float64 [P]; `finite`: bool []."""
+    """One step's update of one bucket."""
 
     bucket: Bucket
     groups: list[dict[str, Any]]
     seed: int
     step: int
-    restore: Tensor  # coefficient of z that takes the weights back to theta
-    grad: Tensor  # projected gradient, times the direction's update scale
-    lr: Tensor
-    decay: Tensor  # 1 - lr * weight_decay
-    ahead: Tensor | None  # coefficient of the next step's z; None: the weights end at rest
-    finite: Tensor  # False: no update
+    displaced: int  # along the z of this query are the weights,
+    restore: Vector  # and this coefficient of it takes them back to theta
+    grads: list[Vector]  # a query: projected gradient / queries, times the direction's update scale
+    lr: Vector
+    decay: Vector  # 1 - lr * weight_decay
+    ahead: Vector | None  # coefficient of the next step's z; None: the weights end at rest
+    finite: Flag  # False: no update
     rounding: Tensor | None  # key of the step's rounding stream, int64 [1]; None: to nearest
 
-    def if_finite(self, value: Tensor, otherwise: Tensor | float) -> Tensor:
+    def if_finite(self, value: Vector, otherwise: Vector | float) -> Vector:
         """The value of a good step, or what stands for it in a step that is skipped."""
-        return torch.where(self.finite, value, otherwise)
+        return value if self.finite is True else where(self.finite, value, otherwise)
 
     def sweep(self, direction: Direction, *terms: Term) -> None:
         """``p = decay * p + sum of the terms``, and the next perturbation."""
@@ -61,8 +63,12 @@ class SGD:
 
     def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
         u = update
-        coeffs = u.if_finite(u.decay * u.restore - u.lr * u.grad, u.restore)
-        u.sweep(direction, Term(u.step, coeffs))
+        terms = []
+        for query, grad in enumerate(u.grads):
+            back = u.restore if query == u.displaced else u.bucket.zeros
+            coeffs = u.if_finite(u.decay * back - u.lr * grad, back)
+            terms.append(Term(u.step, coeffs, query=query))
+        u.sweep(direction, *terms)
 
 
 class FactorMomentum:
@@ -90,11 +96,12 @@ class FactorMomentum:
                     moments[row].copy_(project(moments[row], old[row], new[row]))
         beta = bucket.hyper(u.groups, "momentum")
         flat.mul_(factors.spread(u.if_finite(beta, 1.0)))
-        gain = factors.spread(u.if_finite((1 - beta) * u.grad, 0.0))
-        flat.add_(gain * factors.of(u.seed, u.step).flat_u)
+        for query, grad in enumerate(u.grads):
+            gain = factors.spread(u.if_finite((1 - beta) * grad, 0.0))
+            flat.add_(gain * factors.of(u.seed, u.step, query).flat_u)
         u.sweep(
             direction,
-            Term(u.step, u.if_finite(u.decay * u.restore, u.restore)),
+            Term(u.step, u.if_finite(u.decay * u.restore, u.restore), query=u.displaced),
             Term(u.step, u.if_finite(-u.lr, 0.0), flat),
         )
 

@@ -17,6 +17,7 @@
 #include <cfenv>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <string>
@@ -167,6 +168,14 @@ int64_t item_size(int64_t dtype) { return dtype == float32 ? 4 : 2; }
 
 // ---- sweeps over noise -------------------------------------------------------------------------
 
+// The sweeps that make directions by a transform.
+const NoiseSweeps& by(int64_t transform) {
+  const auto& sweeps = chosen().sweeps->noise;
+  STD_TORCH_CHECK(0 <= transform && transform < std::ssize(sweeps),
+                  "zo_fused: the CPU has no transform number ", transform);
+  return sweeps[transform];
+}
+
 std::vector<RoundKeys> expand(const Tensor& keys) {
   const int64_t* const key = read<int64_t>(keys);
   std::vector<RoundKeys> expanded;
@@ -215,8 +224,8 @@ void bits(const Tensor& table, const Tensor& keys) {
   });
 }
 
-void normal(const Tensor& table, const Tensor& keys) {
-  const Sweeps& sweeps = *chosen().sweeps;
+void normal(const Tensor& table, const Tensor& keys, int64_t transform) {
+  const NoiseSweeps& sweeps = by(transform);
   const std::vector<Noise> rows = rows_of<Noise>(table);
   const std::vector<RoundKeys> key = expand(keys);
   for_spans(rows, [&](size_t i, const Span& span, int64_t start) {
@@ -246,8 +255,8 @@ class Updates {
 };
 
 void dense(const Tensor& table, const Tensor& keys, const Tensor& coeffs, const Tensor& decay,
-           std::optional<Tensor> rounding) {
-  const Sweeps& sweeps = *chosen().sweeps;
+           std::optional<Tensor> rounding, int64_t transform) {
+  const NoiseSweeps& sweeps = by(transform);
   const std::vector<Noise> rows = rows_of<Noise>(table);
   const Updates updates(keys, coeffs, decay, rounding);
   for_spans(rows, [&](size_t i, const Span& span, int64_t start) {
@@ -257,8 +266,8 @@ void dense(const Tensor& table, const Tensor& keys, const Tensor& coeffs, const 
 }
 
 void dense_steps(const Tensor& table, const Tensor& keys, const Tensor& script,
-                 const Tensor& coeffs, const Tensor& decay) {
-  const Sweeps& sweeps = *chosen().sweeps;
+                 const Tensor& coeffs, const Tensor& decay, int64_t transform) {
+  const NoiseSweeps& sweeps = by(transform);
   const std::vector<Noise> rows = rows_of<Noise>(table);
   const std::vector<RoundKeys> key = expand(keys);
   const int64_t count = script.size(0);
@@ -272,21 +281,28 @@ void dense_steps(const Tensor& table, const Tensor& keys, const Tensor& script,
 
 void moments(const Tensor& table, const Tensor& keys, const Tensor& grads, const Tensor& restores,
              const Tensor& coeffs, const Tensor& decay, int64_t rule,
-             std::optional<Tensor> rounding) {
-  const Sweeps& sweeps = *chosen().sweeps;
+             std::optional<Tensor> rounding, int64_t transform, std::optional<Tensor> squares) {
+  const NoiseSweeps& sweeps = by(transform);
   const std::vector<Noise> rows = rows_of<Noise>(table);
   const Updates updates(keys, restores, decay, rounding);
   const float* const grad = read<float>(grads);
+  const float* const square = squares ? read<float>(*squares) : nullptr;
   const auto* const c = read<MomentCoeffs>(coeffs);
   for_spans(rows, [&](size_t i, const Span& span, int64_t start) {
     const Noise& row = rows[i];
     const Update update = updates[i];
-    const Moments moments = {static_cast<Rule>(rule), grad + i * update.directions, c[i]};
+    const int64_t at = i * update.directions;
+    const Moments moments = {static_cast<Rule>(rule), grad + at, square ? square + at : nullptr,
+                             c[i]};
+    char* const weights = row.data + start * item_size(row.dtype);
+    if (squares) {  // of no directions, they have no address
+      sweeps.adam_of_squares[row.dtype](weights, span, update, moments);
+      return;
+    }
     const bool wide = row.first && row.first_dtype == float32;
     char* const first = row.first ? row.first + start * item_size(row.first_dtype) : nullptr;
     float* const second = row.second ? row.second + start : nullptr;
-    sweeps.moments[row.dtype][wide](row.data + start * item_size(row.dtype), first, second, span,
-                                    update, moments);
+    sweeps.moments[row.dtype][wide](weights, first, second, span, update, moments);
   });
 }
 
@@ -466,14 +482,16 @@ void lowrank_momentum(const Tensor& table, const Tensor& coeffs, const Tensor& d
 STABLE_TORCH_LIBRARY(zo_fused_C, m) {
   m.def("isa() -> int");
   m.def("bits(Tensor table, Tensor keys) -> ()");
-  m.def("normal(Tensor table, Tensor keys) -> ()");
+  m.def("normal(Tensor table, Tensor keys, int transform) -> ()");
   m.def(
-      "dense(Tensor table, Tensor keys, Tensor coeffs, Tensor decay, Tensor? rounding) -> ()");
+      "dense(Tensor table, Tensor keys, Tensor coeffs, Tensor decay, Tensor? rounding, "
+      "int transform) -> ()");
   m.def(
-      "dense_steps(Tensor table, Tensor keys, Tensor script, Tensor coeffs, Tensor decay) -> ()");
+      "dense_steps(Tensor table, Tensor keys, Tensor script, Tensor coeffs, Tensor decay, "
+      "int transform) -> ()");
   m.def(
       "moments(Tensor table, Tensor keys, Tensor grads, Tensor restores, Tensor coeffs, "
-      "Tensor decay, int rule, Tensor? rounding) -> ()");
+      "Tensor decay, int rule, Tensor? rounding, int transform, Tensor? squares) -> ()");
   m.def("lowrank(Tensor table, Tensor coeffs, Tensor decay, Tensor? rounding) -> ()");
   m.def(
       "lowrank_steps(Tensor table, int products, Tensor keys, Tensor script, Tensor coeffs, "

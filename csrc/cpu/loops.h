@@ -37,14 +37,18 @@ ZO_HD void ordered_words(typename L::F32 (&words)[4], uint64_t first, uint64_t i
   L::interleave(words);
 }
 
-// The normals of the block that starts with counter `first`, in element order.
-template <class L>
+// The normals or signs of the block that starts with counter `first`, in element order.
+template <class L, Transform transform>
 ZO_HD void block_normals(typename L::F32 (&z)[4], uint64_t first, uint64_t id,
                          const RoundKeys& keys) {
   typename L::U32 words[4];
   random_words<L>(words, first, id, keys);
-  normal_pair<L>(words[0], words[1], z[0], z[1]);
-  normal_pair<L>(words[2], words[3], z[2], z[3]);
+  if constexpr (transform == Transform::rademacher) {
+    for (int i = 0; i < 4; ++i) z[i] = rademacher<L>(words[i]);
+  } else {
+    normal_pair<L>(words[0], words[1], z[0], z[1]);
+    normal_pair<L>(words[2], words[3], z[2], z[3]);
+  }
   L::interleave(z);
 }
 
@@ -131,24 +135,24 @@ void bits(int64_t* out, const Span& span, const RoundKeys& keys) {
   for_blocks<L>(span, body, out);
 }
 
-template <class L>
+template <class L, Transform transform>
 void normal(float* out, const Span& span, const RoundKeys& keys) {
   const auto body = [&](uint64_t first, float* block) ZO_LAMBDA {
     typename L::F32 z[4];
-    block_normals<L>(z, first, span.id, keys);
+    block_normals<L, transform>(z, first, span.id, keys);
     for (int i = 0; i < 4; ++i) L::store(block + i * L::lanes, z[i]);
   };
   for_blocks<L>(span, body, out);
 }
 
-template <class L, class T>
+template <class L, Transform transform, class T>
 void dense(void* weights, const Span& span, const Update& u) {
   const auto body = [&](uint64_t first, T* block) ZO_LAMBDA {
     typename L::F32 acc[4];
     for (int i = 0; i < 4; ++i) acc[i] = decayed<L>(L::load(block + i * L::lanes), u.decay);
     for (int64_t k = 0; k < u.directions; ++k) {
       typename L::F32 z[4];
-      block_normals<L>(z, first, span.id, u.keys[k]);
+      block_normals<L, transform>(z, first, span.id, u.keys[k]);
       for (int i = 0; i < 4; ++i) acc[i] = step<L>(acc[i], u.coeffs[k], z[i]);
     }
     store_block<L>(block, acc, first, span.id, u.rounding);
@@ -158,7 +162,7 @@ void dense(void* weights, const Span& span, const Update& u) {
 
 // Sweep after sweep over a block, which stays in the first-level cache. Neighbouring sweeps share
 // directions, and noise is what takes the time: the last direction's stays in registers.
-template <class L, class T>
+template <class L, Transform transform, class T>
 void dense_steps(void* weights, const Span& span, const Script& s) {
   const auto body = [&](uint64_t first, T* block) ZO_LAMBDA {
     typename L::F32 z[4] = {};
@@ -172,7 +176,7 @@ void dense_steps(void* weights, const Span& span, const Script& s) {
       for (int term = 0; term < 2 && row[term] >= 0; ++term) {
         if (row[term] != held) {
           held = row[term];
-          block_normals<L>(z, first, span.id, s.keys[held]);
+          block_normals<L, transform>(z, first, span.id, s.keys[held]);
         }
         for (int i = 0; i < 4; ++i) acc[i] = step<L>(acc[i], s.coeffs[2 * sweep + term], z[i]);
       }
@@ -210,7 +214,7 @@ ZO_HD void update_moments(typename L::F32 (&acc)[4], const typename L::F32 (&g)[
 }
 
 // M: the type of the first moments.
-template <class L, class T, class M>
+template <class L, Transform transform, class T, class M>
 void moment_sweep(void* weights, void* firsts, float* seconds, const Span& span, const Update& u,
                   const Moments& m) {
   const auto body = [&](uint64_t first, T* block, M* firsts, float* seconds) ZO_LAMBDA {
@@ -221,7 +225,7 @@ void moment_sweep(void* weights, void* firsts, float* seconds, const Span& span,
     }
     for (int64_t k = 0; k < u.directions; ++k) {
       typename L::F32 z[4];
-      block_normals<L>(z, first, span.id, u.keys[k]);
+      block_normals<L, transform>(z, first, span.id, u.keys[k]);
       for (int i = 0; i < 4; ++i) {
         g[i] = step<L>(g[i], m.grads[k], z[i]);
         acc[i] = step<L>(acc[i], u.coeffs[k], z[i]);
@@ -241,6 +245,33 @@ void moment_sweep(void* weights, void* firsts, float* seconds, const Span& span,
     store_block<L>(block, acc, first, span.id, u.rounding);
   };
   for_blocks<L>(span, body, static_cast<T*>(weights), static_cast<M*>(firsts), seconds);
+}
+
+// Adam with the moments of these directions alone, which are in registers only.
+template <class L, Transform transform, class T>
+void adam_of_squares(void* weights, const Span& span, const Update& u, const Moments& m) {
+  const auto body = [&](uint64_t first, T* block) ZO_LAMBDA {
+    typename L::F32 acc[4], g[4], second[4];
+    for (int i = 0; i < 4; ++i) {
+      acc[i] = decayed<L>(L::load(block + i * L::lanes), u.decay);
+      g[i] = second[i] = L::splat(0.0f);
+    }
+    for (int64_t k = 0; k < u.directions; ++k) {
+      typename L::F32 z[4];
+      block_normals<L, transform>(z, first, span.id, u.keys[k]);
+      for (int i = 0; i < 4; ++i) {
+        g[i] = step<L>(g[i], m.grads[k], z[i]);
+        acc[i] = step<L>(acc[i], u.coeffs[k], z[i]);
+        second[i] = add_square<L>(second[i], m.squares[k], z[i]);
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      const auto mean = L::mul(g[i], L::splat(m.coeffs.gain));
+      acc[i] = step<L>(acc[i], m.coeffs.step, adam<L>(mean, second[i], m.coeffs.eps));
+    }
+    store_block<L>(block, acc, first, span.id, u.rounding);
+  };
+  for_blocks<L>(span, body, static_cast<T*>(weights));
 }
 
 // ---- low rank ---------------------------------------------------------------------------------
@@ -384,16 +415,22 @@ void momentum_factor(float* moment, const float* u, float* a, int64_t count, con
   }
 }
 
+template <class N, Transform t>
+constexpr NoiseSweeps noise_sweeps_of = {
+    normal<N, t>,
+    {dense<N, t, Half>, dense<N, t, BFloat16>, dense<N, t, float>},
+    {dense_steps<N, t, Half>, dense_steps<N, t, BFloat16>, dense_steps<N, t, float>},
+    {{moment_sweep<N, t, Half, Half>, moment_sweep<N, t, Half, float>},
+     {moment_sweep<N, t, BFloat16, BFloat16>, moment_sweep<N, t, BFloat16, float>},
+     {moment_sweep<N, t, float, float>, moment_sweep<N, t, float, float>}},
+    {adam_of_squares<N, t, Half>, adam_of_squares<N, t, BFloat16>, adam_of_squares<N, t, float>},
+};
+
 // Noise over two vectors at a time.
 template <class L, class N = Twice<L>>
 constexpr Sweeps sweeps_of = {
     bits<N>,
-    normal<N>,
-    {dense<N, Half>, dense<N, BFloat16>, dense<N, float>},
-    {dense_steps<N, Half>, dense_steps<N, BFloat16>, dense_steps<N, float>},
-    {{moment_sweep<N, Half, Half>, moment_sweep<N, Half, float>},
-     {moment_sweep<N, BFloat16, BFloat16>, moment_sweep<N, BFloat16, float>},
-     {moment_sweep<N, float, float>, moment_sweep<N, float, float>}},
+    {noise_sweeps_of<N, Transform::portable>, noise_sweeps_of<N, Transform::rademacher>},
     {lowrank<L, Half>, lowrank<L, BFloat16>, lowrank<L, float>},
     momentum_factor<L>,
 };

@@ -38,10 +38,12 @@ struct Script {
   const float* decay;  // [sweeps]
 };
 
-// What a sweep over moments does beside: the estimate is sum_k grads[k] * z_k.
+// What a sweep over moments does beside: the estimate is sum_k grads[k] * z_k. With `squares` Adam
+// keeps nothing, and its second moment is sum_k squares[k] * z_k^2.
 struct Moments {
   Rule rule;
   const float* grads;
+  const float* squares;  // or null
   MomentCoeffs coeffs;
 };
 
@@ -58,16 +60,22 @@ struct Tile {
   const RoundKeys* rounding;
 };
 
-struct Sweeps {
-  void (*bits)(int64_t* out, const Span& span, const RoundKeys& keys);
+// Sweeps that make directions, by one transform. Indexed by the Dtype of the weights.
+struct NoiseSweeps {
   void (*normal)(float* out, const Span& span, const RoundKeys& keys);
-  // Indexed by the Dtype of the weights.
   void (*dense[3])(void* weights, const Span& span, const Update& update);
   void (*dense_steps[3])(void* weights, const Span& span, const Script& script);
   // The second index: whether `firsts` are float32, or of the weights' type. `firsts` may be null;
   // for all rules but Adam, `seconds` are.
   void (*moments[3][2])(void* weights, void* firsts, float* seconds, const Span& span,
                         const Update& update, const Moments& moments);
+  void (*adam_of_squares[3])(void* weights, const Span& span, const Update& update,
+                             const Moments& moments);
+};
+
+struct Sweeps {
+  void (*bits)(int64_t* out, const Span& span, const RoundKeys& keys);
+  NoiseSweeps noise[2];  // indexed by the Transform
   void (*lowrank[3])(void* weights, const Tile& tile);
   // coeffs: beta, grad, restore, step. a = restore * u + step * (the new moment).
   void (*momentum)(float* moment, const float* u, float* a, int64_t count, const float* coeffs);

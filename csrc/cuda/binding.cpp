@@ -45,6 +45,12 @@ Writing writing_of(const Tensor& decay, const std::optional<Tensor>& rounding) {
   return {read<float>(decay), rounding ? read<int64_t>(*rounding) : nullptr};
 }
 
+Transform transform_of(int64_t number) {
+  STD_TORCH_CHECK(0 <= number && number <= static_cast<int64_t>(Transform::fast),
+                  "zo_fused: there is no transform number ", number);
+  return static_cast<Transform>(number);
+}
+
 void check(Error error) {
   STD_TORCH_CHECK(error == nullptr, "zo_fused: a CUDA kernel could not be launched: ", error);
 }
@@ -57,25 +63,30 @@ void bits(const Tensor& table, int64_t programs, const Tensor& keys, int64_t str
   check(launch_bits(table_of(table, programs), read<int64_t>(keys), stream_of(stream)));
 }
 
-void normal(const Tensor& table, int64_t programs, const Tensor& keys, bool fast, int64_t stream) {
-  check(launch_normal(table_of(table, programs), read<int64_t>(keys), fast, stream_of(stream)));
+void normal(const Tensor& table, int64_t programs, const Tensor& keys, int64_t transform,
+            int64_t stream) {
+  check(launch_normal(table_of(table, programs), read<int64_t>(keys), transform_of(transform),
+                      stream_of(stream)));
 }
 
 void dense(const Tensor& table, int64_t programs, int64_t dtype, const Tensor& keys,
-           const Tensor& coeffs, const Tensor& decay, std::optional<Tensor> rounding, bool fast,
-           int64_t stream) {
+           const Tensor& coeffs, const Tensor& decay, std::optional<Tensor> rounding,
+           int64_t transform, int64_t stream) {
   check(launch_dense(table_of(table, programs), static_cast<Dtype>(dtype), directions_of(keys),
-                     read<float>(coeffs), writing_of(decay, rounding), fast, stream_of(stream)));
+                     read<float>(coeffs), writing_of(decay, rounding), transform_of(transform),
+                     stream_of(stream)));
 }
 
 void moments(const Tensor& table, int64_t programs, int64_t dtype, int64_t first, int64_t rule,
              const Tensor& keys, const Tensor& grads, const Tensor& restores,
-             const Tensor& coeffs, const Tensor& decay, std::optional<Tensor> rounding, bool fast,
-             int64_t stream) {
+             std::optional<Tensor> squares, const Tensor& coeffs, const Tensor& decay,
+             std::optional<Tensor> rounding, int64_t transform, int64_t stream) {
   check(launch_moments(table_of(table, programs), static_cast<Dtype>(dtype),
                        static_cast<First>(first), static_cast<Rule>(rule), directions_of(keys),
-                       read<float>(grads), read<float>(restores), read<float>(coeffs),
-                       writing_of(decay, rounding), fast, stream_of(stream)));
+                       read<float>(grads), read<float>(restores),
+                       squares ? std::optional(read<float>(*squares)) : std::nullopt,
+                       read<float>(coeffs),
+                       writing_of(decay, rounding), transform_of(transform), stream_of(stream)));
 }
 
 void lowrank(const Tensor& table, int64_t programs, int64_t dtype, int64_t rank,
@@ -98,14 +109,14 @@ ZO_STABLE_LIBRARY(ZO_FUSED_CUDA_LIBRARY, m) {
   m.def("architectures() -> int[]");
   m.def("sizes() -> int[]");
   m.def("bits(Tensor table, int programs, Tensor keys, int stream) -> ()");
-  m.def("normal(Tensor table, int programs, Tensor keys, bool fast, int stream) -> ()");
+  m.def("normal(Tensor table, int programs, Tensor keys, int transform, int stream) -> ()");
   m.def(
       "dense(Tensor table, int programs, int dtype, Tensor keys, Tensor coeffs, Tensor decay, "
-      "Tensor? rounding, bool fast, int stream) -> ()");
+      "Tensor? rounding, int transform, int stream) -> ()");
   m.def(
       "moments(Tensor table, int programs, int dtype, int first, int rule, Tensor keys, "
-      "Tensor grads, Tensor restores, Tensor coeffs, Tensor decay, Tensor? rounding, bool fast, "
-      "int stream) -> ()");
+      "Tensor grads, Tensor restores, Tensor? squares, Tensor coeffs, Tensor decay, "
+      "Tensor? rounding, int transform, int stream) -> ()");
   m.def(
       "lowrank(Tensor table, int programs, int dtype, int rank, Tensor? coeffs, Tensor decay, "
       "Tensor? rounding, int stream) -> ()");

@@ -105,13 +105,17 @@ ZO_HD void words_at(uint32_t (&c)[4], const Chunk& chunk, int i, const RoundKeys
                static_cast<uint32_t>(n >> 32), chunk.id, keys);
 }
 
-template <bool fast, int N>
+// Normals, or signs, of element i of a chunk and those behind it.
+template <Transform transform, int N>
 ZO_HD void normals(float (&z)[N], const Chunk& chunk, int i, const RoundKeys& keys) {
   ZO_UNROLL
   for (int j = 0; j < N; j += 4) {
     uint32_t c[4];
     words_at<4>(c, chunk, i + j, keys);
-    if constexpr (fast) {
+    if constexpr (transform == Transform::rademacher) {
+      ZO_UNROLL
+      for (int k = 0; k < 4; ++k) z[j + k] = rademacher<Lane>(c[k]);
+    } else if constexpr (transform == Transform::fast) {
       fast_normal_pair(c[0], c[1], z[j], z[j + 1]);
       fast_normal_pair(c[2], c[3], z[j + 2], z[j + 3]);
     } else {
@@ -160,7 +164,7 @@ __global__ void __launch_bounds__(threads) bits(Table table, const int64_t* keys
   });
 }
 
-template <bool fast>
+template <Transform transform>
 __global__ void __launch_bounds__(threads) normal(Table table, const int64_t* keys) {
   for_programs(table, [&](const int64_t* row, int64_t program) {
     const Chunk chunk = chunk_of(row, program);
@@ -168,14 +172,14 @@ __global__ void __launch_bounds__(threads) normal(Table table, const int64_t* ke
     float* const out = base<float>(row[address_], chunk);
     for_groups<4>(chunk, [&](int i, auto part) {
       float z[4];
-      normals<fast>(z, chunk, i, key);
+      normals<transform>(z, chunk, i, key);
       store(out + i, part, narrow<float>(z));
     });
   });
 }
 
 // weight = round(decay * weight + sum_k coeffs[k] * z_k)
-template <class T, bool one, bool stochastically, bool fast>
+template <class T, bool one, bool stochastically, Transform transform>
 __global__ void __launch_bounds__(threads, 3)
     dense(Table table, const int64_t* keys, int directions, const float* coeffs,
           const float* decays, const int64_t* rounding) {
@@ -196,13 +200,13 @@ __global__ void __launch_bounds__(threads, 3)
       for (float& x : acc) x = decayed<Lane>(x, decay);
       float z[N];
       if constexpr (one) {
-        normals<fast>(z, chunk, i, key);
+        normals<transform>(z, chunk, i, key);
         ZO_UNROLL
         for (int j = 0; j < N; ++j) acc[j] = step<Lane>(acc[j], only_coeff, z[j]);
       } else {
         ZO_LOOP
         for (int k = 0; k < directions; ++k) {
-          normals<fast>(z, chunk, i, keys_of(keys + k));
+          normals<transform>(z, chunk, i, keys_of(keys + k));
           ZO_UNROLL
           for (int j = 0; j < N; ++j) acc[j] = step<Lane>(acc[j], coeff[k], z[j]);
         }
@@ -242,13 +246,16 @@ ZO_HD void all_moments(float (&g)[N], float (&first)[N], float (&second)[N],
   for (int j = 0; j < N; ++j) g[j] = moments<Lane, rule, kept>(g[j], first[j], second[j], c);
 }
 
-// The estimate g = sum_k grads[k] * z_k goes into the moments, the moments into the weight.
-template <class T, bool stochastically>
+// The estimate g = sum_k grads[k] * z_k goes into the moments, the moments into the weight. Where it
+// is `squared`, the rule is Adam: its second moment is sum_k squares[k] * z_k^2, and none are kept.
+template <class T, bool stochastically, bool squared>
 __global__ void __launch_bounds__(threads, 2)
     moments(Table table, const int64_t* keys, int directions, const float* grads,
-            const float* restores, const float* coeffs, const float* decays, Rule rule,
-            First kept, const int64_t* rounding, bool fast) {
+            const float* restores, const float* squares, const float* coeffs,
+            const float* decays, Rule rule, First kept, const int64_t* rounding,
+            Transform transform) {
   constexpr int N = group<T>;
+  if (squared) kept = First::nothing;  // the compiler then knows it
   const RoundKeys rounding_key = stochastically ? kept_keys_of(rounding) : RoundKeys{};
   for_programs(table, [&](const int64_t* row, int64_t program) {
     const Chunk chunk = chunk_of(row, program);
@@ -257,6 +264,7 @@ __global__ void __launch_bounds__(threads, 2)
     float* const seconds = base<float>(row[states_ + 1], chunk);
     const float* const grad = grads + chunk.index * directions;
     const float* const restore = restores + chunk.index * directions;
+    const float* const square = squared ? squares + chunk.index * directions : nullptr;
     const float* const own = coeffs + chunk.index * 6;
     const MomentCoeffs c = {own[0], own[1], own[2], own[3], own[4], own[5]};
     const float decay = decays[chunk.index];
@@ -271,18 +279,26 @@ __global__ void __launch_bounds__(threads, 2)
       for (int k = 0; k < directions; ++k) {
         float z[N];
         const RoundKeys key = keys_of(keys + k);
-        if (fast) {
-          normals<true>(z, chunk, i, key);
+        if (transform == Transform::portable) {
+          normals<Transform::portable>(z, chunk, i, key);
+        } else if (transform == Transform::rademacher) {
+          normals<Transform::rademacher>(z, chunk, i, key);
         } else {
-          normals<false>(z, chunk, i, key);
+          normals<Transform::fast>(z, chunk, i, key);
         }
         ZO_UNROLL
         for (int j = 0; j < N; ++j) {
           g[j] = step<Lane>(g[j], grad[k], z[j]);
           acc[j] = step<Lane>(acc[j], restore[k], z[j]);
+          if constexpr (squared) second[j] = add_square<Lane>(second[j], square[k], z[j]);
         }
       }
-      if (rule == Rule::adam) {
+      if constexpr (squared) {
+        ZO_UNROLL
+        for (int j = 0; j < N; ++j) {
+          g[j] = adam<Lane>(Lane::mul(g[j], c.gain), second[j], c.eps);
+        }
+      } else if (rule == Rule::adam) {
         widen(load<float, N>(seconds + i, part), second);
         all_moments<Rule::adam, true>(g, first, second, c);
         store(seconds + i, part, narrow<float>(second));

@@ -43,6 +43,23 @@ Error with_flag(bool flag, const Call& call) {
   return flag ? call(True{}) : call(False{});
 }
 
+template <Transform t>
+struct By {
+  static constexpr Transform value = t;
+};
+
+template <class Call>
+Error with_transform(Transform transform, const Call& call) {
+  switch (transform) {
+    case Transform::rademacher:
+      return call(By<Transform::rademacher>{});
+    case Transform::fast:
+      return call(By<Transform::fast>{});
+    default:
+      return call(By<Transform::portable>{});
+  }
+}
+
 // call(weight, whether it is rounded stochastically)
 template <class Call>
 Error with_writing(Dtype dtype, const Writing& writing, const Call& call) {
@@ -69,17 +86,20 @@ Error launch_bits(const Table& table, const int64_t* keys, void* stream) {
   return launch(bits, stream, table, keys);
 }
 
-Error launch_normal(const Table& table, const int64_t* keys, bool fast, void* stream) {
-  return launch(fast ? normal<true> : normal<false>, stream, table, keys);
+Error launch_normal(const Table& table, const int64_t* keys, Transform transform, void* stream) {
+  return with_transform(transform, [&](auto by) {
+    return launch(normal<decltype(by)::value>, stream, table, keys);
+  });
 }
 
 Error launch_dense(const Table& table, Dtype dtype, const Directions& directions,
-                   const float* coeffs, const Writing& writing, bool fast, void* stream) {
+                   const float* coeffs, const Writing& writing, Transform transform,
+                   void* stream) {
   return with_writing(dtype, writing, [&](auto weight, auto stochastically) {
     return with_flag(directions.count == 1, [&](auto one) {
-      return with_flag(fast, [&](auto quick) {
+      return with_transform(transform, [&](auto by) {
         return launch(dense<decltype(weight), decltype(one)::value,
-                            decltype(stochastically)::value, decltype(quick)::value>,
+                            decltype(stochastically)::value, decltype(by)::value>,
                       stream, table, directions.keys, directions.count, coeffs, writing.decays,
                       writing.rounding);
       });
@@ -89,11 +109,16 @@ Error launch_dense(const Table& table, Dtype dtype, const Directions& directions
 
 Error launch_moments(const Table& table, Dtype dtype, First first, Rule rule,
                      const Directions& directions, const float* grads, const float* restores,
-                     const float* coeffs, const Writing& writing, bool fast, void* stream) {
+                     std::optional<const float*> squares, const float* coeffs,
+                     const Writing& writing, Transform transform, void* stream) {
   return with_writing(dtype, writing, [&](auto weight, auto stochastically) {
-    return launch(moments<decltype(weight), decltype(stochastically)::value>, stream, table,
-                  directions.keys, directions.count, grads, restores, coeffs, writing.decays, rule,
-                  first, writing.rounding, fast);
+    return with_flag(squares.has_value(), [&](auto squared) {
+      return launch(moments<decltype(weight), decltype(stochastically)::value,
+                            decltype(squared)::value>,
+                    stream, table, directions.keys, directions.count, grads, restores,
+                    squares.value_or(nullptr), coeffs, writing.decays, rule, first,
+                    writing.rounding, transform);
+    });
   });
 }
 

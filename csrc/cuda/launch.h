@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "../element.h"
@@ -46,12 +47,13 @@ using Error = const char*;
 std::vector<int64_t> architectures();  // 10 * compute capability
 
 Error launch_bits(const Table&, const int64_t* keys, void* stream);
-Error launch_normal(const Table&, const int64_t* keys, bool fast, void* stream);
+Error launch_normal(const Table&, const int64_t* keys, Transform, void* stream);
 Error launch_dense(const Table&, Dtype, const Directions&, const float* coeffs, const Writing&,
-                   bool fast, void* stream);
+                   Transform, void* stream);
+// With `squares` (of no directions, a null pointer) the rule is Adam and nothing is kept.
 Error launch_moments(const Table&, Dtype, First, Rule, const Directions&, const float* grads,
-                     const float* restores, const float* coeffs, const Writing&, bool fast,
-                     void* stream);
+                     const float* restores, std::optional<const float*> squares,
+                     const float* coeffs, const Writing&, Transform, void* stream);
 Error launch_lowrank(const Table&, Dtype, int64_t rank, const float* coeffs, const Writing&,
                      void* stream);
 Error launch_momentum(const Table&, const float* coeffs, void* stream);

@@ -1,4 +1,4 @@
-"""Fills: the random words and the normals themselves. Floor 3.
+"""Fills: the random words, and the normals or signs themselves. Floor 3.
 
 For factors, inspection and tests, so these kernels are as plain as they can be.
 """
@@ -63,5 +63,5 @@ def bits(launch: Any, keys: Tensor) -> None:
 
 
 def normal(launch: Any, keys: Tensor, transform: str) -> None:
-    """Fill float32 tensors with normals; see `zo_fused.multi_tensor`."""
+    """Fill float32 tensors with normals or signs; see `zo_fused.multi_tensor`."""
     _fill(launch, keys, True, transform_of(transform))

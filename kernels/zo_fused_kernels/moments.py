@@ -14,9 +14,17 @@ from torch import Tensor
 from .blocks import block_elements, chunk_elements, index, is_whole, load_run, store_run
 from .fma import fma
 from .launch import CHUNK, DTYPES, MOMENTS_BLOCK, NOISE_WARPS, OPTIONS, STRAY
-from .normal import normals, transform_of
+from .normal import as_bits, as_float, hidden, normals, transform_of
 from .rounding import narrow, rounded, widen
 from .table import ADDRESS, ID, INDEX, OFFSET, STATES, find, pointer
+
+
+@triton.jit
+def zeros(x):
+    """as many zeros, laid out among threads as x is"""
+    # A loop may carry them from turn to turn. Constants, laid out anew, would make what is added to
+    # them go through shared memory.
+    return as_float(as_bits(x) & hidden(0))
 
 
 @triton.jit
@@ -30,12 +38,13 @@ def moments_run(
     keys_ptr,  # [K]
     grads_ptr,  # [K]
     restores_ptr,  # [K]
+    squares_ptr,  # [K] or None
     coeffs_ptr,  # [6] beta, gain, beta2, gain2, eps, step
     directions,  # K
     decay,
     rounding_ptr,  # [1] or None
     RULE: tl.constexpr,
-    SINGLE: tl.constexpr,  # K is 1
+    SINGLE: tl.constexpr,  # K is 1, without squares
     TRANSFORM: tl.constexpr,
     COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -43,16 +52,21 @@ def moments_run(
     """`zo_fused.reference.moments_` of COUNT neighbouring elements"""
     w = load_run(p_ptr, mask, COUNT, WIDTH)
     acc = decay * widen(w)
-    g = tl.zeros_like(acc)
     if SINGLE:
+        g = tl.zeros_like(acc)
         z = normals(first, tl.load(keys_ptr), id, COUNT, WIDTH, TRANSFORM)
         g = fma(tl.load(grads_ptr), z, g)
         acc = fma(tl.load(restores_ptr), z, acc)
     else:
+        g = zeros(acc)
+        if squares_ptr is not None:
+            v = g
         for k in range(directions):
             z = normals(first, tl.load(keys_ptr + k), id, COUNT, WIDTH, TRANSFORM)
             g = fma(tl.load(grads_ptr + k), z, g)
             acc = fma(tl.load(restores_ptr + k), z, acc)
+            if squares_ptr is not None:
+                v = fma(tl.load(squares_ptr + k) * z, z, v)
 
     gain = tl.load(coeffs_ptr + 1)
     if m_ptr is None:
@@ -62,9 +76,10 @@ def moments_run(
         s = fma(gain, g, tl.load(coeffs_ptr) * widen(m))
         store_run(m_ptr, narrow(s, m.dtype), mask, COUNT, WIDTH)
     if RULE == "adam":
-        v = load_run(v_ptr, mask, COUNT, WIDTH)
-        v = fma(tl.load(coeffs_ptr + 3) * g, g, tl.load(coeffs_ptr + 2) * v)
-        store_run(v_ptr, v, mask, COUNT, WIDTH)
+        if v_ptr is not None:
+            v = load_run(v_ptr, mask, COUNT, WIDTH)
+            v = fma(tl.load(coeffs_ptr + 3) * g, g, tl.load(coeffs_ptr + 2) * v)
+            store_run(v_ptr, v, mask, COUNT, WIDTH)
         s = tl.div_rn(s, tl.sqrt_rn(v) + tl.load(coeffs_ptr + 4))
     elif RULE == "sign":
         s = (s > 0).to(tl.float32) - (s < 0).to(tl.float32)
@@ -74,7 +89,8 @@ def moments_run(
 
 
 POINTERS = [
-    f"{name}_ptr" for name in ("table", "keys", "grads", "restores", "coeffs", "decay", "rounding")
+    f"{name}_ptr"
+    for name in ("table", "keys", "grads", "restores", "squares", "coeffs", "decay", "rounding")
 ]
 
 
@@ -85,6 +101,7 @@ def _moments_kernel(
     keys_ptr,  # [K] stream keys
     grads_ptr,  # [P, K]
     restores_ptr,  # [P, K]
+    squares_ptr,  # [P, K], or None: seconds are kept
     coeffs_ptr,  # [P, 6]
     decay_ptr,  # [P]
     rounding_ptr,  # [1] key of a rounding stream, or None
@@ -107,12 +124,14 @@ def _moments_kernel(
     decay = tl.load(decay_ptr + row)
     grads_ptr += row * directions
     restores_ptr += row * directions
+    if squares_ptr is not None:
+        squares_ptr += row * directions
     coeffs_ptr += row * 6
     m_ptr = None
     v_ptr = None
     if M_DTYPE is not None:
         m_ptr = pointer(tl.load(row_ptr + STATES), M_DTYPE)
-    if RULE == "adam":
+    if RULE == "adam" and squares_ptr is None:
         v_ptr = pointer(tl.load(row_ptr + STATES + 1), tl.float32)
     offset = tl.load(row_ptr + OFFSET)
     begin, end = chunk_elements(row_ptr, program, CHUNK)
@@ -123,8 +142,8 @@ def _moments_kernel(
                 tl.multiple_of(p_ptr + (low - offset), 16),
                 None if m_ptr is None else tl.multiple_of(m_ptr + (low - offset), 16),
                 None if v_ptr is None else tl.multiple_of(v_ptr + (low - offset), 16),
-                None, block * BLOCK, id, keys_ptr, grads_ptr, restores_ptr, coeffs_ptr,
-                directions, decay, rounding_ptr, RULE, SINGLE, TRANSFORM, BLOCK, WIDTH,
+                None, block * BLOCK, id, keys_ptr, grads_ptr, restores_ptr, squares_ptr,
+                coeffs_ptr, directions, decay, rounding_ptr, RULE, SINGLE, TRANSFORM, BLOCK, WIDTH,
             )  # fmt: skip
         else:
             for i in range(low, high, STRAY):
@@ -134,8 +153,8 @@ def _moments_kernel(
                     None if m_ptr is None else m_ptr + (first - offset),
                     None if v_ptr is None else v_ptr + (first - offset),
                     first + tl.arange(0, STRAY) < high, first, id, keys_ptr, grads_ptr,
-                    restores_ptr, coeffs_ptr, directions, decay, rounding_ptr, RULE, False,
-                    TRANSFORM, STRAY, 1,
+                    restores_ptr, squares_ptr, coeffs_ptr, directions, decay, rounding_ptr, RULE,
+                    False, TRANSFORM, STRAY, 1,
                 )  # fmt: skip
 
 
@@ -149,6 +168,7 @@ def moments(
     rule: str,
     rounding: Tensor | None,
     transform: str,
+    squares: Tensor | None,
 ) -> None:
     """As `zo_fused.reference.moments_`; see `zo_fused.multi_tensor`."""
     states = launch.state_dtypes
@@ -158,6 +178,7 @@ def moments(
         keys,
         grads,
         restores,
+        squares,
         coeffs,
         decay,
         rounding,
@@ -165,7 +186,7 @@ def moments(
         DTYPE=DTYPES[launch.dtype],
         M_DTYPE=DTYPES[states[0]] if states else None,
         RULE=rule,
-        SINGLE=keys.numel() == 1,
+        SINGLE=keys.numel() == 1 and squares is None,
         TRANSFORM=transform_of(transform),
         CHUNK=CHUNK,
         BLOCK=MOMENTS_BLOCK,

@@ -1,9 +1,9 @@
-"""Random words to standard normals, by Box-Muller. Floor 2.
+"""Random words to standard normals, by Box-Muller, or to signs. Floor 2.
 
 `portable`, the transform of the noise contract, takes integer operations, products, sums and fma:
 the same bits on every device. What the constants are and why the steps fit together is told in
 `zo_fused.reference`; here they stand in the same order. `fast` takes the same steps with a GPU's
-approximate units, at two thirds of the instructions.
+approximate units, at two thirds of the instructions. `rademacher` takes the top bits of the words.
 """
 
 import triton
@@ -14,6 +14,7 @@ from .launch import INTERPRETING
 from .philox import counters, counters_at
 
 PORTABLE = tl.constexpr("portable")
+RADEMACHER = tl.constexpr("rademacher")
 FAST_AMD = tl.constexpr("fast, amd")
 
 
@@ -144,11 +145,19 @@ def fast_pair(a, b, one_bits, TRANSFORM: tl.constexpr):
 
 
 @triton.jit
+def sign(a, one_bits):
+    """+1 or -1 by the top bit of a random word"""
+    return as_float((a & 0x80000000) | one_bits)
+
+
+@triton.jit
 def pair(a, b, TRANSFORM: tl.constexpr):
-    """two standard normals from two random words, by either transform"""
+    """two standard normals or signs from two random words, by a transform"""
     one_bits = hidden(0x3F800000)
     if TRANSFORM == PORTABLE:
         z0, z1 = normal_pair(a, b, one_bits)
+    elif TRANSFORM == RADEMACHER:
+        z0, z1 = sign(a, one_bits), sign(b, one_bits)
     else:
         z0, z1 = fast_pair(a, b, one_bits, TRANSFORM)
     return z0, z1
@@ -156,7 +165,8 @@ def pair(a, b, TRANSFORM: tl.constexpr):
 
 @triton.jit
 def normals(first, key, id, COUNT: tl.constexpr, WIDTH: tl.constexpr, TRANSFORM: tl.constexpr):
-    """[COUNT] standard normals of elements first, first + 1, ..; a thread owns runs of WIDTH
+    """[COUNT] standard normals or signs of elements first, first + 1, ..; a thread owns runs of
+    WIDTH
 
     WIDTH 4 and 8 are for blocks: first is a multiple of COUNT. WIDTH 1 takes any first, and four
     times as many words.

@@ -133,7 +133,9 @@ def _dense_steps_kernel(
                 )  # fmt: skip
 
 
-def dense_steps(launch: Any, keys: Tensor, script: Tensor, coeffs: Tensor, decay: Tensor) -> None:
+def dense_steps(
+    launch: Any, keys: Tensor, script: Tensor, coeffs: Tensor, decay: Tensor, transform: str
+) -> None:
     """The sweeps of a script, which is on the host; see `zo_fused.multi_tensor`."""
     if not len(script):
         return
@@ -150,7 +152,7 @@ def dense_steps(launch: Any, keys: Tensor, script: Tensor, coeffs: Tensor, decay
         decay,
         DTYPE=DTYPES[launch.dtype],
         STOCHASTIC=bool((script[:, 2] >= 0).any()),
-        TRANSFORM=transform_of("portable"),
+        TRANSFORM=transform_of(transform),
         CHUNK=CHUNK,
         BLOCK=NOISE_BLOCK // 2,
         WIDTH=16 // launch.dtype.itemsize,

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from zo_fused.arguments import Lists, split
 
-TRANSFORMS = ("portable",)
-RULES = ("momentum", "sign", "adam")  # as in `Rule` of csrc/element.h
+TRANSFORMS = ("portable", "rademacher")  # as in `Transform` of csrc/element.h
+RULES = ("momentum", "sign", "adam")  # as in `Rule` there
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # as in csrc/cpu/sweeps.h
 
 _import_error: str | None = None
@@ -127,18 +127,29 @@ def lowrank_table(
 # Strings stay on this side: torch's stable ABI loses the memory of every one that it hands to C++.
 
 
-def _fill(name: str, dtype: torch.dtype) -> Callable[..., Callable[..., None]]:
-    def prepare(outs: Sequence[Tensor], ids: Tensor, offsets: Tensor) -> Callable[..., None]:
-        _addresses("outs", outs, dtype)
-        table = noise_table(outs, [0] * len(outs), ids, offsets)
-        operator = getattr(torch.ops.zo_fused_C, name).default
+def _fill_table(outs: Sequence[Tensor], dtype: torch.dtype, ids: Tensor, offsets: Tensor) -> Tensor:
+    _addresses("outs", outs, dtype)
+    return noise_table(outs, [0] * len(outs), ids, offsets)
 
-        def sweep(keys: Tensor, transform: str = "portable") -> None:
-            operator(table, keys.contiguous())
 
-        return sweep
+def _bits(outs: Sequence[Tensor], ids: Tensor, offsets: Tensor) -> Callable[..., None]:
+    table = _fill_table(outs, torch.int64, ids, offsets)
+    operator = torch.ops.zo_fused_C.bits.default
 
-    return prepare
+    def sweep(keys: Tensor) -> None:
+        operator(table, keys.contiguous())
+
+    return sweep
+
+
+def _normal(outs: Sequence[Tensor], ids: Tensor, offsets: Tensor) -> Callable[..., None]:
+    table = _fill_table(outs, torch.float32, ids, offsets)
+    operator = torch.ops.zo_fused_C.normal.default
+
+    def sweep(keys: Tensor, transform: str = "portable") -> None:
+        operator(table, keys.contiguous(), TRANSFORMS.index(transform))
+
+    return sweep
 
 
 def _dense(params: Sequence[Tensor], ids: Tensor, offsets: Tensor) -> Callable[..., None]:
@@ -152,7 +163,8 @@ def _dense(params: Sequence[Tensor], ids: Tensor, offsets: Tensor) -> Callable[.
         rounding: Tensor | None = None,
         transform: str = "portable",
     ) -> None:
-        operator(table, keys.contiguous(), coeffs.contiguous(), decay.contiguous(), rounding)
+        rows = [row.contiguous() for row in (keys, coeffs, decay)]
+        operator(table, *rows, rounding, TRANSFORMS.index(transform))
 
     return sweep
 
@@ -176,9 +188,11 @@ def _moments(
         rule: str,
         rounding: Tensor | None = None,
         transform: str = "portable",
+        squares: Tensor | None = None,
     ) -> None:
         rows = [row.contiguous() for row in (keys, grads, restores, coeffs, decay)]
-        operator(table, *rows, RULES.index(rule), rounding)
+        squares = None if squares is None else squares.contiguous()
+        operator(table, *rows, RULES.index(rule), rounding, TRANSFORMS.index(transform), squares)
 
     return sweep
 
@@ -187,8 +201,15 @@ def _dense_steps(params: Sequence[Tensor], ids: Tensor, offsets: Tensor) -> Call
     table = noise_table(params, _dtypes("params", params), ids, offsets)
     operator = torch.ops.zo_fused_C.dense_steps.default
 
-    def sweep(*rows: Tensor) -> None:
-        operator(table, *[row.contiguous() for row in rows])
+    def sweep(
+        keys: Tensor,
+        script: Tensor,
+        coeffs: Tensor,
+        decay: Tensor,
+        transform: str = "portable",
+    ) -> None:
+        rows = [row.contiguous() for row in (keys, script, coeffs, decay)]
+        operator(table, *rows, TRANSFORMS.index(transform))
 
     return sweep
 
@@ -228,8 +249,8 @@ def _lowrank(name: str) -> Callable[..., Callable[..., None]]:
 
 
 _MAKERS: dict[str, Callable[..., Callable[..., None]]] = {
-    "bits_": _fill("bits", torch.int64),
-    "normal_": _fill("normal", torch.float32),
+    "bits_": _bits,
+    "normal_": _normal,
     "dense_": _dense,
     "dense_steps_": _dense_steps,
     "moments_": _moments,

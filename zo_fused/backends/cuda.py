@@ -12,11 +12,10 @@ from torch import Tensor
 from zo_fused.multi_tensor import MultiTensor
 from zo_fused.table import Launch
 
-TRANSFORMS = ("portable", "fast")
-
 # Numbers of the enumerations in csrc/cuda/launch.h and csrc/element.h.
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _RULES = {"momentum": 0, "sign": 1, "adam": 2}
+TRANSFORMS = ("portable", "rademacher", "fast")
 _NOTHING, _FLOAT32, _LIKE_WEIGHTS = range(3)
 
 _import_error: str | None = None
@@ -71,8 +70,8 @@ class Kernels:
         self._operators.bits(launch.table, launch.programs, keys, _stream(launch))
 
     def normal(self, launch: Launch, keys: Tensor, transform: str) -> None:
-        fast = transform == "fast"
-        self._operators.normal(launch.table, launch.programs, keys, fast, _stream(launch))
+        number = TRANSFORMS.index(transform)
+        self._operators.normal(launch.table, launch.programs, keys, number, _stream(launch))
 
     def dense(
         self,
@@ -91,7 +90,7 @@ class Kernels:
             coeffs,
             decay,
             rounding,
-            transform == "fast",
+            TRANSFORMS.index(transform),
             _stream(launch),
         )
 
@@ -106,6 +105,7 @@ class Kernels:
         rule: str,
         rounding: Tensor | None,
         transform: str,
+        squares: Tensor | None,
     ) -> None:
         first = _NOTHING
         if launch.state_dtypes:
@@ -119,10 +119,11 @@ class Kernels:
             keys,
             grads,
             restores,
+            squares,
             coeffs,
             decay,
             rounding,
-            transform == "fast",
+            TRANSFORMS.index(transform),
             _stream(launch),
         )
 

@@ -7,7 +7,7 @@ import importlib
 from zo_fused.multi_tensor import Kernels, MultiTensor
 
 OLDEST = (3, 6)
-TRANSFORMS = ("portable", "fast")
+TRANSFORMS = ("portable", "rademacher", "fast")
 
 
 def why_not(device_type: str) -> str | None:

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from zo_fused.directions import Dense
-from zo_fused.moment_rules import Adam
+from zo_fused.moment_rules import Adam, AdamOfHistory
 from zo_fused.optim.base import ZerothOrderOptimizer
+from zo_fused.schedule import Schedule
 
 
 class ZOAdam(ZerothOrderOptimizer):
@@ -23,6 +24,12 @@ class ZOAdam(ZerothOrderOptimizer):
     moments at once. State: m and v, 8 bytes a weight in float32. The benchmark's code keeps both in
     the dtype of the weights, where float16 turns its 1e-8 into 0; here v is float32 always.
 
+    ``history=H`` stores nothing dense (the storage-efficient form of the MeZO paper's appendix):
+    m and v are made anew at every step, in registers, from the last H estimates: each is a number
+    and a stream. What is older is dropped, and the bias corrections count at most H steps; over
+    the first H steps it is ZOAdam. State: 16 H bytes a parameter tensor. The last sweep of a step
+    then draws H directions.
+
     Args:
         params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
         lr: learning rate.
@@ -33,8 +40,9 @@ class ZOAdam(ZerothOrderOptimizer):
         state_dtype: of m: "float32", or "param", the dtype of each weight.
         rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
         seed: base seed of the run.
-        deferred: see `ZerothOrderOptimizer`.
-        one_sided: estimate from ``L(theta + eps z)`` and ``L(theta)``, see `ZerothOrderOptimizer`.
+        deferred, one_sided, queries, distribution, block_order: see `MeZO`.
+        history: None, or H: keep the coefficients of the last H steps instead of moments, see
+            above.
     """
 
     def __init__(
@@ -50,6 +58,10 @@ class ZOAdam(ZerothOrderOptimizer):
         seed: int = 0,
         deferred: bool = False,
         one_sided: bool = False,
+        queries: int = 1,
+        distribution: str = "gaussian",
+        block_order: str | None = None,
+        history: int | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -59,9 +71,15 @@ class ZOAdam(ZerothOrderOptimizer):
             "weight_decay": weight_decay,
             "rounding": rounding,
         }
-        rule = Adam(state_dtype)
-        options = {"state_dtype": state_dtype}
-        super().__init__(params, defaults, Dense(), rule, seed, deferred, options, one_sided)
+        if history is not None and (not isinstance(history, int) or history < 1):
+            raise ValueError(f"history must be a whole number >= 1 or None, got {history!r}")
+        if history is not None and (queries != 1 or block_order == "sequential"):
+            raise ValueError("history takes one query a step, of all parameters")
+        rule = Adam(state_dtype) if history is None else AdamOfHistory(history)
+        options = {"state_dtype": state_dtype, "distribution": distribution, "history": history}
+        schedule = Schedule(deferred, one_sided, queries, block_order)
+        direction = Dense(distribution)
+        super().__init__(params, defaults, direction, rule, seed, schedule, options)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

@@ -11,10 +11,12 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,8 +26,21 @@ from zo_fused.interrupts import uninterrupted
 from zo_fused.keys import Clock, Stream, clock, running, stream_keys
 from zo_fused.parameters import Bucket, fingerprint, make_buckets, parameter_ids, signature
 from zo_fused.rules import Rule, Update
+from zo_fused.schedule import Position, Schedule
 from zo_fused.side_weight import UsedOtherwise
 from zo_fused.streams import CONTRACT_VERSION, Purpose
+from zo_fused.vectors import (
+    Flag,
+    Vector,
+    all_finite,
+    as_tensor,
+    flag_on,
+    on,
+    on_host,
+    stacked,
+    to_float32,
+    vector,
+)
 
 logger = logging.getLogger("zo_fused")
 
@@ -47,11 +62,6 @@ def capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def countable(device: torch.device) -> bool:
-    """Whether steps on a device could be captured."""
-    return device.type == "cuda"
-
-
 ROUNDINGS = ("nearest", "stochastic")
 
 # Kept in every param group, where `state_dict` leaves integers as they are.
@@ -62,9 +72,17 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     """Base of the optimizers: estimates along one direction a step.
 
     ``g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)`` (SPSA; Spall 1992), where z belongs to
-    the step: it is drawn anew in every sweep from (seed, step, parameter id, element index). With
-    ``one_sided=True``, ``g = (L(theta + eps z) - L(theta)) / eps``: one sweep less (two in both
-    schedules), for an estimate that is biased by the curvature.
+    the step: it is drawn anew in every sweep from (seed, step, query, parameter id, element index).
+    With ``one_sided=True``, ``g = (L(theta + eps z) - L(theta)) / eps``: one sweep less (two in
+    both schedules), for an estimate that is biased by the curvature. With ``queries=q`` a step
+    takes q such estimates, each with a z of its own, and their mean is the gradient (one-sided ones
+    share L(theta)): ``2 q`` or ``q + 1`` losses, and one sweep for the whole update.
+
+    Blocks: with ``block_order`` the param groups that have the same number under "block"
+    (`zo_fused.layer_blocks` makes them) are perturbed without the others. "sequential": every step
+    is of one block, in turn (give a whole round the same batch for the sweep through all blocks of
+    arXiv 2402.11592). "simultaneous": a step estimates every block at the same weights, with losses
+    of its own, and then updates them all: less variance, at the price of 2 losses a block.
 
     The sweeps of a step are ``+eps``, ``-2 eps``, and restore together with the update; with
     ``deferred=True`` the last one also moves to ``+eps`` of the next step, so that there are two,
@@ -85,11 +103,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         defaults: hyper-parameters of the groups.
         direction, rule: see above.
         seed: base seed of the run, ``0 <= seed < 2**64``. The global generators are never used.
-        deferred, one_sided: see above.
+        schedule: deferred, one_sided, queries, block_order: see above.
         options: arguments of the method that groups don't tell, recorded in the replay log.
 
     Attributes:
-        projected_grad: g of the last step, float32 tensor [] on the device of the first parameter.
+        projected_grad: g of the last step, float32 tensor [] on the device of the first parameter;
+            with several queries or blocks [blocks * queries].
         timings: None, or a dict to which `step` adds seconds under "perturb", "forward", "update"
             (on GPUs this waits for the device).
     """
@@ -101,9 +120,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         direction: Direction,
         rule: Rule,
         seed: int,
-        deferred: bool = False,
+        schedule: Schedule,
         options: dict[str, Any] | None = None,
-        one_sided: bool = False,
     ) -> None:
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed must lie in [0, 2**64), got {seed}")
@@ -114,14 +132,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             params = params.named_parameters()
         self._direction = direction
         self._rule = rule
-        self._deferred = deferred
-        self._one_sided = one_sided
-        self._options = {"deferred": deferred, "one_sided": one_sided, **(options or {})}
+        self._schedule = schedule
+        self._options = {**asdict(schedule), **(options or {})}
         self._reset()
         counters: dict[str, Any] = dict.fromkeys(_COUNTERS, 0)
         # in_place: positions of the matrices that a direction can't keep its changes beside
         counters |= {"seed": seed, "contract": CONTRACT_VERSION, "in_place": ()}
-        super().__init__(params, {**defaults, **counters})
+        super().__init__(params, {"block": 0, **defaults, **counters})
         parameter_ids(self.param_groups)
 
     def _reset(self) -> None:
@@ -131,7 +148,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._counter: Tensor | None = None  # on a GPU: the step, for captured steps
         self._captured = False  # then graphs may have moved it on
         self._at: list[float] = []  # coefficient of z in the weights, a group; empty: at theta
-        self._path: list[float] = []  # displacements of this step, in units of eps
+        self._query = 0  # whose z that is
+        self._path: list[Any] = []  # perturbations of this step, as the log has them
         self._ahead = False  # displaced by the last step's sweep; this step has not begun
         self._buckets: list[Bucket] = []
         self._signature: tuple[Any, ...] | None = None
@@ -159,6 +177,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             if not math.isfinite(value) or value < 0 or (positive and value == 0):
                 bound = "> 0" if positive else ">= 0"
                 raise ValueError(f"{name} must be a finite number {bound}, got {group[name]}")
+        if not isinstance(group["block"], int):
+            raise ValueError(f"block must be a whole number, got {group['block']!r}")
         if group["rounding"] not in ROUNDINGS:
             raise ValueError(f"rounding must be one of {ROUNDINGS}, got {group['rounding']!r}")
         if group["rounding"] != self.param_groups[0]["rounding"]:
@@ -189,7 +209,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if self._at or any(map(self._direction.pending, self._buckets)):
             # too late to do it here: the weights may have been copied already
             raise RuntimeError("weights are not at theta: flush() before copying or pickling")
-        own = ("_direction", "_rule", "_deferred", "_one_sided", "_options")
+        own = ("_direction", "_rule", "_schedule", "_options")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -234,35 +254,65 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     # ---- perturbations --------------------------------------------------------------------------
 
     @_plain_tensors
-    def perturb(self, sign: float) -> None:
-        """Put the weights at ``theta + sign * eps * z`` of the coming step, from wherever they are.
+    def perturb(self, sign: float, query: int = 0) -> None:
+        """Put the weights at ``theta + sign * eps * z`` with z of a query of the coming step, from
+        wherever they are.
 
         One sweep, or none if they are there. `step` with losses merges the way back with the
         update; `flush` goes back without.
         """
-        self._perturb(sign)
+        self._perturb(Position(float(sign), query))
 
-    def _perturb(self, sign: float) -> None:
+    def _perturb(self, position: Position) -> None:
         with self._timed("perturb"), uninterrupted():
             if self._ahead or not self._at:
                 self._refresh()
-            moved = self._move([sign * float(group["eps"]) for group in self.param_groups])
-            if moved or self._ahead:
-                self._path.append(sign)
-            self._ahead = False
+            self._go(self._displacement(position), position.query, position.to_json())
 
-    def _move(self, to: list[float]) -> bool:
+    def _go(self, to: list[float], query: int, entry: Any) -> None:
+        """Move the weights, as the entry of the path says."""
+        if self._move(to, query) or self._ahead:
+            self._path.append(entry)
+        self._ahead = False
+
+    def _displacement(self, position: Position) -> list[float]:
+        """Coefficient of z at a position, a group."""
+        groups = self.param_groups
+        block = position.block
+        if self._schedule.block_order == "sequential":
+            block = self._schedule.turn(self._blocks(), self.step_count)
+        return [
+            position.sign * float(g["eps"]) if block in (None, g["block"]) else 0.0 for g in groups
+        ]
+
+    def _blocks(self) -> list[int]:
+        return sorted({bucket.block for bucket in self._buckets})
+
+    def _move(self, to: list[float], query: int = 0) -> bool:
         """Sweep the weights to ``theta + to[group] * z``; False if they were there."""
         at = self._at or [0.0] * len(to)
-        if to == at:
+        if to == at and (query == self._query or not any(to)):
             return False
-        distance = [b - a for a, b in zip(at, to, strict=True)]
         for bucket in self._buckets:
-            term = Term(self.step_count, bucket.constant(distance))
-            self._direction.sweep(bucket, self.seed, [term], torch.ones_like(term.coeffs))
-        self._at = to if any(to) else []
+            terms = self._way(bucket, at, to, query)
+            if terms:
+                self._direction.sweep(bucket, self.seed, terms, bucket.ones)
+        self._at, self._query = (to, query) if any(to) else ([], 0)
         self._direction.attach(self._buckets if self._at else [])
         return True
+
+    def _way(self, bucket: Bucket, at: list[float], to: list[float], query: int) -> list[Term]:
+        """What a bucket's weights lack at the new place."""
+        step = self.step_count
+        if query != self._query and bucket.has(at) and bucket.has(to):
+            back = [-a for a in at]
+            return [
+                Term(step, bucket.constant(back), query=self._query),
+                Term(step, bucket.constant(to), query=query),
+            ]
+        whose = query if bucket.has(to) else self._query
+        distance = [b - a for a, b in zip(at, to, strict=True)]
+        return [Term(step, bucket.constant(distance), query=whose)] if bucket.has(distance) else []
 
     @_plain_tensors
     def flush(self) -> None:
@@ -271,6 +321,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         One sweep, or none if they are there.
         """
         with uninterrupted():
+            for bucket in self._buckets:
+                bucket.look_again()
             moved = self._move([0.0] * len(self.param_groups)) if self._at else False
             settled = self._settle(self.param_groups[0]["restores"] + 1)
             path, self._path, self._ahead = self._path, [], False
@@ -289,13 +341,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return any(done)
 
     @contextmanager
-    def perturbed(self, sign: float) -> Iterator[None]:
+    def perturbed(self, sign: float, query: int = 0) -> Iterator[None]:
         """``with opt.perturbed(+1): loss_plus = f()``, for loops that own their forward pass.
 
         The weights are back at theta after the block, so two blocks and a step cost five sweeps;
         `step` with a closure costs three.
         """
-        self.perturb(sign)
+        self.perturb(sign, query)
         try:
             yield
         finally:
@@ -310,12 +362,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def _refresh(self) -> None:
         """Look again at the parameters before a step: what requires gradients, where it lies."""
         groups, trainable = self.param_groups, self._trainable_override
-        names = self._direction.fixed
+        by_block = self._schedule.block_order is not None
+        names = (*self._direction.fixed, "block") if by_block else self._direction.fixed
         in_place = set(groups[0]["in_place"]) if self._direction.beside else None
         now = (signature(groups, names), trainable, in_place)
         if now != self._signature:
             self.flush()  # over the parameters and in the windows that it began with
-            self._buckets = make_buckets(groups, trainable, names, in_place)
+            self._buckets = make_buckets(groups, trainable, names, in_place, by_block)
             self._signature = now
             for p, reason in self._direction.out_of_reach(self._buckets):
                 self._perturb_in_place(p, reason)
@@ -331,20 +384,23 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self,
         closure: Closure | None = None,
         *,
-        loss_plus: Loss | None = None,
-        loss_minus: Loss | None = None,
+        loss_plus: Loss | Sequence[Loss] | None = None,
+        loss_minus: Loss | Sequence[Loss] | None = None,
     ) -> Tensor:
-        """One step, from a closure or from two losses.
+        """One step, from a closure or from losses.
 
         Args:
-            closure: computes the loss, any scalar, without a backward pass. Called twice, at
-                ``theta + eps z`` and ``theta - eps z`` (one-sided: theta), under `torch.no_grad`,
-                with the same state of torch's global generators, so dropout masks agree; these
-                generators end where one call leaves them. The model's train or eval mode is yours.
-            loss_plus, loss_minus: the two losses, from `perturb` or `perturbed`.
+            closure: computes the loss, any number that says how bad the weights are (also one
+                without a derivative), without a backward pass; a large batch in parts, if it likes.
+                Called twice, at ``theta + eps z`` and ``theta - eps z`` (one-sided: theta), under
+                `torch.no_grad`, with the same state of torch's global generators, so dropout masks
+                agree; these generators end where one call leaves them. The model's train or eval
+                mode is yours. Several queries or blocks call it more often.
+            loss_plus, loss_minus: the two losses, from `perturb` or `perturbed`; with several
+                queries, sequences of them.
 
         Returns:
-            The mean of the two losses, float32 tensor [].
+            The mean of the losses, float32 tensor [].
 
         Raises:
             TypeError: the loss is not a scalar.
@@ -366,11 +422,23 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if loss_plus is None or loss_minus is None:
             raise TypeError("step() needs a closure, or loss_plus and loss_minus")
         try:
-            plus, minus = self._scalar(loss_plus), self._scalar(loss_minus)
+            plus, minus = self._given(loss_plus), self._given(loss_minus)
         except BaseException:
             self.flush()
             raise
         return self._finish(*self._from_losses(plus, minus))
+
+    def _given(self, losses: Loss | Sequence[Loss]) -> list[Any]:
+        """The losses that a user gives, one a query."""
+        several = isinstance(losses, Sequence) or (isinstance(losses, Tensor) and losses.dim() == 1)
+        given = list(losses) if several else [losses]  # type: ignore[arg-type]
+        if len(given) != self._schedule.queries or self._schedule.block_order == "simultaneous":
+            raise ValueError(
+                f"{len(given)} losses a sign for {self._schedule.queries} queries"
+                if self._schedule.block_order != "simultaneous"
+                else 'block_order="simultaneous" needs a closure'
+            )
+        return [self._scalar(loss) for loss in given]
 
     def _capture(self, closure: Closure | None) -> Tensor:
         """Record a step whose number is read on the device; the host's state stays as it is."""
@@ -378,15 +446,20 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             raise RuntimeError("only a step with a closure can be captured")
         if self._log is not None:
             raise RuntimeError("a captured step can't write the replay log: close_log() first")
-        reason = self._direction.not_capturable(self._deferred) or self._rule.not_capturable
+        reason = (
+            self._direction.not_capturable(self._schedule.deferred) or self._rule.not_capturable
+        )
+        if self._schedule.block_order == "sequential":
+            reason = "whose turn it is, is for the host to say"
         if reason:
             raise RuntimeError(f"this step can't be captured in a graph: {reason}")
-        if self._counter is None or self._deferred != self._ahead or len(self._buckets) != 1:
+        devices = {bucket.device for bucket in self._buckets}
+        if self._counter is None or self._schedule.deferred != self._ahead or len(devices) != 1:
             raise RuntimeError(
                 "take two steps before you capture one, over parameters on one device"
             )
         step, restores = self.step_count, self.param_groups[0]["restores"]
-        before = (self._at, self._path, self._ahead)
+        before = (self._at, self._query, self._path, self._ahead)
         self._path = list(self._path)
         try:
             with running(Clock(self._counter, step)):
@@ -394,43 +467,45 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 self._counter.add_(1)
         finally:  # nothing has run yet
             self._count(step=step, restores=restores)
-            self._at, self._path, self._ahead = before
+            self._at, self._query, self._path, self._ahead = before
         self._captured = True
         return loss
 
-    def _estimate(self, closure: Closure) -> tuple[Tensor, Tensor]:
-        """The loss, float64 [], and the projected gradient, float32 []."""
-        return self._from_losses(*self._evaluate_both(closure))
+    def _estimate(self, closure: Closure) -> tuple[Tensor, Vector]:
+        """The mean loss, float32 [], and the projected gradients, float32."""
+        return self._from_losses(*self._schedule.pairs(self._evaluate(closure)))
 
-    def _from_losses(self, plus: Tensor, minus: Tensor) -> tuple[Tensor, Tensor]:
+    def _from_losses(self, plus: list[Any], minus: list[Any]) -> tuple[Tensor, Vector]:
         eps = float(self.param_groups[0]["eps"])
-        distance = eps if self._one_sided else 2 * eps
-        return (plus + minus) / 2, ((plus - minus) / distance).to(torch.float32)
+        distance = eps if self._schedule.one_sided else 2 * eps
+        device = self._buckets[0].device
+        loss = (sum(plus) + sum(minus)) / (2 * len(plus))
+        grads = [(above - below) / distance for above, below in zip(plus, minus, strict=True)]
+        return torch.as_tensor(loss, dtype=torch.float32), to_float32(stacked(grads, device))
 
-    def _finish(self, loss: Tensor, projected_grad: Tensor) -> Tensor:
+    def _finish(self, loss: Tensor, grads: Vector) -> Tensor:
         with self._timed("update"):
-            self._update(projected_grad)
-        return loss.to(torch.float32)
+            self._update(grads)
+        return loss
 
-    def _evaluate_both(self, closure: Closure) -> tuple[Tensor, Tensor]:
-        generators: _GeneratorStates | None = None
+    def _evaluate(self, closure: Closure) -> dict[Position, Any]:
+        """The losses of a step's positions."""
+        generators: GeneratorStates | None = None
         while True:
             try:
                 if self._direction.paired:
-                    return self._evaluate_pair(closure)
-                losses: dict[float, Tensor] = {}
-                other = 0.0 if self._one_sided else -1.0
-                # from where the schedule has the weights
-                order = (0.0, 1.0) if self._one_sided and not self._deferred else (1.0, other)
-                for sign in order:
-                    self._perturb(sign)
+                    return self._evaluate_pairs(closure)
+                if self._schedule.block_order is not None:
+                    self._refresh()  # what blocks there are
+                losses: dict[Position, Any] = {}
+                for position in self._schedule.positions(self._blocks()):
+                    self._perturb(position)
                     if not losses:
-                        generators = _GeneratorStates(self._buckets)
+                        generators = GeneratorStates(self._buckets)
                     elif generators is not None:
                         generators.rewind()
-                    with self._timed("forward"), self._direction.watching():
-                        losses[sign] = self._scalar(closure())
-                return losses[1.0], losses[other]
+                    losses[position] = self._loss(closure)
+                return losses
             except UsedOtherwise as use:
                 self.flush()
                 if generators is not None:
@@ -441,12 +516,25 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                     self.flush()
                 raise
 
-    def _evaluate_pair(self, closure: Closure) -> tuple[Tensor, Tensor]:
-        self.perturb(0.0)
+    def _loss(self, closure: Closure) -> Any:
+        """The loss where the weights are."""
         with self._timed("forward"), self._direction.watching():
-            where = (self._buckets, self.param_groups, self.seed, self.step_count)
-            plus, minus = self._direction.both(*where, closure).unbind()
-        return self._scalar(plus), self._scalar(minus)
+            return self._scalar(closure())
+
+    def _evaluate_pairs(self, closure: Closure) -> dict[Position, Any]:
+        self.perturb(0.0)
+        losses: dict[Position, Any] = {}
+        generators = GeneratorStates(self._buckets)
+        for query in range(self._schedule.queries):
+            if query:
+                generators.rewind()
+            with self._timed("forward"), self._direction.watching():
+                where = (self._buckets, self.param_groups, self.seed, self.step_count, query)
+                both = self._direction.both(*where, closure).unbind()
+            losses |= {
+                Position(s, query): self._scalar(x) for s, x in zip((1.0, -1.0), both, strict=True)
+            }
+        return losses
 
     def _perturb_in_place(self, param: Tensor, reason: str) -> None:
         """From the next evaluation on, this parameter is perturbed in place."""
@@ -458,63 +546,77 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         logger.info("parameter %s is perturbed in place: it %s", name, reason)
         self._count(in_place=(*self.param_groups[0]["in_place"], position))
 
-    def _scalar(self, loss: Any) -> Tensor:
-        """A loss as float64 tensor [] on the device of the first parameter."""
+    def _scalar(self, loss: Any) -> Any:
+        """A loss as a number of the host, or as float64 tensor [] on the first parameter's GPU."""
         if not isinstance(loss, Tensor | float | int):
             raise TypeError(f"the closure must return a scalar loss, got {type(loss).__name__}")
-        value = (
-            loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
-        )
-        if value.numel() != 1 or value.is_complex():
-            raise TypeError(
-                f"the closure must return a scalar loss, got shape {tuple(value.shape)}"
-            )
+        if isinstance(loss, Tensor) and (loss.numel() != 1 or loss.is_complex()):
+            raise TypeError(f"the closure must return a scalar loss, got shape {tuple(loss.shape)}")
         if not self._buckets:
             self._refresh()
-        return value.reshape(()).to(device=self._buckets[0].device, dtype=torch.float64)
+        device = self._buckets[0].device
+        if on_host(device):
+            return float(loss)
+        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss)
+        return value.reshape(()).to(device=device, dtype=torch.float64)
 
-    def _update(self, projected_grad: Tensor) -> None:
-        """Take back the perturbation and apply the update of `projected_grad` in one sweep."""
+    def _update(self, grads: Vector) -> None:
+        """Take back the perturbation and apply the update of these projected gradients."""
         if not self._at or self._ahead:
             self._refresh()
-        groups, step = self.param_groups, self.step_count
-        finite = torch.isfinite(projected_grad)
-        back = [-at for at in self._at] or [0.0] * len(groups)
+        step, finite = self.step_count, all_finite(grads)
         with uninterrupted():
-            for bucket in self._buckets:
-                lr, eps = bucket.hyper(groups, "lr"), bucket.hyper(groups, "eps")
-                # A group with its own eps has its own estimate from the same two losses.
-                grads = projected_grad.to(bucket.device).double() * (float(groups[0]["eps"]) / eps)
-                scale = self._direction.update_scale(bucket)
-                update = Update(
-                    bucket=bucket,
-                    groups=groups,
-                    seed=self.seed,
-                    step=step,
-                    restore=bucket.constant(back),
-                    grad=grads if scale is None else grads * scale,
-                    lr=lr,
-                    decay=1 - lr * bucket.hyper(groups, "weight_decay"),
-                    ahead=eps if self._deferred else None,
-                    finite=finite.to(bucket.device),
-                    rounding=self._rounding_key(bucket.device),
-                )
-                self._rule.apply(update, self._direction, self.state)
+            with np.errstate(all="ignore"):  # what is not finite is not applied
+                self._apply(grads, finite)
             path, self._path = self._path, []
-            self._at = [float(group["eps"]) for group in groups] if self._deferred else []
-            self._ahead = self._deferred
-            self._direction.attach(self._buckets if self._at else [])
-            if any(self._direction.window_ends(bucket, step) for bucket in self._buckets):
-                self._settle(query=0)
-            self.projected_grad = projected_grad
-            self._note(step, path, projected_grad, finite)
+            self.projected_grad = as_tensor(grads).reshape(() if len(grads) == 1 else -1)
+            self._note(step, path, self.projected_grad, finite)
             self._count(step=step + 1, restores=0)
             self._advance_counter(step + 1)
+
+    def _apply(self, grads: Vector, finite: Flag) -> None:
+        """Restore, update and the next perturbation, in one sweep of every bucket."""
+        groups, step = self.param_groups, self.step_count
+        blocks, queries, deferred = self._blocks(), self._schedule.queries, self._schedule.deferred
+        turn = self._schedule.turn(blocks, step)
+        back = [-at for at in self._at] or [0.0] * len(groups)
+        for bucket in self._buckets:
+            if turn not in (None, bucket.block):
+                continue
+            lr, eps = bucket.hyper(groups, "lr"), bucket.hyper(groups, "eps")
+            # A group with its own eps has its own estimate from the same two losses.
+            share = float(groups[0]["eps"]) / eps
+            scale = self._direction.update_scale(bucket)
+            mine = on(grads, bucket.device)
+            if self._schedule.block_order == "simultaneous":
+                mine = mine[blocks.index(bucket.block) * queries :]
+            shares = [(mine[query] * share) / queries for query in range(queries)]
+            update = Update(
+                bucket=bucket,
+                groups=groups,
+                seed=self.seed,
+                step=step,
+                displaced=self._query,
+                restore=bucket.constant(back),
+                grads=shares if scale is None else [grad * scale for grad in shares],
+                lr=lr,
+                decay=1 - lr * bucket.hyper(groups, "weight_decay"),
+                ahead=eps if deferred else None,
+                finite=flag_on(finite, bucket.device),
+                rounding=self._rounding_key(bucket.device),
+            )
+            self._rule.apply(update, self._direction, self.state)
+        self._at = [float(group["eps"]) for group in groups] if deferred else []
+        self._query = 0
+        self._ahead = deferred
+        self._direction.attach(self._buckets if self._at else [])
+        if any(self._direction.window_ends(bucket, step) for bucket in self._buckets):
+            self._settle(query=0)
 
     def _advance_counter(self, step: int) -> None:
         """The step on the device follows that of the host."""
         device = self._buckets[0].device
-        if clock() is not None or not countable(device):
+        if clock() is not None or on_host(device):
             return
         if self._counter is None or self._counter.device != device:
             self._counter = torch.zeros((), dtype=torch.int64, device=device)
@@ -526,20 +628,21 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         stream = Stream(Purpose.ROUNDING, self.step_count, query=query)
         return stream_keys(self.seed, [stream], device)
 
-    def _note(self, step: int, path: list[float], grad: Tensor, finite: Tensor) -> None:
+    def _note(self, step: int, path: list[Any], grads: Tensor, finite: Flag) -> None:
         """Count and report skipped steps; write the log."""
-        on_host = grad.device.type == "cpu"
-        if on_host or self._log is not None:
+        if isinstance(finite, bool) or self._log is not None:
             applied = bool(finite)
             if not applied:
                 self._skipped = self._skipped + 1
                 logger.warning("step %d skipped: a loss was not finite; weights restored", step)
             if self._log is not None:
-                value = float(f"{float(grad):.9g}") if applied else None
-                self._log.update(step, path, value, self._settings())
+                values = [float(f"{grad:.9g}") for grad in grads.reshape(-1).tolist()]
+                self._log.update(step, path, values if applied else None, self._settings())
         else:
             if not isinstance(self._skipped, Tensor):
-                self._skipped = torch.full((), self._skipped, dtype=torch.int64, device=grad.device)
+                self._skipped = torch.full(
+                    (), self._skipped, dtype=torch.int64, device=grads.device
+                )
             self._skipped.add_(~finite)
 
     def _timed(self, name: str) -> AbstractContextManager[None]:
@@ -585,13 +688,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         settings = self._settings()
         header = {
             "contract": CONTRACT_VERSION,
-            "transform": "portable",
+            "transform": self._direction.options.get("transform", "portable"),
             "method": type(self).__name__,
             "options": self._options,
             "seed": self.seed,
             "first_step": self.step_count,
             "parameters": self._parameter_table(),
             "base": fingerprint([p for g in self.param_groups for p in g["params"]]),
+            "path": self._usual_path(),
             **settings,
         }
         if resume:
@@ -600,6 +704,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         else:
             self._count(restores=0)
             self._log = replay_log.Writer.create(path, header)
+
+    def _usual_path(self) -> list[Any]:
+        """The perturbations of an ordinary step."""
+        return self._schedule.usual_path(self._blocks()) if not self._direction.paired else []
 
     def close_log(self) -> None:
         """Stop writing the replay log."""
@@ -641,13 +749,21 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         for group, values in zip(self.param_groups, event.groups, strict=True):
             group.update(values)
         self._count(step=event.step, in_place=tuple(event.in_place))
-        for sign in event.path:
-            self.perturb(sign)
+        for entry in event.path:
+            if isinstance(entry, dict):
+                self._refresh()
+                self._go(entry["at"], 0, entry)
+            else:
+                sign, *rest = entry
+                self._perturb(Position(sign, *map(int, rest)))
         if event.restored:
             self.flush()
         else:
-            grad = math.nan if event.projected_grad is None else event.projected_grad
-            self._update(torch.tensor(grad, dtype=torch.float32))
+            if not self._buckets:
+                self._refresh()
+            several = len(self._blocks()) if self._schedule.block_order == "simultaneous" else 1
+            grads = event.projected_grads or [math.nan] * (several * self._schedule.queries)
+            self._update(to_float32(vector(grads, self._buckets[0].device)))
 
 
 def plain(value: Any) -> Any:
@@ -673,7 +789,7 @@ class _FlushBefore:
         return _FlushBefore, (None,)  # a copy of the module has no optimizer
 
 
-class _GeneratorStates:
+class GeneratorStates:
     """The state of torch's global generators, to give both evaluations the same dropout."""
 
     def __init__(self, buckets: list[Bucket]) -> None:

@@ -12,11 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from zo_fused import _ops
 from zo_fused.directions import Dense
 from zo_fused.keys import Stream, stream_keys
-from zo_fused.optim.base import Closure, ZerothOrderOptimizer
+from zo_fused.optim.base import Closure, GeneratorStates, ZerothOrderOptimizer
 from zo_fused.parameters import Bucket
 from zo_fused.rules import SGD
+from zo_fused.schedule import Schedule
 from zo_fused.stand_ins import Places
 from zo_fused.streams import Purpose, as_int64
+from zo_fused.vectors import Vector, stacked, to_float32
 
 
 class ForwardGrad(ZerothOrderOptimizer):
@@ -28,7 +30,8 @@ class ForwardGrad(ZerothOrderOptimizer):
 
     One forward pass, which computes values and tangents, and one sweep. No state, but while it
     runs every weight has a tangent in its own dtype: as much memory again as the weights, and
-    tangents of activations beside the activations.
+    tangents of activations beside the activations. Several queries make as many passes, one after
+    the other, and one sweep.
 
     Attention runs on PyTorch's own operators (the "math" kernels), as fused kernels know no
     tangents. A model must be made of operators that do.
@@ -40,6 +43,8 @@ class ForwardGrad(ZerothOrderOptimizer):
         rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias. No
             restore dithers this update, so small ones need "stochastic".
         seed: base seed of the run.
+        queries: directions a step, whose estimates are averaged.
+        distribution: of the elements of z: "gaussian", or "rademacher", -1 or 1.
     """
 
     def __init__(
@@ -49,23 +54,43 @@ class ForwardGrad(ZerothOrderOptimizer):
         weight_decay: float = 0.0,
         rounding: str = "stochastic",
         seed: int = 0,
-        eps: float = 1.0,  # what a log has; there is no radius
+        queries: int = 1,
+        distribution: str = "gaussian",
     ) -> None:
-        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rounding": rounding}
-        direction = Dense()
+        # a group has a radius, which nothing uses
+        defaults = {"lr": lr, "eps": 1.0, "weight_decay": weight_decay, "rounding": rounding}
+        direction = Dense(distribution)
         direction.module = module if isinstance(module, nn.Module) else None
-        super().__init__(module, defaults, direction, SGD(), seed)
-        self._options = {}
+        schedule = Schedule(queries=queries)
+        super().__init__(module, defaults, direction, SGD(), seed, schedule)
+        self._options = {"queries": queries, "distribution": distribution}
 
-    def _estimate(self, closure: Closure) -> tuple[Tensor, Tensor]:
+    def _usual_path(self) -> list[Any]:
+        return []
+
+    def _estimate(self, closure: Closure) -> tuple[Tensor, Vector]:
         self.perturb(0.0)  # nothing moves, but parameters are looked at again
         if self._direction.module is None:
             raise ValueError("ForwardGrad needs the module: ForwardGrad(model, ...)")
+        generators, losses, grads = GeneratorStates(self._buckets), [], []
+        for query in range(self._schedule.queries):
+            if query:
+                generators.rewind()
+            loss, grad = self._along(closure, query)
+            losses.append(loss)
+            grads.append(grad)
+        device = self._buckets[0].device
+        mean = stacked(losses, device).sum() / len(losses)
+        return torch.as_tensor(mean, dtype=torch.float32), to_float32(stacked(grads, device))
+
+    def _along(self, closure: Closure, query: int) -> tuple[Any, Any]:
+        """The loss and its derivative along the z of a query."""
+        assert self._direction.module is not None
         places = Places(self._direction.module)
         with self._timed("forward"), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
             duals: dict[int, Tensor] = {}
             for bucket in self._buckets:
-                for p, tangent in zip(bucket.params, self._tangents(bucket), strict=True):
+                for p, tangent in zip(bucket.params, self._tangents(bucket, query), strict=True):
                     if p not in places:
                         raise ValueError(
                             f"ForwardGrad: no submodule holds a parameter of shape {tuple(p.shape)}"
@@ -79,7 +104,7 @@ class ForwardGrad(ZerothOrderOptimizer):
                 "ForwardGrad: the loss carries no tangent: it must be computed from the module's "
                 "parameters, by differentiable operators, and returned as a tensor"
             )
-        return self._scalar(value), self._scalar(tangent).to(torch.float32)
+        return self._scalar(value), self._scalar(tangent)
 
     @staticmethod
     def _differentiable(closure: Closure) -> Any:
@@ -93,14 +118,15 @@ class ForwardGrad(ZerothOrderOptimizer):
                 ) from error
             raise
 
-    def _tangents(self, bucket: Bucket) -> list[Tensor]:
-        """z of the coming step for every parameter, in its dtype."""
-        streams = [Stream(Purpose.DENSE, self.step_count)]
+    def _tangents(self, bucket: Bucket, query: int) -> list[Tensor]:
+        """z of a query of the coming step for every parameter, in its dtype."""
+        streams = [Stream(Purpose.DENSE, self.step_count, query=query)]
         key = stream_keys(self.seed, streams, bucket.device)
+        transform = self._direction.options.get("transform", "portable")
         made = []
         for p, id_ in zip(bucket.params, bucket.id_list, strict=True):
             z = torch.empty(p.shape, dtype=torch.float32, device=p.device)
             ids = bucket.ids.new_full((1,), as_int64(id_))
-            _ops.normal_([z], ids, torch.zeros_like(ids), key)
+            _ops.normal_([z], ids, torch.zeros_like(ids), key, transform)
             made.append(z.to(p.dtype))
         return made

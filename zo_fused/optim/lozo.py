@@ -10,6 +10,7 @@ from zo_fused.directions import LowRank
 from zo_fused.factored import Factored
 from zo_fused.optim.base import ZerothOrderOptimizer
 from zo_fused.rules import SGD, FactorMomentum
+from zo_fused.schedule import Schedule
 
 
 class LOZO(ZerothOrderOptimizer):
@@ -54,6 +55,9 @@ class LOZO(ZerothOrderOptimizer):
         deferred: (inplace) two sweeps a step instead of three; weights rest perturbed between
             steps, see `ZerothOrderOptimizer` and `flush`.
         one_sided: estimate from ``L(theta + eps z)`` and ``L(theta)``, see `ZerothOrderOptimizer`.
+        queries: directions a step, with the same V, whose estimates are averaged.
+        block_order: (inplace) None, "sequential" (without momentum) or "simultaneous", see
+            `ZerothOrderOptimizer`.
     """
 
     def __init__(
@@ -73,6 +77,8 @@ class LOZO(ZerothOrderOptimizer):
         module: nn.Module | None = None,
         deferred: bool = False,
         one_sided: bool = False,
+        queries: int = 1,
+        block_order: str | None = None,
     ) -> None:
         if mode not in ("inplace", "factored"):
             raise ValueError(f'mode must be "inplace" or "factored", got {mode!r}')
@@ -80,6 +86,10 @@ class LOZO(ZerothOrderOptimizer):
             raise ValueError("deferred is for sweeps over the weights; factored steps make none")
         if mode == "factored" and one_sided:
             raise ValueError('one_sided is for mode="inplace": factored steps save no sweep by it')
+        if mode == "factored" and block_order is not None:
+            raise ValueError('block_order is for mode="inplace"')
+        if momentum and block_order == "sequential":
+            raise ValueError("a block would miss the steps at which its momentum moves to a new V")
         if mode != "factored" and paired:
             raise ValueError('paired needs mode="factored": weights have one sign at a time')
         if rounding is None:
@@ -105,7 +115,8 @@ class LOZO(ZerothOrderOptimizer):
                     "LOZO(model, ...), or module=model beside param groups"
                 )
             direction = Factored(evaluated, paired, divide_by_rank)
-        super().__init__(params, defaults, direction, rule, seed, deferred, options, one_sided)
+        schedule = Schedule(deferred, one_sided, queries, block_order)
+        super().__init__(params, defaults, direction, rule, seed, schedule, options)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

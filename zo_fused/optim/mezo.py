@@ -10,6 +10,7 @@ from zo_fused.directions import Dense
 from zo_fused.moment_rules import Momentum
 from zo_fused.optim.base import ZerothOrderOptimizer
 from zo_fused.rules import SGD
+from zo_fused.schedule import Schedule
 
 
 class MeZO(ZerothOrderOptimizer):
@@ -36,7 +37,11 @@ class MeZO(ZerothOrderOptimizer):
         seed: base seed of the run.
         deferred: two sweeps a step instead of three; weights rest perturbed between steps, see
             `ZerothOrderOptimizer` and `flush`.
-        one_sided: estimate from ``L(theta + eps z)`` and ``L(theta)``, see `ZerothOrderOptimizer`.
+        one_sided: estimate from ``L(theta + eps z)`` and ``L(theta)``.
+        queries: directions a step, whose estimates are averaged (n-SPSA).
+        distribution: of the elements of z: "gaussian", or "rademacher", -1 or 1.
+        block_order: None, "sequential" or "simultaneous": block by block, see
+            `ZerothOrderOptimizer`.
     """
 
     def __init__(
@@ -52,6 +57,9 @@ class MeZO(ZerothOrderOptimizer):
         seed: int = 0,
         deferred: bool = False,
         one_sided: bool = False,
+        queries: int = 1,
+        distribution: str = "gaussian",
+        block_order: str | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -62,8 +70,14 @@ class MeZO(ZerothOrderOptimizer):
             "rounding": rounding,
         }
         rule = Momentum(state_dtype) if momentum else SGD()
-        options = {"momentum": momentum, "state_dtype": state_dtype}
-        super().__init__(params, defaults, Dense(), rule, seed, deferred, options, one_sided)
+        options = {
+            "momentum": momentum,
+            "state_dtype": state_dtype,
+            "distribution": distribution,
+        }
+        schedule = Schedule(deferred, one_sided, queries, block_order)
+        direction = Dense(distribution)
+        super().__init__(params, defaults, direction, rule, seed, schedule, options)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

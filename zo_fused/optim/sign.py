@@ -9,6 +9,7 @@ from torch import Tensor
 from zo_fused.directions import Dense
 from zo_fused.moment_rules import ScalarSign, Sign
 from zo_fused.optim.base import ZerothOrderOptimizer
+from zo_fused.schedule import Schedule
 
 
 class ZOSignSGD(ZerothOrderOptimizer):
@@ -28,8 +29,8 @@ class ZOSignSGD(ZerothOrderOptimizer):
         sign: "element" or "scalar", see above.
         rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
         seed: base seed of the run.
-        deferred: see `ZerothOrderOptimizer`.
-        one_sided: estimate from ``L(theta + eps z)`` and ``L(theta)``, see `ZerothOrderOptimizer`.
+        deferred, one_sided, queries, distribution, block_order: see `MeZO`. With Rademacher
+            directions and one query both signs are the same.
     """
 
     def __init__(
@@ -43,10 +44,15 @@ class ZOSignSGD(ZerothOrderOptimizer):
         seed: int = 0,
         deferred: bool = False,
         one_sided: bool = False,
+        queries: int = 1,
+        distribution: str = "gaussian",
+        block_order: str | None = None,
     ) -> None:
         if sign not in ("element", "scalar"):
             raise ValueError(f'sign must be "element" or "scalar", got {sign!r}')
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rounding": rounding}
         rule = Sign() if sign == "element" else ScalarSign()
-        options = {"sign": sign}
-        super().__init__(params, defaults, Dense(), rule, seed, deferred, options, one_sided)
+        options = {"sign": sign, "distribution": distribution}
+        schedule = Schedule(deferred, one_sided, queries, block_order)
+        direction = Dense(distribution)
+        super().__init__(params, defaults, direction, rule, seed, schedule, options)

@@ -1,0 +1,506 @@
+"""Steps of more than one estimate: several queries, blocks of parameters, candidates, histories.
+
+What they compute is held against float64 textbooks in `test_textbook.py`; here is what they cost,
+what they keep, and that nothing is lost.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import zo_fused
+from zo_fused import noise
+from zo_fused.noise import Purpose, derive_key, parameter_id
+from zo_fused.schedule import Position, Schedule
+
+Make = Callable[..., Any]
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+
+
+def loss_of(model: nn.Module) -> Callable[[], Tensor]:
+    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
+    dtype = next(model.parameters()).dtype
+    return lambda: model(x.to(dtype)).float().square().mean()
+
+
+def blocks(model: nn.Module) -> list[dict[str, Any]]:
+    """The two layers of `network`."""
+    named = list(model.named_parameters())
+    return [{"params": named[:2], "block": 0}, {"params": named[2:], "block": 1}]
+
+
+METHODS: dict[str, Make] = {
+    "queries": lambda m, **kw: zo_fused.MeZO(m, queries=3, **kw),
+    "queries, deferred": lambda m, **kw: zo_fused.MeZO(m, queries=3, deferred=True, **kw),
+    "queries, one-sided": lambda m, **kw: zo_fused.MeZO(m, queries=3, one_sided=True, **kw),
+    "queries, one-sided, deferred": lambda m, **kw: zo_fused.MeZO(
+        m, queries=3, one_sided=True, deferred=True, **kw
+    ),
+    "queries, momentum": lambda m, **kw: zo_fused.MeZO(m, queries=3, momentum=0.9, **kw),
+    "queries, Adam": lambda m, **kw: zo_fused.ZOAdam(m, queries=3, **kw),
+    "queries, sign": lambda m, **kw: zo_fused.ZOSignSGD(m, queries=3, **kw),
+    "Rademacher": lambda m, **kw: zo_fused.MeZO(m, distribution="rademacher", **kw),
+    "Rademacher, Adam": lambda m, **kw: zo_fused.ZOAdam(m, distribution="rademacher", **kw),
+    "LOZO, queries": lambda m, **kw: zo_fused.LOZO(m, interval=3, queries=2, **kw),
+    "LOZO, queries, deferred": lambda m, **kw: zo_fused.LOZO(
+        m, interval=3, queries=2, deferred=True, **kw
+    ),
+    "LOZO-M, queries": lambda m, **kw: zo_fused.LOZO(m, interval=3, queries=2, momentum=0.9, **kw),
+    "blocks in turn": lambda m, **kw: zo_fused.MeZO(blocks(m), block_order="sequential", **kw),
+    "blocks at once": lambda m, **kw: zo_fused.MeZO(blocks(m), block_order="simultaneous", **kw),
+    "blocks at once, queries, Adam": lambda m, **kw: zo_fused.ZOAdam(
+        blocks(m), block_order="simultaneous", queries=2, **kw
+    ),
+    "blocks in turn, LOZO": lambda m, **kw: zo_fused.LOZO(
+        blocks(m), block_order="sequential", interval=3, **kw
+    ),
+    "conservative": zo_fused.ZOConservative,
+    "conservative, blocks": lambda m, **kw: zo_fused.ZOConservative(
+        blocks(m), block_order="sequential", **kw
+    ),
+    "history": lambda m, **kw: zo_fused.ZOAdam(m, history=4, **kw),
+    "history, deferred": lambda m, **kw: zo_fused.ZOAdam(m, history=4, deferred=True, **kw),
+    "factored, queries": lambda m, **kw: zo_fused.LOZO(
+        m, interval=3, queries=2, mode="factored", **kw
+    ),
+    "paired, queries": lambda m, **kw: zo_fused.LOZO(
+        m, interval=3, queries=2, mode="factored", paired=True, **kw
+    ),
+}
+
+
+@pytest.fixture(params=list(METHODS))
+def make(request: pytest.FixtureRequest) -> Make:
+    method = METHODS[request.param]
+    return lambda model, **kw: method(model, **{"lr": 1e-2, "seed": 3, **kw})
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["32", "16", "b16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param  # type: ignore[no-any-return]
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+# ---- the plan of a step --------------------------------------------------------------------------
+
+
+def cost(positions: list[Position], deferred: bool) -> int:
+    """Sweeps of a step, counting the one that ends it; from its start, the weights at +eps."""
+    at = Position(1.0) if deferred else Position(0.0)
+    moves = 0
+    for position in positions:
+        moves += position != at and (position.sign, at.sign) != (0.0, 0.0)
+        at = position
+    return moves + 1
+
+
+@given(st.integers(1, 8), st.booleans(), st.booleans())
+def test_sweeps_of_queries(queries: int, one_sided: bool, deferred: bool) -> None:
+    schedule = Schedule(deferred, one_sided, queries)
+    positions = schedule.positions([0])
+    assert len(set(positions)) == len(positions) == (queries + 1 if one_sided else 2 * queries)
+    least = queries + 1 if one_sided else 2 * queries + (not deferred)
+    assert cost(positions, deferred) == least
+    plus, minus = schedule.pairs({position: position for position in positions})
+    assert [p.query for p in plus] == list(range(queries))
+    other = [Position(0.0) if one_sided else p._replace(sign=-1.0) for p in plus]
+    assert minus == other
+
+
+@pytest.mark.parametrize(
+    ("name", "sweeps_of_a_step", "losses"),
+    [
+        ("queries", 7, 6),
+        ("queries, deferred", 6, 6),
+        ("queries, one-sided", 4, 4),
+        ("queries, one-sided, deferred", 4, 4),
+        ("LOZO, queries", 5, 4),
+        ("LOZO, queries, deferred", 4, 4),
+        ("queries, momentum", 7, 6),
+        ("blocks in turn", 3, 2),
+        # of a block: to and fro, back for the first one, and the update
+        ("blocks at once", 3 + 2 + 2, 4),
+        ("history", 3, 2),
+        ("history, deferred", 2, 2),
+    ],
+)
+def test_sweeps_are_counted(
+    name: str, sweeps_of_a_step: int, losses: int, sweeps: list[str]
+) -> None:
+    model = network()
+    opt = METHODS[name](model)
+    calls = []
+    loss = loss_of(model)
+    opt.step(loss)
+    opt.step(loss)
+    sweeps.clear()
+    opt.step(lambda: calls.append(1) or loss())
+    assert (len(sweeps), len(calls)) == (sweeps_of_a_step, losses)
+
+
+def test_a_conservative_step_costs_at_most_six_sweeps_and_five_losses(sweeps: list[str]) -> None:
+    model = network()
+    opt = zo_fused.ZOConservative(model, lr=1e-2)
+    seen: set[int] = set()
+    seen_losses: list[int] = []
+    for _ in range(12):
+        sweeps.clear()
+        evaluated = len(seen_losses)
+        opt.step(lambda: seen_losses.append(1) or loss_of(model)())
+        assert len(seen_losses) == evaluated + 5
+        seen.add(len(sweeps))
+    assert seen <= {5, 6}
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if "in turn" in n])
+def test_one_block_moves_at_a_time(name: str) -> None:
+    model = network()
+    opt = METHODS[name](model, lr=1e-2)
+    for step in range(4):
+        before = [p.detach().clone() for p in model.parameters()]
+        opt.step(loss_of(model))
+        moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+        assert moved == (
+            [True, True, False, False] if step % 2 == 0 else [False, False, True, True]
+        )
+
+
+def test_blocks_are_evaluated_at_the_same_weights() -> None:
+    """Simultaneously: each loss sees one block displaced, by its own noise."""
+    model = network()
+    start = [p.detach().clone() for p in model.parameters()]
+    seen: list[list[Tensor]] = []
+    opt = zo_fused.MeZO(blocks(model), eps=1e-2, seed=4, block_order="simultaneous")
+
+    def closure() -> Tensor:
+        seen.append([p.detach() - q for p, q in zip(model.parameters(), start, strict=True)])
+        return loss_of(model)()
+
+    opt.step(closure)
+    names = [name for name, _ in model.named_parameters()]
+    for number, moved in enumerate(seen):
+        block, sign = divmod(number, 2)
+        for i, (name, delta) in enumerate(zip(names, moved, strict=True)):
+            z = torch.zeros_like(delta)
+            if i // 2 == block:
+                key = derive_key(4, Purpose.DENSE, 0)
+                z = noise.normal(delta.numel(), key, parameter_id(name)).view(delta.shape)
+            expected = 1e-2 * (1 - 2 * sign) * z
+            torch.testing.assert_close(delta, expected, rtol=0, atol=1e-7)
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+
+def variance(make_opt: Callable[[nn.Parameter], Any], steps: int = 3000) -> float:
+    """Mean squared error of the estimate of a linear loss's gradient, a step."""
+    torch.manual_seed(1)
+    d = 24
+    w, slope = nn.Parameter(torch.zeros(d)), torch.randn(d).double()
+    opt = make_opt(w)
+    total = 0.0
+    for _ in range(steps):
+        before = w.detach().clone()
+        opt.step(lambda: (slope * w.double()).sum())
+        estimate = (before - w.detach()).double()  # lr = 1
+        total += float((estimate - slope).square().sum()) / float(slope.square().sum())
+    return total / steps
+
+
+def test_queries_divide_the_variance() -> None:
+    """For Gaussian directions and a linear loss the error is (d + 1) |gradient|^2 / q; for
+    Rademacher ones (d - 1) |gradient|^2. Means of 3000 steps: 4 % is four deviations."""
+    one = variance(lambda w: zo_fused.MeZO([w], lr=1.0, eps=1e-2))
+    three = variance(lambda w: zo_fused.MeZO([w], lr=1.0, eps=1e-2, queries=3))
+    signs = variance(lambda w: zo_fused.MeZO([w], lr=1.0, eps=1e-2, distribution="rademacher"))
+    assert abs(one / 25 - 1) < 0.12
+    assert abs(three / (25 / 3) - 1) < 0.08
+    assert abs(signs / 23 - 1) < 0.12
+
+
+def test_blocks_at_once_have_less_variance() -> None:
+    """Two blocks of 12 of 24: (12 + 1) |gradient|^2 instead of (24 + 1)."""
+
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.zeros(12)), nn.Parameter(torch.zeros(12))
+
+    torch.manual_seed(1)
+    slopes = torch.randn(2, 12).double()
+
+    def error(**kw: Any) -> float:
+        model, total = Halves(), 0.0
+        named = list(model.named_parameters())
+        groups = [{"params": [x], "block": i} for i, x in enumerate(named)]
+        opt = zo_fused.MeZO(groups, lr=1.0, eps=1e-2, **kw)
+        for _ in range(3000):
+            before = torch.stack([model.a, model.b]).detach().double()
+            opt.step(lambda: (slopes[0] * model.a).sum() + (slopes[1] * model.b).sum())
+            after = torch.stack([model.a, model.b]).detach().double()
+            total += float((before - after - slopes).square().sum()) / float(slopes.square().sum())
+        return total / 3000
+
+    assert abs(error() / 25 - 1) < 0.12
+    assert abs(error(block_order="simultaneous") / 13 - 1) < 0.12
+
+
+# ---- nothing is lost -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [1, 4])
+def test_resume_is_bit_exact(make: Make, dtype: torch.dtype, cut: int) -> None:
+    model = network(dtype)
+    opt = make(model)
+    for _ in range(cut):
+        opt.step(loss_of(model))
+    file = io.BytesIO()
+    state = opt.state_dict()
+    torch.save({"model": model.state_dict(), "opt": state}, file)
+    for _ in range(6):
+        opt.step(loss_of(model))
+    opt.flush()
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = network(dtype)
+    resumed.load_state_dict(saved["model"])
+    again = make(resumed, lr=99.0, seed=0)
+    again.load_state_dict(saved["opt"])
+    for _ in range(6):
+        again.step(loss_of(resumed))
+    again.flush()
+    assert same(model, resumed)
+
+
+def test_replay_is_bit_exact(make: Make, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Also of skipped steps, closures that raise and changing learning rates."""
+    model = network(dtype)
+    base = copy.deepcopy(model)
+    opt = make(model)
+    opt.start_log(tmp_path / "log.jsonl")
+    loss = loss_of(model)
+    for step in range(9):
+        opt.param_groups[0]["lr"] = 1e-2 * 0.9**step
+        if step == 2:
+            losses = iter([1.0] if not opt._direction.paired else [])
+            with pytest.raises(StopIteration):  # in the middle of the step
+                opt.step(losses.__next__)
+        opt.step((lambda: loss() * math.nan) if step == 3 else loss)
+        model[0].bias.requires_grad_(step % 3 != 1)
+    opt.flush()
+    assert opt.skipped_steps == 1
+    zo_fused.replay(base, tmp_path / "log.jsonl")
+    assert same(model, base)
+
+
+def test_a_raising_closure_leaves_the_weights_at_theta(make: Make) -> None:
+    model = network()
+    opt = make(model)
+    opt.step(loss_of(model))
+    opt.flush()
+    before = copy.deepcopy(model)
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return loss_of(model)()
+
+    try:
+        opt.step(closure)
+    except KeyboardInterrupt:
+        assert opt.step_count == 1
+        for p, q in zip(model.parameters(), before.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+def test_log_has_every_gradient_and_no_usual_path(tmp_path: Path) -> None:
+    model = network()
+    opt = zo_fused.MeZO(model, queries=3)
+    opt.start_log(tmp_path / "log.jsonl")
+    opt.step(loss_of(model))
+    _, line = (tmp_path / "log.jsonl").read_text().splitlines()
+    step, grads = json.loads(line)
+    assert step == 0
+    assert torch.equal(torch.tensor(grads), opt.projected_grad)
+    assert opt.projected_grad.shape == (3,)
+
+
+def test_split_steps_of_several_queries_equal_closures() -> None:
+    one, two = network(), network()
+    a, b = (zo_fused.MeZO(m, lr=1e-2, queries=2) for m in (one, two))
+    for _ in range(3):
+        a.step(loss_of(one))
+        plus, minus = [], []
+        for query in range(2):
+            b.perturb(+1, query)
+            plus.append(loss_of(two)())
+            b.perturb(-1, query)
+            minus.append(loss_of(two)())
+        b.step(loss_plus=plus, loss_minus=torch.stack(minus))
+        assert torch.equal(a.projected_grad, b.projected_grad)
+    assert same(one, two)
+
+
+# ---- state ---------------------------------------------------------------------------------------
+
+
+def state_bytes(opt: Any) -> int:
+    tensors = [x for s in opt.state.values() for x in s.values() if isinstance(x, Tensor)]
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def test_state_memory() -> None:
+    model = network(torch.float16)
+    weights = sum(p.numel() for p in model.parameters())
+    vectors = len(list(model.parameters()))
+    expected = {
+        "queries": 0,
+        "Rademacher": 0,
+        "LOZO, queries": 0,
+        "blocks in turn": 0,
+        "blocks at once": 0,
+        "conservative": 0,
+        "queries, sign": 0,
+        "queries, momentum": 4 * weights,
+        "queries, Adam": 8 * weights + 8 * vectors,
+        "history": (2 * 4 * 8 + 8) * vectors,
+    }
+    for name, size in expected.items():
+        model = network(torch.float16)
+        opt = METHODS[name](model, lr=1e-3)
+        for _ in range(2):
+            opt.step(loss_of(model))
+        assert state_bytes(opt) == size, name
+
+
+# ---- any number will do --------------------------------------------------------------------------
+
+
+def test_micro_batches_in_the_closure_are_one_large_batch() -> None:
+    """Losses are numbers: parts of a batch add up, with the memory of one part. The sums differ in
+    rounding alone: float32 means of 24 values, 24 * 2**-24 relative, over 2 eps = 2e-2."""
+    one, two = network(), network()
+    x = torch.randn(24, 6, generator=torch.Generator().manual_seed(1))
+    a, b = (zo_fused.MeZO(m, lr=1e-3, eps=1e-2, queries=2) for m in (one, two))
+    for _ in range(5):
+        a.step(lambda: one(x).square().mean())
+        b.step(lambda: sum(two(part).square().mean() for part in x.chunk(4)) / 4)
+        torch.testing.assert_close(a.projected_grad, b.projected_grad, rtol=0, atol=2e-4)
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda m: zo_fused.MeZO(m, lr=3e-3, eps=0.3, queries=4),
+        lambda m: zo_fused.LOZO(m, lr=3e-3, eps=0.2, queries=4),
+        lambda m: zo_fused.ZOConservative(m, lr=0.3, eps=0.3),  # candidates must differ
+    ],
+)
+def test_an_objective_without_a_derivative(method: Make) -> None:
+    """Minus the accuracy of a classifier: piecewise constant, so eps must be wide enough."""
+    torch.manual_seed(2)
+    x = torch.randn(400, 5)
+    labels = (x @ torch.randn(5, 3)).argmax(1)
+    model = nn.Linear(5, 3)
+
+    def accuracy() -> float:
+        return float((model(x).argmax(1) == labels).float().mean())
+
+    before = accuracy()
+    opt = method(model)
+    for _ in range(400):
+        opt.step(lambda: -accuracy())
+    opt.flush()
+    assert accuracy() > before + 0.25
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make_opt", "message"),
+    [
+        (lambda m: zo_fused.MeZO(m, queries=0), "queries"),
+        (lambda m: zo_fused.MeZO(m, queries=1.5), "queries"),
+        (lambda m: zo_fused.MeZO(m, distribution="cauchy"), "distribution"),
+        (lambda m: zo_fused.MeZO(m, block_order="random"), "block_order"),
+        (lambda m: zo_fused.MeZO(m, block_order="sequential", deferred=True), "deferred"),
+        (lambda m: zo_fused.LOZO(m, block_order="sequential", mode="factored"), "inplace"),
+        (lambda m: zo_fused.LOZO(m, block_order="sequential", momentum=0.9), "momentum"),
+        (lambda m: zo_fused.ZOAdam(m, history=0), "history"),
+        (lambda m: zo_fused.ZOAdam(m, history=5, queries=2), "one query"),
+        (lambda m: zo_fused.ZOConservative(m, block_order="simultaneous"), "sequential"),
+        (lambda m: zo_fused.MeZO([{"params": m.parameters(), "block": "a"}]), "block"),
+    ],
+)
+def test_bad_arguments_are_refused(make_opt: Make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_opt(network())
+
+
+def test_conservative_has_no_weight_decay() -> None:
+    model = network()
+    with pytest.raises(ValueError, match="weight decay"):
+        zo_fused.ZOConservative([{"params": list(model.parameters()), "weight_decay": 0.1}])
+
+
+def test_losses_must_be_as_many_as_queries() -> None:
+    model = network()
+    opt = zo_fused.MeZO(model, queries=2)
+    start = copy.deepcopy(model)
+    opt.perturb(+1)
+    with pytest.raises(ValueError, match="1 losses a sign for 2 queries"):
+        opt.step(loss_plus=1.0, loss_minus=2.0)
+    for p, q in zip(model.parameters(), start.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+    at_once = zo_fused.MeZO(blocks(model), block_order="simultaneous")
+    with pytest.raises(ValueError, match="closure"):
+        at_once.step(loss_plus=1.0, loss_minus=2.0)
+
+
+def test_a_conservative_step_never_leaves_the_best_candidate() -> None:
+    """In float32 the loss on the step's batch doesn't rise, but for rounding."""
+    model = network()
+    opt = zo_fused.ZOConservative(model, lr=0.3)  # far too large for MeZO
+    last = loss_of(model)().item()
+    for _ in range(40):
+        opt.step(loss_of(model))
+        now = loss_of(model)().item()
+        assert now <= last + 1e-5 * abs(last)
+        last = now
+
+
+def test_a_conservative_step_takes_nan_for_the_worst() -> None:
+    model = network()
+    opt = zo_fused.ZOConservative(model, lr=1e-2)
+    start = copy.deepcopy(model)
+    losses = iter([1.0, 0.5, 3.0, math.nan, 4.0])
+    opt.step(lambda: next(losses))
+    for p, q in zip(model.parameters(), start.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+    assert (opt.step_count, opt.skipped_steps) == (1, 0)
