@@ -1,5 +1,6 @@
 """The command line itself: parsing, help, errors, ``zo-fused doctor``. Needs torch alone."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 
 import zo_fused
-from zo_fused.cli import defaults, doctor, finetune
+from zo_fused.cli import compare, defaults, doctor, finetune
 from zo_fused.cli.main import main, make_parser
 from zo_fused.task import errors
 
@@ -52,6 +53,14 @@ def test_mistakes_are_told_in_one_sentence(words, message, capsys):
     [
         (["--resume", "--overwrite"], "exclude each other"),
         (["--method", "mezo", "--rank", "4"], "--rank is no option of the method mezo"),
+        (["--method", "zo-sign", "--momentum", "0.5"], "--momentum is no option of the method zo-"),
+        (["--distribution", "rademacher"], "--distribution is no option of the method lozo"),
+        (["--method", "zo-conservative", "--one-sided"], "--one-sided is no option of the method"),
+        (["--method", "forward-grad", "--eps", "1"], "--eps is no option of the method forward-"),
+        (["--method", "forward-grad", "--loss", "accuracy"], "accuracy has no derivative, which"),
+        (["--blocks", "sequential", "--schedule", "deferred"], "--blocks takes the schedule plain"),
+        (["--blocks", "sequential", "--peft", "lora"], "--blocks and --peft exclude each other"),
+        (["--steps", "3", "--forwards", "6"], "--steps and --forwards exclude each other"),
         (["--template", "{text}"], "--template and --verbalizer need each other"),
         (["--template", "{text}", "--verbalizer", "a=x", "a=y"], "has label 'a' twice"),
         (["--template", "{t}", "--verbalizer", "a=x", "b=y", "--task", "f"], "exclude each other"),
@@ -73,6 +82,8 @@ def test_options_not_given_get_the_defaults(tmp_path):
     options = finetune.options(parse(*own, "--method", "mezo", "--eps", "0.01"))
     assert options.hyper == {
         "lr": 1e-6, "eps": 0.01, "weight_decay": 0.0, "rounding": "nearest", "schedule": "deferred",
+        "momentum": 0.0, "queries": 1, "one_sided": False, "distribution": "gaussian",
+        "blocks": None,
     }  # fmt: skip
     assert options.plan.steps == defaults.COMMON["steps"]
     assert options.sources == {"train": "t.jsonl"}
@@ -81,7 +92,7 @@ def test_options_not_given_get_the_defaults(tmp_path):
     (tmp_path / "test.jsonl").write_text("")
     options = finetune.options(parse("--model", "m", "--train", str(tmp_path), "--dev", "d"))
     assert options.sources == {"train": str(tmp_path), "dev": "d", "test": str(tmp_path)}
-    common = {"lr", "eps", "weight_decay", "rounding", "schedule"}
+    common = {"lr", "eps", "weight_decay", "rounding", "schedule", "queries", "one_sided", "blocks"}
     assert options.hyper.keys() == common | {"rank", "interval", "momentum"}
     assert options.task.answers == ("x", "y")
 
@@ -91,12 +102,36 @@ def test_answers_keep_their_spaces_and_equals_signs():
 
 
 def test_defaults_cover_every_option():
-    without = "command model train dev test task template verbalizer method output resume overwrite"
-    options = set(vars(parse())) - set(without.split())
-    assert set(defaults.defaults("lozo", embedded=False)) == options
-    assert set(defaults.defaults("lozo", embedded=True)) == options
-    for name in defaults.BY_METHOD:
-        assert defaults.EMBEDDED_BY_METHOD[name].keys() <= defaults.BY_METHOD[name].keys()
+    without = "command model train dev test task template verbalizer no_template method output "
+    options = set(vars(parse())) - set(f"{without} resume overwrite forwards".split())
+    for method, own in defaults.BY_METHOD.items():
+        assert own.keys() <= set(finetune.HYPER)
+        assert defaults.EMBEDDED_BY_METHOD[method].keys() <= own.keys()
+        for embedded in (False, True):
+            table = defaults.defaults(method, embedded)
+            assert options - set(finetune.HYPER) <= table.keys() <= options
+    assert set().union(*defaults.BY_METHOD.values()) == set(finetune.HYPER)
+
+
+@pytest.mark.parametrize("method", defaults.BY_METHOD)
+def test_the_table_has_the_arguments_of_the_optimizers(method):
+    from zo_fused.task.run import METHODS, SCHEDULES
+
+    optimizer = getattr(zo_fused, METHODS[method].optimizer)
+    arguments = inspect.signature(optimizer).parameters.keys()
+    table = defaults.BY_METHOD[method]
+    assert table.keys() - {"schedule", "blocks"} <= arguments
+    assert ("blocks" in table) == ("block_order" in arguments)
+    assert SCHEDULES[table["schedule"]].keys() <= arguments
+
+
+def test_some_options_change_the_defaults_of_others():
+    assert defaults.defaults("lozo", False)["schedule"] == "factored"
+    assert defaults.defaults("lozo", False, one_sided=True)["schedule"] == "deferred"
+    assert defaults.defaults("lozo", False, blocks=True)["schedule"] == "plain"
+    lora = defaults.defaults("lozo", True, peft="lora")
+    assert (lora["lr"], lora["eps"], lora["schedule"]) == (5e-5, 1e-2, "deferred")
+    assert "eps" not in defaults.defaults("forward-grad", False, peft="prefix")
 
 
 # ---- help, version, errors -----------------------------------------------------------------------
@@ -106,7 +141,8 @@ def test_help_needs_neither_torch_nor_transformers():
     program = (
         "import sys\n"
         "from zo_fused.cli.main import main\n"
-        "for words in (['--help'], ['finetune', '--help'], ['finetune', '--method', 'x']):\n"
+        "for words in (['--help'], ['finetune', '--help'], ['compare', '--help'],\n"
+        "              ['finetune', '--method', 'x']):\n"
         "    try:\n"
         "        main(words)\n"
         "    except SystemExit as stop:\n"
@@ -126,6 +162,52 @@ def test_version(capsys):
         main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"zo-fused {zo_fused.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "mezo,adam"], "argument --method: invalid choice: 'adam'"),
+        (["--methods", "mezo:steps=3"], "--methods: 'steps' in 'mezo:steps=3' is no option of a"),
+        (["--methods", "mezo:rank=3"], "--rank is no option of the method mezo"),
+        (["--methods", "mezo:lr=x"], "argument --lr: invalid float value: 'x'"),
+        (["--methods", "mezo,lozo,mezo"], "--methods has 'mezo' twice"),
+        (["--seeds", "0,0"], "--seeds has 0 twice"),
+        (["--seeds", "0,x"], "argument --seeds: must be a whole number below 2**64, got 'x'"),
+        (["--train", "EMBEDDED/train.jsonl", "--task", "EMBEDDED/task.json"], "needs --dev data"),
+    ],
+)
+def test_comparisons_that_can_not_be(words, message, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    output = tmp_path / "out"
+    words = [word.replace("EMBEDDED", str(defaults.EMBEDDED_DATA)) for word in words]
+    assert main(["compare", "--output", str(output), *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not output.exists()
+
+
+def test_options_reach_every_run_of_a_comparison(tmp_path):
+    pytest.importorskip("transformers")
+    given = ["--no-template", "--batch-size", "3", "--verbalizer", "0= a", "1=b=c"]
+    args = make_parser().parse_args(["compare", "--template", "{text} So", *given])
+    shared = compare._shared_words(args)
+    again = parse(*shared)
+    assert (again.template, again.verbalizer) == ("{text} So", [("0", " a"), ("1", "b=c")])
+    assert (again.no_template, again.batch_size, again.lr) == (True, 3, None)
+    args = make_parser().parse_args(["compare", "--batch-size", "3"])
+    shared = compare._shared_words(args)
+    methods = ["mezo:queries=4:one-sided", "lozo"]
+    runs = compare.make_runs(methods, [0, 7], shared, tmp_path)
+    assert [(run.method, run.seed) for run in runs] == [(m, s) for s in (0, 7) for m in methods]
+    options = finetune.options(parse(*runs[2].words[1:]))
+    assert (options.hyper["queries"], options.hyper["one_sided"]) == (4, True)
+    assert (options.plan.seed, options.plan.batch_size) == (7, 3)
+    assert len({run.output for run in runs} | {run.log for run in runs}) == 8
+    compare.make_runs(["zo-adam"], [0], shared, tmp_path)  # methods can be added
+    with pytest.raises(errors.UserError, match="holds a comparison with other options"):
+        compare.make_runs(methods, [0], ["--batch-size=4"], tmp_path)
 
 
 @pytest.mark.parametrize("package", ["transformers", "datasets"])

@@ -19,9 +19,12 @@ pytest.importorskip("datasets")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import zo_fused  # noqa: E402
-from zo_fused.cli import defaults  # noqa: E402
+from zo_fused.cli import compare, defaults, runs  # noqa: E402
 from zo_fused.cli.main import main  # noqa: E402
+from zo_fused.task.adapters import load_adapted  # noqa: E402
+from zo_fused.task.encoding import Encoder  # noqa: E402
 from zo_fused.task.loop import SKIPPED_IN_A_ROW, make_scheduler  # noqa: E402
+from zo_fused.task.run import forwards_per_step  # noqa: E402
 from zo_fused.task.scoring import Scorer  # noqa: E402
 
 TEXTS = {"negative": ["It was bad .", "a dull film"], "positive": ["It was fun .", "a warm film"]}
@@ -156,6 +159,198 @@ def test_a_run_leaves_its_outputs_and_replays_bit_for_bit(arguments, base, tmp_p
     assert "equal: all" in capsys.readouterr().out
     assert_equal(weights(again), tuned)
     assert transformers.AutoTokenizer.from_pretrained(again)("It was")["input_ids"]
+
+
+METHODS = [
+    ("mezo", "--queries", "3", "--distribution", "rademacher"),
+    ("mezo", "--one-sided", "--queries", "2"),
+    ("mezo-m", "--blocks", "sequential"),
+    ("lozo", "--blocks", "simultaneous"),
+    ("lozo", "--schedule", "paired"),
+    ("lozo-m", "--schedule", "factored"),
+    ("lozo-m", "--one-sided"),
+    ("zo-adam",),
+    ("zo-adam", "--history", "2"),
+    ("zo-sign", "--blocks", "simultaneous", "--one-sided"),
+    ("zo-conservative", "--distribution", "rademacher"),
+    ("forward-grad", "--queries", "2"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, of forward-grad
+@pytest.mark.parametrize("words", METHODS, ids=" ".join)
+def test_every_method_keeps_to_its_budget(arguments, base, tmp_path, capsys, words):
+    """The forward passes that are counted are those that the plan was made with."""
+    method, *more = words
+    rest = arguments()
+    at = rest.index("--steps")
+    del rest[at : at + 2]
+    assert main([*rest, "--method", method, *more, "--forwards", "29", "--lr", "1e-4"]) == 0
+    assert "forward passes" in capsys.readouterr().out
+    out = tmp_path / "out"
+    summary = json.loads((out / "summary.json").read_text())
+    settings = summary["settings"]
+    each = forwards_per_step(method, settings, blocks=4)
+    assert summary["steps"] == 29 // each
+    assert summary["forwards"] == 29 // each * each
+    history = read(out / "history.jsonl")
+    assert {e["forwards"] for e in history if "loss" in e} == {each}
+    evaluated = [e["step"] for e in history if "dev_accuracy" in e]
+    apart = max(1, round(2 * 3 / each))  # three steps of two forward passes
+    assert evaluated == sorted({*range(0, summary["steps"], apart), summary["steps"]})
+    count = sum(p.numel() for p in transformers.OPTForCausalLM.from_pretrained(base).parameters())
+    assert summary["parameters"] == count
+    assert (summary["state_bytes"] >= 8 * count) == (words == ("zo-adam",))
+    replay = ["replay", "--model", str(base), "--log", str(out / "replay.jsonl")]
+    assert main([*replay, "--verify", str(out)]) == 0
+
+
+def test_a_budget_too_small_for_a_step(arguments, capsys):
+    rest = arguments()
+    at = rest.index("--steps")
+    del rest[at : at + 2]
+    assert main([*rest, "--forwards", "4", "--method", "zo-conservative"]) == 2
+    assert (
+        "the budget of 4 forward passes is too small for a step, which" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, of forward-grad
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about what peft calls
+@pytest.mark.parametrize(
+    ("scheme", "more"),
+    [
+        ("lora", ("--method", "lozo", "--interval", "2")),
+        ("lora", ("--method", "mezo-m", "--dtype", "bfloat16")),
+        ("lora", ("--method", "forward-grad", "--distribution", "rademacher")),
+        (
+            "prefix",
+            (
+                "--method",
+                "mezo",
+            ),
+        ),
+        ("prefix", ("--method", "lozo", "--dtype", "bfloat16", "--loss", "lm")),
+        ("prompt", ("--method", "zo-adam", "--loss", "accuracy")),
+    ],
+)
+def test_an_adapter_is_tuned_resumed_and_replayed(
+    arguments, base, tmp_path, monkeypatch, capsys, scheme, more
+):
+    peft = pytest.importorskip("peft")
+    more = ("--peft", scheme, "--seed", "5", *more)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main(arguments(*more, output=whole)) == 0
+    assert "the adapter, replay.jsonl" in capsys.readouterr().out
+    tuned = load_file(whole / "adapter_model.safetensors")
+    assert not (whole / "model.safetensors").exists()
+    names = load_adapted(str(base), "float32", torch.device("cpu"), scheme, 5).state_dict()
+    assert len(tuned) == sum("lora_" in name or "prompt_encoder" in name for name in names)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    assert peft.PeftModel.from_pretrained(model, whole).active_peft_config
+    with monkeypatch.context() as patch:
+        # in the third step's loss; forward-grad has one a step
+        call = 3 if "forward-grad" in more else 7
+        Stop(patch, call, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert main(arguments(*more)) == 130
+    assert main(arguments(*more, "--resume")) == 0
+    capsys.readouterr()
+    log, new = str(out / "replay.jsonl"), tmp_path / "new"
+    replay = ["replay", "--model", str(base), "--log", log]
+    words = ["--peft", scheme, "--output", str(new), "--verify", str(out)]
+    assert main([*replay, *words]) == 0
+    assert "equal: all" in capsys.readouterr().out
+    assert_equal(
+        load_file(new / "adapter_model.safetensors"), load_file(out / "adapter_model.safetensors")
+    )
+    assert main([*replay, "--output", str(tmp_path / "no")]) == 2
+    assert "can't replay" in capsys.readouterr().err
+
+
+def test_micro_batches_change_a_run_by_rounding_alone(arguments, tmp_path):
+    rates = ("--lr", "1e-4", "--loss", "lm", "--method", "mezo")
+    assert main(arguments(*rates, output=tmp_path / "whole")) == 0
+    assert main(arguments(*rates, "--micro-batch-size", "3", output=tmp_path / "parts")) == 0
+    one, other = (read(tmp_path / name / "history.jsonl") for name in ("whole", "parts"))
+    for a, b in zip(one, other, strict=True):
+        assert a.get("forwards") == b.get("forwards")
+        # a loss near 6, rounded a few times; the gradient is a difference of two over 2 eps
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), abs=1e-5)
+        assert a.get("projected_grad", 0) == pytest.approx(b.get("projected_grad", 0), abs=1e-2)
+
+
+def test_without_a_template(arguments, tmp_path, monkeypatch):
+    seen = []
+    original = Encoder.prompt_ids
+
+    def prompt_ids(encoder, text):
+        seen.append(text)
+        return original(encoder, text)
+
+    monkeypatch.setattr(Encoder, "prompt_ids", prompt_ids)
+    assert main(arguments("--no-template", "--steps", "1")) == 0
+    assert set(seen) == {text for texts in TEXTS.values() for text in texts}
+
+
+@pytest.fixture
+def comparison(base, data, tmp_path):
+    """Arguments of a short comparison."""
+
+    def make(*more):
+        words = f"compare --model {base} --train {data} --output {tmp_path / 'cmp'} --forwards 12"
+        return [*words.split(), "--batch-size", "4", "--eval-steps", "2", *more]
+
+    return make
+
+
+@pytest.mark.slow
+def test_a_comparison(comparison, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = tmp_path / "cmp"
+    assert main(comparison("--methods", "mezo:lr=1e-3,lozo", "--seeds", "0")) == 0
+    printed = capsys.readouterr().out
+    assert (out / "compare.md").read_text() in printed
+    content = json.loads((out / "compare.json").read_text())
+    assert [row["method"] for row in content["methods"]] == ["mezo:lr=1e-3", "lozo"]
+    for row in content["methods"]:
+        assert (row["steps"], row["forwards"], row["seeds"]) == (6, 12, [0])
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+    before = (out / "lozo" / "seed-0" / "summary.json").stat().st_mtime_ns
+    # one more method, which fails; what is finished stays
+    assert main(comparison("--methods", "lozo,zo-adam:eps=-1", "--seeds", "0")) == 1
+    printed, error = capsys.readouterr()
+    assert error.startswith("zo-fused: zo-adam:eps=-1 with seed 0 failed: eps must be a finite")
+    assert error.rstrip().endswith(f"see {out / 'zo-adam_eps=-1' / 'seed-0.log'}")
+    assert error.count("\n") == 1
+    assert "| lozo | 1e-06 | 6 | 12 |" in printed
+    assert (out / "lozo" / "seed-0" / "summary.json").stat().st_mtime_ns == before
+    monkeypatch.setattr(compare, "run_all", lambda _: [])
+    assert main(comparison("--methods", "mezo", "--seeds", "3")) == 2
+    assert "no run came to its end" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_a_comparison(comparison, monkeypatch, capsys):
+    calls = []
+
+    class Child:
+        """A run that ends when it is told to."""
+
+        def poll(self):
+            raise KeyboardInterrupt
+
+        def send_signal(self, number):
+            calls.append(number)
+
+        def wait(self):
+            calls.append("wait")
+
+    monkeypatch.setattr(runs, "_start", lambda *_: Child())
+    words = comparison("--methods", "lozo,mezo", "--seeds", "1")
+    assert main(words) == 130
+    assert calls == [signal.SIGINT, "wait"]
+    error = capsys.readouterr().err
+    assert "finished runs are kept, the others saved a checkpoint; go on with `zo-fused" in error
+    assert error.rpartition("`zo-fused ")[2].rstrip("`\n").split() == words
 
 
 def test_verify_tells_what_differs(arguments, base, tmp_path, capsys):

@@ -10,6 +10,7 @@ from torch import nn
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
+from zo_fused.task.adapters import SCHEMES, load_adapted, prepended_logits  # noqa: E402
 from zo_fused.task.data import Example, read_examples  # noqa: E402
 from zo_fused.task.encoding import Encoder, answer_ids, maximum_length, plain_ids  # noqa: E402
 from zo_fused.task.errors import UserError  # noqa: E402
@@ -41,6 +42,13 @@ def test_prompts_paste_fields_as_they_are():
     assert task.fields == ("premise", "hypothesis")
     record = {"premise": "A {b} c.", "hypothesis": "{hypothesis}", "rest": 1}
     assert task.prompt(record) == 'A {b} c.\nSo "{hypothesis}"? {Yes or No}\n'
+
+
+def test_a_task_without_words_keeps_fields_and_answers():
+    task = Task("{premise}? {{So}} {hypothesis}, {premise}", {"0": "Yes", "1": "No"})
+    bare = task.without_words()
+    assert bare.prompt({"premise": "A {b}", "hypothesis": "c"}) == "A {b} c"
+    assert (bare.fields, bare.verbalizer) == (task.fields, task.verbalizer)
 
 
 @pytest.mark.parametrize(
@@ -433,6 +441,88 @@ def test_losses_are_what_they_say():
         scorer.loss(scorer.batch(examples), "lm")
 
 
+@pytest.mark.parametrize("loss", ["classification", "lm", "accuracy"])
+@pytest.mark.parametrize("answers", [SINGLE, SEVERAL], ids=["single", "several"])
+@torch.no_grad()
+def test_a_batch_in_parts_has_the_loss_of_the_whole(loss, answers):
+    """Parts of unequal size, and in "lm" of unequal tokens an example."""
+    examples = example_batch((5, 9, 2, 9, 4), answers=len(answers))
+    scorer = Scorer(tiny_model(), answers, pad_id=1)
+    whole = scorer.batch(examples, loss)
+    parts = [scorer.batch(examples[at : at + 2], loss) for at in range(0, 5, 2)]
+    want = scorer.loss(whole, loss)
+    # a mean of scores: their tolerance
+    scores = scorer.scores(scorer.batch(examples))
+    torch.testing.assert_close(scorer.mean_loss(parts, loss), want, **tolerance(scores))
+    assert torch.equal(scorer.mean_loss([whole], loss), want)
+    plain = sum(scorer.loss(part, loss) for part in parts) / 3
+    assert abs(float(plain - want)) > 10 * tolerance(scores)["atol"]  # parts count differently
+
+
+@torch.no_grad()
+def test_the_accuracy_loss_is_the_negative_accuracy():
+    scorer = Scorer(tiny_model(), SEVERAL, pad_id=1)
+    examples = example_batch((3, 9, 4, 7, 5), answers=3)
+    loss = scorer.loss(scorer.batch(examples, "accuracy"), "accuracy")
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(-scorer.accuracy(examples, batch_size=2))
+    assert -1 < float(loss) < 0
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama", "gpt2"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("answers", [SINGLE, SEVERAL], ids=["single", "several"])
+@torch.no_grad()
+def test_scores_of_a_model_with_an_adapter(kind, scheme, answers, tmp_path):
+    pytest.importorskip("peft")
+    tiny_model(kind).save_pretrained(tmp_path)
+    model = load_adapted(str(tmp_path), "float32", torch.device("cpu"), scheme, seed=3)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all("lora_" in name or "prompt_encoder" in name for name in trainable)
+    for p in trainable.values():  # so that the adapter does something
+        p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    examples = example_batch()
+    shift = prepended_logits(model)
+    assert shift == (10 if scheme == "prompt" else 0)
+    want = []
+    for example in examples:
+        for answer in answers:
+            logits = model(input_ids=torch.tensor([example.prompt + answer])).logits[0, shift:]
+            log_probs = logits.double().log_softmax(-1)
+            start = len(example.prompt) - 1
+            picked = [log_probs[start + k, token].item() for k, token in enumerate(answer)]
+            want.append(sum(picked) / len(picked))
+    scorer = Scorer(model, answers, pad_id=1)
+    got = scorer.scores(scorer.batch(examples)).double()
+    want = torch.tensor(want, dtype=torch.float64).view_as(got)
+    torch.testing.assert_close(got, want, **tolerance(want))
+    bare = Scorer(tiny_model(kind), answers, pad_id=1)
+    assert (bare.scores(bare.batch(examples)).double() - want).abs().max() > 1e-3
+    taken = {"lora": 0, "prefix": 5, "prompt": 10}[scheme]
+    assert maximum_length(model, byte_level_tokenizer(length=1000)) == 64 - taken
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_new_adapter_is_a_function_of_the_seed(scheme, tmp_path):
+    pytest.importorskip("peft")
+    tiny_model().save_pretrained(tmp_path)
+
+    def adapter(seed):
+        model = load_adapted(str(tmp_path), "float32", torch.device("cpu"), scheme, seed)
+        assert not model.training
+        return [p.detach() for p in model.parameters() if p.requires_grad]
+
+    state = torch.get_rng_state()
+    first = adapter(0)
+    torch.manual_seed(7)
+    assert all(map(torch.equal, first, adapter(0)))
+    assert not all(map(torch.equal, first, adapter(1)))
+    torch.set_rng_state(state)
+    adapter(0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()
 def test_the_loss_is_float32_whatever_the_dtype(dtype):
@@ -525,24 +615,26 @@ def test_smoothing():
 def test_summary_and_table(tmp_path):
     history = History(tmp_path / "history.jsonl")
     history.add(step=0, test_accuracy=0.5)
-    history.add(step=1, loss=0.7, projected_grad=1.0, seconds=9.0)
-    history.add(step=2, loss=math.inf, projected_grad=math.nan, seconds=0.2)
+    history.add(step=1, loss=0.7, projected_grad=1.0, forwards=2, seconds=9.0)
+    history.add(step=2, loss=math.inf, projected_grad=[1.0, math.nan], forwards=5, seconds=0.2)
     history.add(step=2, test_accuracy=0.9)
     history.close()
     timings = {"perturb": 0.05, "forward": 0.1, "update": 0.025}
     summary = summarize(history, timings, measured_steps=1, memory=2**21)
     assert summary["steps"] == 2
+    assert summary["forwards"] == 7
     assert summary["skipped_steps"] == 1
     assert summary["accuracy"] == {"test": {"before": 0.5, "after": 0.9}}
     assert summary["seconds_per_step"] == {"total": 0.2, **timings}
     assert table(summary) == (
-        "test accuracy  0.500 -> 0.900\n"
-        "time per step    200.00 ms\n"
-        "  perturb         50.00 ms\n"
-        "  forward        100.00 ms\n"
-        "  update          25.00 ms\n"
-        "  other           25.00 ms\n"
-        "peak memory    2 MiB\n"
-        "steps          2\n"
-        "  skipped      1 (loss not finite)"
+        "test accuracy   0.500 -> 0.900\n"
+        "time per step     200.00 ms\n"
+        "  perturb          50.00 ms\n"
+        "  forward         100.00 ms\n"
+        "  update           25.00 ms\n"
+        "  other            25.00 ms\n"
+        "peak memory     2 MiB\n"
+        "steps           2\n"
+        "  skipped       1 (loss not finite)\n"
+        "forward passes  7"
     )

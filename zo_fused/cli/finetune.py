@@ -24,18 +24,40 @@ With no arguments, the embedded model on the embedded data set: a run of a minut
 With your own model and data, the same, with your options. The output directory becomes a model
 directory of transformers, with the replay log, the history, a picture and a summary beside it."""
 
-HYPER = ("lr", "eps", "weight_decay", "rounding", "schedule", "rank", "interval", "momentum")
-_PLAN = ("steps", "batch_size", "eval_steps", "seed", "loss", "lr_scheduler")
+HYPER = (
+    "lr",
+    "eps",
+    "weight_decay",
+    "rounding",
+    "schedule",
+    "rank",
+    "interval",
+    "momentum",
+    "queries",
+    "one_sided",
+    "distribution",
+    "history",
+    "blocks",
+)
+_PLAN = (
+    "steps",
+    "batch_size",
+    "micro_batch_size",
+    "eval_steps",
+    "seed",
+    "loss",
+    "lr_scheduler",
+)
 
 
-def _whole(text: str) -> int:
+def whole(text: str) -> int:
     value = int(text) if re.fullmatch(r"\d+", text) else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
     return value
 
 
-def _seed(text: str) -> int:
+def seed(text: str) -> int:
     if not re.fullmatch(r"\d+", text) or int(text) >= 1 << 64:
         raise argparse.ArgumentTypeError(f"must be a whole number below 2**64, got {text!r}")
     return int(text)
@@ -48,22 +70,62 @@ def _pair(text: str) -> tuple[str, str]:
     return label, answer
 
 
+def _default(name: str) -> str:
+    own = {m: defaults.defaults(m, False).get(name) for m in defaults.BY_METHOD}
+    values = sorted(
+        {
+            f"{value:g}" if isinstance(value, float) else f"{value}"
+            for value in own.values()
+            if value is not None
+        }
+    )
+    return f"default: {' or '.join(values)}"
+
+
+def _takers(name: str) -> str:
+    """The methods that take an option, for its help."""
+    return ", ".join(method for method, table in defaults.BY_METHOD.items() if name in table)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options; whatever is not given stays None and gets its default later."""
+    add_data_options(parser)
+    method = parser.add_argument_group("method")
+    method.add_argument(
+        "--method",
+        choices=list(defaults.BY_METHOD),
+        help=f"optimizer (default: {defaults.METHOD})",
+    )
+    add_method_options(method)
+    run = add_run_options(parser)
+    run.add_argument("--steps", type=whole, help=f"({_default('steps')})")
+    run.add_argument("--seed", type=seed, help=f"({_default('seed')})")
+    run.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        help="directory to write (default: one in ./zo-fused-runs)",
+    )
+    run.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in the output directory",
+    )
+    run.add_argument(
+        "--overwrite", action="store_true", help="replace what the output directory holds"
+    )
 
-    def default(name: str) -> str:
-        own = {m: defaults.defaults(m, False).get(name) for m in defaults.BY_METHOD}
-        values = sorted(
-            {
-                f"{value:g}" if isinstance(value, float) else f"{value}"
-                for value in own.values()
-                if value is not None
-            }
-        )
-        return f"default: {' or '.join(values)}"
 
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say what is tuned on what."""
     data = parser.add_argument_group("model and data")
     data.add_argument("--model", metavar="DIR_OR_ID", help="model directory or Hub id")
+    data.add_argument(
+        "--peft",
+        choices=list(defaults.BY_PEFT),
+        help="tune an adapter of peft instead of the weights: lora (r 8, alpha 16), prefix (5 "
+        "tokens) or prompt (10 tokens); the output directory then holds the adapter",
+    )
     for split, what in (
         (
             "train",
@@ -83,77 +145,117 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=_pair,
         help='answer of each label, e.g. "0= terrible" "1= great" (note the spaces)',
     )
-    data.add_argument("--label-field", metavar="NAME", help=f"({default('label_field')})")
+    data.add_argument(
+        "--no-template",
+        action="store_true",
+        default=None,
+        help="without task alignment: the prompt is the template's fields, joined by a space, and "
+        "none of its words; the answers stay",
+    )
+    data.add_argument("--label-field", metavar="NAME", help=f"({_default('label_field')})")
 
-    method = parser.add_argument_group("method")
+
+def add_method_options(method: Any) -> None:
+    """Adds the options of one method or another: `HYPER`."""
+    method.add_argument("--lr", type=float, help=f"learning rate ({_default('lr')})")
+    method.add_argument("--eps", type=float, help=f"perturbation radius ({_default('eps')})")
     method.add_argument(
-        "--method",
-        choices=sorted(defaults.BY_METHOD),
-        help=f"optimizer (default: {defaults.METHOD})",
-    )
-    method.add_argument("--lr", type=float, help=f"learning rate ({default('lr')})")
-    method.add_argument("--eps", type=float, help=f"perturbation radius ({default('eps')})")
-    method.add_argument("--rank", type=_whole, help=f"lozo: columns of U and V ({default('rank')})")
-    method.add_argument(
-        "--interval", type=_whole, help=f"lozo: steps for which V stays ({default('interval')})"
+        "--queries",
+        type=whole,
+        help=f"random directions a step, averaged ({_default('queries')})",
     )
     method.add_argument(
-        "--momentum", type=float, help=f"lozo: in [0, 1), LOZO-M if not 0 ({default('momentum')})"
+        "--one-sided",
+        action="store_true",
+        default=None,
+        help="estimate from theta + eps z and theta instead of theta +- eps z",
     )
-    method.add_argument("--weight-decay", type=float, help=f"({default('weight_decay')})")
+    method.add_argument(
+        "--distribution",
+        choices=("gaussian", "rademacher"),
+        help=f"of z, all but lozo ({_default('distribution')})",
+    )
+    method.add_argument(
+        "--rank", type=whole, help=f"lozo, lozo-m: columns of U and V ({_default('rank')})"
+    )
+    method.add_argument(
+        "--interval",
+        type=whole,
+        help=f"lozo, lozo-m: steps for which V stays ({_default('interval')})",
+    )
+    method.add_argument(
+        "--momentum",
+        type=float,
+        help=f"{_takers('momentum')}: in [0, 1) (default: 0, with -m 0.9)",
+    )
+    method.add_argument(
+        "--history",
+        metavar="STEPS",
+        type=whole,
+        help="zo-adam: keep no moments, make them anew from so many last steps",
+    )
+    method.add_argument(
+        "--blocks",
+        choices=("sequential", "simultaneous"),
+        help="perturb layer by layer: one block of the model a step, in turn, or every block in "
+        "each step, two forward passes a block; takes the schedule plain",
+    )
+    method.add_argument("--weight-decay", type=float, help=f"({_default('weight_decay')})")
     method.add_argument(
         "--rounding",
         choices=("nearest", "stochastic"),
         help="of updates in 16-bit weights (default: stochastic where the schedule is factored or "
-        "paired, else nearest)",
+        "paired and with forward-grad, else nearest)",
     )
     method.add_argument(
         "--schedule",
         choices=("plain", "deferred", "factored", "paired"),
         help="sweeps over the weights a step: 3, 2, or (lozo) one a window; paired: the same, with "
-        f"both signs in one forward pass, for batches of few tokens ({default('schedule')})",
+        "both signs in one forward pass, for batches of few tokens (default: factored for lozo "
+        "and lozo-m, deferred for the others that have it)",
     )
 
+
+def add_run_options(parser: argparse.ArgumentParser) -> Any:
+    """Adds the options that say how long and how to train; returns their group."""
     run = parser.add_argument_group("run")
-    run.add_argument("--steps", type=_whole, help=f"({default('steps')})")
-    run.add_argument("--batch-size", type=_whole, help=f"({default('batch_size')})")
+    run.add_argument(
+        "--forwards",
+        metavar="N",
+        type=whole,
+        help="budget of training forward passes over a batch, in place of --steps",
+    )
+    run.add_argument("--batch-size", type=whole, help=f"({_default('batch_size')})")
+    run.add_argument(
+        "--micro-batch-size",
+        type=whole,
+        help="examples in memory at once: a batch is evaluated in pieces, its loss is the same",
+    )
     run.add_argument(
         "--eval-steps",
-        type=_whole,
+        type=whole,
         metavar="STEPS",
-        help=f"between evaluations and checkpoints ({default('eval_steps')})",
+        help="between evaluations and checkpoints; with --forwards in steps of two forward passes "
+        f"({_default('eval_steps')})",
     )
     run.add_argument(
         "--lr-scheduler",
         choices=("constant", "linear", "cosine"),
-        help=f"({default('lr_scheduler')})",
+        help=f"({_default('lr_scheduler')})",
     )
     run.add_argument(
         "--loss",
-        choices=("classification", "lm"),
-        help=f"cross entropy over the answers, or likelihood of the right one ({default('loss')})",
+        choices=("classification", "lm", "accuracy"),
+        help="cross entropy over the answers, likelihood of the right one, or the negative share "
+        f"of right predictions ({_default('loss')})",
     )
     run.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
-        help=f"of the weights ({default('dtype')})",
+        help=f"of the weights ({_default('dtype')})",
     )
-    run.add_argument("--device", help=f"cpu, cuda, cuda:1, ... ({default('device')})")
-    run.add_argument("--seed", type=_seed, help=f"({default('seed')})")
-    run.add_argument(
-        "--output",
-        metavar="DIR",
-        type=Path,
-        help="directory to write (default: one in ./zo-fused-runs)",
-    )
-    run.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the last checkpoint in the output directory",
-    )
-    run.add_argument(
-        "--overwrite", action="store_true", help="replace what the output directory holds"
-    )
+    run.add_argument("--device", help=f"cpu, cuda, cuda:1, ... ({_default('device')})")
+    return run
 
 
 def options(args: argparse.Namespace) -> Options:
@@ -173,13 +275,22 @@ def options(args: argparse.Namespace) -> Options:
         raise UserError("--dev and --test need --train")
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other")
+    if args.steps is not None and args.forwards is not None:
+        raise UserError("--steps and --forwards exclude each other")
     if embedded and not (defaults.EMBEDDED_MODEL / "config.json").is_file():
         raise UserError("this installation has no embedded model; give --model and --train")
     method = args.method or defaults.METHOD
-    table = defaults.defaults(method, embedded)
+    blocks, one_sided = args.blocks is not None, args.one_sided is not None
+    table = defaults.defaults(method, embedded, args.peft, blocks, one_sided)
     for name in HYPER:
         if name not in table and getattr(args, name) is not None:
-            raise UserError(f"--{name} is no option of the method {method}")
+            raise UserError(f"--{name.replace('_', '-')} is no option of the method {method}")
+    if blocks and args.schedule not in (None, "plain"):
+        raise UserError("--blocks takes the schedule plain")
+    if blocks and args.peft is not None:
+        raise UserError("--blocks and --peft exclude each other: an adapter has no blocks")
+    if args.loss == "accuracy" and method == "forward-grad":
+        raise UserError("--loss accuracy has no derivative, which the method forward-grad needs")
 
     def value(name: str) -> Any:
         given = getattr(args, name)
@@ -196,13 +307,15 @@ def options(args: argparse.Namespace) -> Options:
         method=method,
         hyper={name: value(name) for name in HYPER if name in table},
         plan=Plan(**{name: value(name) for name in _PLAN}),
+        forwards=args.forwards,
+        peft=args.peft,
         output=args.output or Path("zo-fused-runs") / short,
         label_field=value("label_field"),
         dtype=value("dtype"),
         device=value("device"),
         resume=args.resume,
         overwrite=args.overwrite or (demo and args.output is None and not args.resume),
-        title=f"{METHODS[method]} fine-tuning of {name}",
+        title=f"{METHODS[method].title} fine-tuning of {name}",
     )
 
 
@@ -221,6 +334,11 @@ def _sources(train: str, dev: str | None, test: str | None) -> dict[str, str]:
 
 def _task(args: argparse.Namespace, train: str) -> Task:
     """The task of ``--task``, of ``--template`` and ``--verbalizer``, or of the data's folder."""
+    task = _worded_task(args, train)
+    return task.without_words() if args.no_template else task
+
+
+def _worded_task(args: argparse.Namespace, train: str) -> Task:
     from zo_fused.task.prompt import Task
 
     if (args.template is None) != (args.verbalizer is None):
@@ -255,7 +373,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         command = shlex.join(["zo-fused", *again, "--resume"])
         raise Interrupted(f"{stop}; go on with `{command}`") from None
     print(table(summary))
-    print(
-        f"the model, replay.jsonl, history.jsonl, curve.png and summary.json are in {chosen.output}"
-    )
+    what = "adapter" if args.peft else "model"
+    files = "replay.jsonl, history.jsonl, curve.png and summary.json"
+    print(f"the {what}, {files} are in {chosen.output}")
     return 0

@@ -9,28 +9,28 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from zo_fused import __version__
-from zo_fused.cli import doctor, finetune, replay
+from zo_fused.cli import compare, doctor, finetune, replay
+from zo_fused.cli.parser import Parser
 from zo_fused.task.errors import Interrupted, UserError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see `{self.prog} --help`)")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser; `command` is the module that runs."""
-    parser = _Parser(
+    parser = Parser(
         prog="zo-fused",
         description="Zeroth-order fine-tuning of language models with forward passes only.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"zo-fused {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, module in (("finetune", finetune), ("replay", replay), ("doctor", doctor)):
+    for name, module in (
+        ("finetune", finetune),
+        ("compare", compare),
+        ("replay", replay),
+        ("doctor", doctor),
+    ):
         command = commands.add_parser(
             name,
             help=module.HELP,
@@ -59,3 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("zo-fused: interrupted", file=sys.stderr)
         return 130
     return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

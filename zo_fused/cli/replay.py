@@ -23,8 +23,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="DIR_OR_ID", help="base model of the run (default: the embedded model)"
     )
+    parser.add_argument(
+        "--peft",
+        choices=list(defaults.BY_PEFT),
+        help="the run tuned such an adapter; it starts anew from the log's seed (a prefix starts "
+        "from a forward pass, which another kind of CPU may round differently)",
+    )
     parser.add_argument("--log", metavar="FILE", type=Path, required=True, help="replay.jsonl")
-    parser.add_argument("--output", metavar="DIR", type=Path, help="model directory to write")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="directory to write")
     parser.add_argument(
         "--verify",
         metavar="DIR",
@@ -33,8 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def logged_dtype(path: Path) -> str:
-    """The dtype that most weights of the run had.
+def logged(path: Path) -> tuple[str, int]:
+    """The dtype that most weights of the run had, and its seed.
 
     Raises:
         UserError: the file is missing or no log.
@@ -43,12 +49,13 @@ def logged_dtype(path: Path) -> str:
     from zo_fused.streams import CONTRACT_VERSION
 
     try:
-        parameters = replay_log.read(path, CONTRACT_VERSION).header["parameters"]
+        header = replay_log.read(path, CONTRACT_VERSION).header
     except OSError as error:
         raise UserError(f"can't read the replay log {path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(first_line(error)) from error
-    return Counter(dtype for _, _, dtype, _ in parameters).most_common(1)[0][0]
+    dtypes = Counter(dtype for _, _, dtype, _ in header["parameters"])
+    return dtypes.most_common(1)[0][0], header["seed"]
 
 
 def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
@@ -83,25 +90,34 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         and (not args.output.is_dir() or any(args.output.iterdir()))
     ):
         raise UserError(f"the output {args.output} is not an empty directory")
-    dtype = logged_dtype(args.log)
+    dtype, seed = logged(args.log)
 
     import zo_fused
+    from zo_fused.task.adapters import load_adapted
     from zo_fused.task.models import choose_device, load_model, load_tokenizer, save_model
 
     base = str(args.model or defaults.EMBEDDED_MODEL)
-    model: Any = load_model(base, dtype, choose_device())
+    if args.peft is None:
+        model: Any = load_model(base, dtype, choose_device())
+    else:
+        model = load_adapted(base, dtype, choose_device(), args.peft, seed)
     try:
         steps = zo_fused.replay(model, args.log, progress=sys.stderr.isatty())
     except ValueError as error:
         raise UserError(f"can't replay {args.log} on {base}: {first_line(error)}") from error
     if args.output is not None:
         save_model(model, load_tokenizer(base), args.output)
-        print(f"replayed {steps} steps; the model is in {args.output}")
+        what = "adapter" if args.peft else "model"
+        print(f"replayed {steps} steps; the {what} is in {args.output}")
     if args.verify is None:
         return 0
     import torch
 
-    saved = load_model(str(args.verify), "auto", torch.device("cpu")).state_dict()
+    cpu = torch.device("cpu")
+    if args.peft is None:
+        saved = load_model(str(args.verify), "auto", cpu).state_dict()
+    else:
+        saved = load_adapted(base, dtype, cpu, args.peft, seed, args.verify).state_dict()
     lines = differences(model.state_dict(), saved)
     if not lines:
         print(f"equal: all {len(saved)} tensors of {args.verify}, bit for bit")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from zo_fused.task.adapters import virtual_tokens
 from zo_fused.task.data import Example
 from zo_fused.task.errors import UserError
 from zo_fused.task.prompt import Task
@@ -44,10 +45,10 @@ def answer_ids(tokenizer: Any, answer: str) -> Tokens:
 
 
 def maximum_length(model: Any, tokenizer: Any) -> int:
-    """The most tokens that model and tokenizer both take."""
+    """The most tokens of a text that model and tokenizer both take."""
     positions = getattr(model.config, "max_position_embeddings", None)
     limits = [tokenizer.model_max_length, positions]
-    return min(int(limit) for limit in limits if limit is not None)
+    return min(int(limit) for limit in limits if limit is not None) - virtual_tokens(model)
 
 
 class Encoder:

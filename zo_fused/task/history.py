@@ -1,8 +1,9 @@
 """``history.jsonl``: what happened in a run, a line as it happens.
 
-Lines ``{"step", "loss", "projected_grad", "seconds"}`` for a training step, counted from 1, and
-``{"step", "<split>_accuracy"}`` for an evaluation after so many steps. A loss that is not finite
-is null.
+Lines ``{"step", "loss", "projected_grad", "forwards", "seconds"}`` for a training step, counted
+from 1, with its number of forward passes over a batch, and ``{"step", "<split>_accuracy"}`` for an
+evaluation after so many steps. A number that is not finite is null. The projected gradients of
+several directions are a list.
 """
 
 from __future__ import annotations
@@ -31,6 +32,22 @@ def read_history(path: Path, last_step: int | None = None) -> list[Entry]:
     return entries
 
 
+def accuracies(entries: list[Entry], split: str) -> list[tuple[int, float]]:
+    """(step, accuracy) of a split's evaluations."""
+    key = f"{split}_accuracy"
+    return [(entry["step"], entry[key]) for entry in entries if key in entry]
+
+
+def spent(entries: list[Entry], name: str) -> dict[int, float]:
+    """The sum of "forwards" or "seconds" of all training steps up to a step, by step from 0 on."""
+    total, sums = 0.0, {0: 0.0}
+    for entry in entries:
+        if name in entry:
+            total += entry[name]
+            sums[entry["step"]] = total
+    return sums
+
+
 class History:
     """Entries in memory and in the file, which is flushed after every line.
 
@@ -57,8 +74,7 @@ class History:
 
     def accuracies(self, split: str) -> list[tuple[int, float]]:
         """(step, accuracy) of a split's evaluations."""
-        key = f"{split}_accuracy"
-        return [(entry["step"], entry[key]) for entry in self.entries if key in entry]
+        return accuracies(self.entries, split)
 
     def losses(self) -> list[tuple[int, float | None]]:
         """(step, loss) of the training steps."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from zo_fused.task.checkpoint import save_checkpoint
 from zo_fused.task.encoding import Encoded
 from zo_fused.task.errors import Interrupted, UserError, optional
@@ -30,6 +32,7 @@ class Plan:
     seed: int = 0
     loss: str = "classification"
     lr_scheduler: str = "constant"
+    micro_batch_size: int | None = None  # examples in a forward pass; None: all of the batch
 
 
 def make_scheduler(name: str, optimizer: Any, steps: int) -> Any:
@@ -57,6 +60,7 @@ class Finetuning:
         output: the run's directory; `replay.jsonl`, `history.jsonl` and checkpoints are written.
         settings: what a resumed run must have in common with this one; stored in checkpoints.
         resume: whether the optimizer goes on from a checkpoint of this directory.
+        paired: whether the optimizer evaluates the loss of both signs at once.
 
     Raises:
         ValueError: the replay log to resume is not this run's.
@@ -73,7 +77,9 @@ class Finetuning:
         output: Path,
         settings: Mapping[str, Any] | None = None,
         resume: bool = False,
+        paired: bool = False,
     ) -> None:
+        self.forwards_per_loss = 2 if paired else 1
         self.model = model
         self.tokenizer = tokenizer
         self.optimizer = optimizer
@@ -131,24 +137,38 @@ class Finetuning:
         step = self.optimizer.step_count
         train = self.data["train"]
         indices = batch_indices(len(train), self.plan.batch_size, self.plan.seed, step)
-        batch = self.scorer.batch([train[i] for i in indices], self.plan.loss)
-        mean = self.optimizer.step(lambda: self.scorer.loss(batch, self.plan.loss))
+        size = self.plan.micro_batch_size or len(indices)
+        parts = [indices[at : at + size] for at in range(0, len(indices), size)]
+        batches = [self.scorer.batch([train[i] for i in part], self.plan.loss) for part in parts]
+        losses = 0
+
+        def closure() -> Tensor:
+            nonlocal losses
+            losses += 1
+            return self.scorer.mean_loss(batches, self.plan.loss)
+
+        mean = self.optimizer.step(closure)
         self.scheduler.step()
-        loss, grad = float(mean), float(self.optimizer.projected_grad)
-        seconds = round(time.perf_counter() - start, 6)
-        self.history.add(step=step + 1, loss=loss, projected_grad=grad, seconds=seconds)
-        finite = math.isfinite(grad)
+        loss, grads = float(mean), self.optimizer.projected_grad.flatten().tolist()
+        self.history.add(
+            step=step + 1,
+            loss=loss,
+            projected_grad=grads[0] if len(grads) == 1 else grads,
+            forwards=losses * self.forwards_per_loss,
+            seconds=round(time.perf_counter() - start, 6),
+        )
+        finite = all(map(math.isfinite, grads))
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= SKIPPED_IN_A_ROW:
             raise UserError(
                 f"stopped at step {step + 1}: {SKIPPED_IN_A_ROW} losses in a row were not finite; "
                 "lower the learning rate, or use bfloat16 or float32"
             )
-        bar.set_postfix(self._postfix(loss, grad), refresh=False)
+        bar.set_postfix(self._postfix(loss, grads), refresh=False)
         bar.update()
 
-    def _postfix(self, loss: float, grad: float) -> dict[str, str]:
-        shown = {"loss": f"{loss:.3f}", "|g|": f"{abs(grad):.3g}"}
+    def _postfix(self, loss: float, grads: list[float]) -> dict[str, str]:
+        shown = {"loss": f"{loss:.3f}", "|g|": f"{max(map(abs, grads)):.3g}"}
         accuracies = self.history.accuracies("dev")
         return {**shown, "dev": f"{accuracies[-1][1]:.3f}"} if accuracies else shown
 

@@ -99,14 +99,17 @@ def _progress_bars(shown: bool) -> Iterator[None]:
 
 
 def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
-    """Writes a model directory; each file appears under its name only once it is complete."""
+    """Writes a directory of a model, or of an adapter, and its tokenizer.
+
+    Each file appears under its name only once it is complete.
+    """
     temporary = directory / "saving.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     with _progress_bars(False):  # the loop has its own
         model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    mode = (temporary / "config.json").stat().st_mode
+    mode = (temporary / "tokenizer_config.json").stat().st_mode
     for entry in temporary.iterdir():
         target = directory / entry.name
         if target.is_dir():

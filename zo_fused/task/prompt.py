@@ -94,6 +94,12 @@ class Task:
             text + (str(fields[name]) if name is not None else "") for text, name in self._pieces
         )
 
+    def without_words(self) -> Task:
+        """The task without alignment (arXiv 2402.11592): the prompt is the fields alone, in their
+        order and joined by a space; the answers stay."""
+        template = " ".join(f"{{{name}}}" for name in self.fields)
+        return Task(template, self.verbalizer, self.description)
+
     @classmethod
     def from_file(cls, path: str | Path) -> Task:
         """The task in a JSON file: ``template``, ``verbalizer`` and perhaps ``description``.

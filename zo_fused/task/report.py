@@ -54,6 +54,7 @@ def summarize(
             }
     return {
         "steps": len(steps),
+        "forwards": sum(entry["forwards"] for entry in steps),
         "skipped_steps": sum(map(_skipped, steps)),
         "accuracy": accuracy,
         "seconds_per_step": seconds,
@@ -62,8 +63,9 @@ def summarize(
 
 
 def _skipped(entry: Entry) -> bool:
-    grad = entry["projected_grad"]
-    return grad is None or not abs(grad) < float("inf")
+    grads = entry["projected_grad"]
+    several = grads if isinstance(grads, list) else [grads]
+    return not all(grad is not None and abs(grad) < float("inf") for grad in several)
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -81,6 +83,7 @@ def table(summary: dict[str, Any]) -> str:
     rows.append(("steps", f"{summary['steps']}"))
     if summary["skipped_steps"]:
         rows.append(("  skipped", f"{summary['skipped_steps']} (loss not finite)"))
+    rows.append(("forward passes", f"{summary['forwards']}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 import zo_fused
+from zo_fused.task.adapters import load_adapted
 from zo_fused.task.checkpoint import (
     check_settings,
     checkpoints,
@@ -26,7 +29,24 @@ from zo_fused.task.prompt import Task
 from zo_fused.task.report import draw, peak_memory, summarize
 from zo_fused.task.scoring import Scorer
 
-METHODS = {"lozo": "LOZO", "mezo": "MeZO"}
+
+class Method(NamedTuple):
+    """What a method is called."""
+
+    optimizer: str  # in zo_fused
+    title: str  # in papers
+
+
+METHODS = {
+    "mezo": Method("MeZO", "MeZO"),
+    "mezo-m": Method("MeZO", "MeZO-M"),
+    "lozo": Method("LOZO", "LOZO"),
+    "lozo-m": Method("LOZO", "LOZO-M"),
+    "zo-adam": Method("ZOAdam", "ZO-Adam"),
+    "zo-sign": Method("ZOSignSGD", "ZO-SignSGD"),
+    "zo-conservative": Method("ZOConservative", "ZO-Conservative"),
+    "forward-grad": Method("ForwardGrad", "Forward-Grad"),
+}
 SCHEDULES: dict[str, dict[str, Any]] = {
     "plain": {},
     "deferred": {"deferred": True},
@@ -44,9 +64,11 @@ class Options:
     sources: dict[str, str]  # split -> where to read it; "train" at least
     task: Task
     method: str  # a key of METHODS
-    hyper: dict[str, Any]  # arguments of the optimizer: lr, eps, ...; a key of SCHEDULES
+    hyper: dict[str, Any]  # arguments of the optimizer: lr, eps, ...; a key of SCHEDULES; blocks
     plan: Plan
     output: Path
+    forwards: int | None = None  # budget of forward passes that takes the place of plan.steps
+    peft: str | None = None  # an adapter to tune instead of the weights
     label_field: str = "label"
     dtype: str = "float32"
     device: str = "auto"
@@ -95,8 +117,8 @@ def clear(output: Path) -> None:
 def finetune(options: Options) -> dict[str, Any]:
     """Runs the options to the end; returns the summary that is also in ``summary.json``.
 
-    The output directory is then a model directory of transformers with ``replay.jsonl``,
-    ``history.jsonl``, ``curve.png`` and ``summary.json``.
+    The output directory is then a model directory of transformers, or one of an adapter of peft,
+    with ``replay.jsonl``, ``history.jsonl``, ``curve.png`` and ``summary.json``.
 
     Raises:
         UserError: something the user can put right, as early as it can be known.
@@ -114,11 +136,12 @@ def finetune(options: Options) -> dict[str, Any]:
     }
     tokenizer = load_tokenizer(options.model)
     checkpoint = find_checkpoint(options.output, options.resume, options.overwrite)
-    model = load_model(str(checkpoint or options.model), options.dtype, device)
+    model = _model(options, checkpoint, device)
     encoder = Encoder(options.task, tokenizer, maximum_length(model, tokenizer))
     data = {split: encoder.encode(records) for split, records in examples.items()}
-    settings = _settings(options, encoder, data["train"])
     optimizer = _optimizer(options, model)
+    options = replace(options, plan=_plan(options, optimizer))
+    settings = _settings(options, encoder, data["train"])
     if checkpoint is None:
         clear(options.output)
     else:
@@ -139,13 +162,14 @@ def finetune(options: Options) -> dict[str, Any]:
             options.output,
             settings,
             resume=checkpoint is not None,
+            paired=options.hyper["schedule"] == "paired",
         )
     except ValueError as error:  # the replay log is not this run's
         raise UserError(first_line(error)) from error
     history = run.run()
     measured = optimizer.step_count - first_step
     summary = summarize(history, optimizer.timings, measured, peak_memory(device))
-    summary |= {
+    summary |= _sizes(optimizer) | {
         "settings": settings,
         "device": str(device),
         "backend": zo_fused.backend_of(device),
@@ -163,17 +187,74 @@ def _pad_id(tokenizer: Any) -> int:
     return next(token for token in candidates if token is not None)
 
 
+def _model(options: Options, checkpoint: Path | None, device: torch.device) -> Any:
+    if options.peft is None:
+        return load_model(str(checkpoint or options.model), options.dtype, device)
+    seed = options.plan.seed
+    return load_adapted(options.model, options.dtype, device, options.peft, seed, checkpoint)
+
+
 def _optimizer(options: Options, model: Any) -> Any:
-    method = getattr(zo_fused, METHODS[options.method])
+    method = getattr(zo_fused, METHODS[options.method].optimizer)
     hyper = dict(options.hyper)
-    schedule = hyper.pop("schedule")
+    schedule, blocks = hyper.pop("schedule"), hyper.pop("blocks", None)
     arguments = SCHEDULES[schedule]
     if not arguments.keys() <= inspect.signature(method).parameters.keys():
         raise UserError(f"the schedule {schedule!r} is not for the method {options.method}")
     try:
-        return method(model, **hyper, **arguments, seed=options.plan.seed)
+        params = model
+        if blocks is not None:
+            params, arguments = zo_fused.layer_blocks(model), {"block_order": blocks}
+        return method(params, **hyper, **arguments, seed=options.plan.seed)
     except ValueError as error:
         raise UserError(first_line(error)) from error
+
+
+def forwards_per_step(method: str, hyper: dict[str, Any], blocks: int = 1) -> int:
+    """Forward passes over a batch in a step, which tests compare with those that are counted.
+
+    Args:
+        method: a key of `METHODS`.
+        hyper: as in `Options`.
+        blocks: of the model, for the simultaneous order.
+    """
+    if method == "zo-conservative":
+        return 5
+    directions = int(hyper["queries"])
+    if method == "forward-grad":
+        return directions
+    if hyper["blocks"] == "simultaneous":
+        directions *= blocks
+    return directions + 1 if hyper["one_sided"] else 2 * directions
+
+
+def _plan(options: Options, optimizer: Any) -> Plan:
+    """The plan, with as many steps as the budget of forward passes allows.
+
+    Evaluations are then as many forward passes apart as if each step had two.
+    """
+    plan = options.plan
+    if options.forwards is None:
+        return plan
+    each = forwards_per_step(options.method, options.hyper, len(optimizer.param_groups))
+    if options.forwards < each:
+        raise UserError(
+            f"the budget of {options.forwards} forward passes is too small for a step, "
+            f"which takes {each}"
+        )
+    apart = max(1, round(2 * plan.eval_steps / each))
+    return replace(plan, steps=options.forwards // each, eval_steps=apart)
+
+
+def _sizes(optimizer: Any) -> dict[str, int]:
+    """How many parameters are tuned, and how many bytes of tensors the optimizer keeps for them."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    kept = [value for state in optimizer.state.values() for value in state.values()]
+    tensors = [value for value in kept if isinstance(value, torch.Tensor)]
+    return {
+        "parameters": sum(p.numel() for p in params if p.requires_grad),
+        "state_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+    }
 
 
 def _settings(options: Options, encoder: Encoder, train: list[Encoded]) -> dict[str, Any]:
@@ -188,5 +269,6 @@ def _settings(options: Options, encoder: Encoder, train: list[Encoded]) -> dict[
         **options.hyper,
         **plan,
         "dtype": options.dtype,
+        "peft": options.peft,
         "training_data": hashlib.sha256(content.encode()).hexdigest()[:16],
     }

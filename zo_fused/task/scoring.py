@@ -2,8 +2,9 @@
 
 As in MeZO (arXiv 2305.17333): an answer's score is the mean log-probability of its tokens after the
 prompt, in float32 whatever the model's dtype. Training minimises the cross entropy over the
-candidates' scores ("classification") or the token-mean negative log-likelihood of the right answer
-("lm"); the prediction is the candidate with the highest score.
+candidates' scores ("classification"), the token-mean negative log-likelihood of the right answer
+("lm"), or the negative share of right predictions ("accuracy": MeZO, section 3.3; it has no
+derivative). The prediction is the candidate with the highest score.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zo_fused.task.adapters import base_model, prepended_logits, virtual_tokens
 from zo_fused.task.encoding import Encoded, Tokens
 
-LOSSES = ("classification", "lm")
+LOSSES = ("classification", "lm", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Scorer:
     in models that can leave out the others.
 
     Args:
-        model: of transformers, or any module called as those are. Dropout should be off
+        model: of transformers or peft, or any module called as those are. Dropout should be off
             (``model.eval()``): it would only add noise to the two losses of a step.
         answers: token ids of each candidate.
         pad_id: any valid token id.
@@ -69,7 +71,10 @@ class Scorer:
         self.model = model
         self.answers = [list(ids) for ids in answers]
         self.pad_id = pad_id
-        self.accepted = frozenset(inspect.signature(model.forward).parameters)
+        self.accepted = frozenset(inspect.signature(base_model(model).forward).parameters)
+        self.prepended = prepended_logits(model)
+        if virtual_tokens(model):  # the positions after them are for peft to number
+            self.accepted -= {"position_ids"}
         self.padding_side = padding_side or ("left" if "position_ids" in self.accepted else "right")
         self.shared = share_prompt and all(len(ids) == 1 for ids in self.answers)
         # of each answer; on the device from the start, so that a loss waits for no copy
@@ -108,10 +113,11 @@ class Scorer:
             ids.append([self.pad_id] * gap + text if left else text + [self.pad_id] * gap)
             mask.append([0] * gap + [1] * len(text) if left else [1] * len(text) + [0] * gap)
             first.append(len(prompt) - 1 + (gap if left else 0))
+        first = [self.prepended + f for f in first]
         lowest = min(first)
         highest = max(f + len(a) for f, a in zip(first, answers, strict=True))
         if "logits_to_keep" not in self.accepted:
-            lowest, highest = 0, width
+            lowest, highest = 0, self.prepended + width
         attention = torch.tensor(mask, device=self.device)
         inputs = {"input_ids": torch.tensor(ids, device=self.device)}
         if min(map(len, texts)) < width:
@@ -161,15 +167,34 @@ class Scorer:
         """The training loss, a float32 scalar.
 
         "classification" is the cross entropy over the candidates' scores; "lm" the mean negative
-        log-likelihood of all tokens of the right answers.
+        log-likelihood of all tokens of the right answers; "accuracy" the negative share of right
+        predictions.
         """
         if kind == "classification":
             return F.cross_entropy(self.scores(batch), batch.labels)
+        if kind == "accuracy":
+            return -(self.scores(batch).argmax(-1) == batch.labels).float().mean()
         if batch.kind == "right":
             return -self._answer_log_probs(batch.rows).sum() / batch.rows.mask.sum()
         if batch.kind == "shared":
             return F.nll_loss(self.scores(batch), batch.labels)
         raise ValueError('the "lm" loss needs a batch made with loss="lm"')
+
+    def mean_loss(self, batches: Sequence[Batch], kind: str = "classification") -> Tensor:
+        """The loss of a batch that comes in parts, one forward pass after the other.
+
+        The parts count as they do in the whole: by their examples or, in a loss over tokens, by
+        their tokens.
+        """
+        if len(batches) == 1:
+            return self.loss(batches[0], kind)
+        counts = [
+            batch.rows.mask.sum() if batch.kind == "right" else len(batch.labels)
+            for batch in batches
+        ]
+        losses = [self.loss(batch, kind) * n for batch, n in zip(batches, counts, strict=True)]
+        total: Tensor = sum(losses[1:], losses[0]) / sum(counts)
+        return total
 
     @torch.no_grad()
     def accuracy(self, examples: Sequence[Encoded], batch_size: int) -> float:

@@ -1,0 +1,99 @@
+"""Adapters of peft: small trainable parts beside a frozen model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zo_fused.task.errors import UserError, first_line, optional
+from zo_fused.task.models import load_model
+
+SCHEMES = ("lora", "prefix", "prompt")
+
+
+def load_adapted(
+    name: str,
+    dtype: str | torch.dtype,
+    device: torch.device,
+    scheme: str,
+    seed: int,
+    saved: Path | None = None,
+) -> Any:
+    """A model with an adapter, in eval mode; only the adapter requires gradients.
+
+    A new adapter is a function of model, scheme and seed. It is made on the CPU, whatever the
+    device: the same bits everywhere, but for a prefix, which comes out of a forward pass.
+
+    Args:
+        scheme: one of `SCHEMES`.
+        saved: a directory with the weights of such an adapter, to go on from.
+
+    Raises:
+        UserError: model or adapter can't be loaded, or peft has no such adapter for the model.
+    """
+    peft = optional("peft")
+    model = load_model(name, dtype, torch.device("cpu"))
+    try:
+        with _quiet():
+            adapted = _fresh(peft, model, scheme, seed)
+            if saved is not None:
+                weights = peft.load_peft_weights(str(saved), device="cpu")
+                peft.set_peft_model_state_dict(adapted, weights)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        what = f"load the adapter {saved}" if saved else f"put a {scheme} adapter on {name!r}"
+        raise UserError(f"can't {what}: {first_line(error)}") from error
+    return adapted.to(device).eval()
+
+
+def _fresh(peft: Any, model: Any, scheme: str, seed: int) -> Any:
+    """The adapters of MeZO (arXiv 2305.17333): LoRA with r 8 and alpha 16, and five tokens of
+    prefix that start as what the model makes of random tokens. Ten tokens of prompt."""
+    configs = {
+        "lora": lambda: peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16),
+        "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+        "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=10),
+    }
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        adapted = peft.get_peft_model(model, configs[scheme]())
+        if scheme == "prefix":
+            tokens = torch.randint(0, model.config.vocab_size, (1, virtual_tokens(adapted)))
+            cache = model(input_ids=tokens, use_cache=True).past_key_values
+            peft.initialize_kv_prefix_from_past_key_values(adapted, past_key_values=cache)
+    return adapted
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what transformers tells peft, and peft its users, about what they put right."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
+        yield
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether peft has put an adapter on a model."""
+    return hasattr(model, "active_peft_config")
+
+
+def base_model(model: Any) -> Any:
+    """The model behind an adapter, or the model itself."""
+    return model.get_base_model() if is_adapted(model) else model
+
+
+def virtual_tokens(model: Any) -> int:
+    """Positions that an adapter takes before every text."""
+    return getattr(model.active_peft_config, "num_virtual_tokens", 0) if is_adapted(model) else 0
+
+
+def prepended_logits(model: Any) -> int:
+    """Logits that an adapter adds before those of a text: of a prompt, not of a prefix."""
+    if not is_adapted(model) or model.active_peft_config.peft_type != "PROMPT_TUNING":
+        return 0
+    return virtual_tokens(model)
