@@ -1,9 +1,9 @@
 """The qualitative findings of the ZO benchmark (arXiv 2402.11592), on the embedded task:
 ``python bench/findings.py --out bench/results/findings.md``.
 
-Task alignment, queries, blocks. Every run is of the embedded model on the embedded data, one thread,
-two runs at a time; of each learning rate of a grid the mean over the seeds counts, chosen by the
-accuracy on dev, shown on test. Memory is `bench/hybrid_memory.py`.
+Task alignment, queries, blocks. Every run is of the embedded model on the embedded data, one
+thread, two runs at a time; of each learning rate of a grid the mean over the seeds counts, chosen
+by the accuracy on dev, shown on test. Memory is `bench/hybrid_memory.py`.
 """
 
 from __future__ import annotations

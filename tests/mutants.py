@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from zo_fused import _ops, directions, dispatch, keys, recorder, rules
+from zo_fused import _ops, directions, dispatch, keys, recorder, rules, schedule
 from zo_fused.optim import base
 
 SWEEPS = ("dense_", "lowrank_", "lowrank_momentum_", "moments_")
@@ -146,7 +146,28 @@ def other_u_in_the_update(patch: pytest.MonkeyPatch) -> None:
 
 
 def applies_non_finite(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(torch, "isfinite", lambda x: torch.ones_like(x, dtype=torch.bool))
+    patch.setattr(base, "all_finite", lambda values: True)
+
+
+def one_key_for_all_queries(patch: pytest.MonkeyPatch) -> None:
+    derive = keys.derive_key
+    patch.setattr(
+        keys, "derive_key", lambda seed, purpose, step=0, query=0: derive(seed, purpose, step)
+    )
+
+
+def only_the_last_query(patch: pytest.MonkeyPatch) -> None:
+    apply = rules.SGD.apply
+
+    def forgetful(self: Any, update: Any, direction: Any, state: Any) -> None:
+        update.grads[:-1] = [0 * grad for grad in update.grads[:-1]]
+        apply(self, update, direction, state)
+
+    patch.setattr(rules.SGD, "apply", forgetful)
+
+
+def all_blocks_move(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(schedule.Schedule, "turn", lambda self, blocks, step: None)
 
 
 MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -169,6 +190,9 @@ MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "one key for all steps": one_key_for_all_steps,
     "other U in the update": other_u_in_the_update,
     "non-finite losses applied": applies_non_finite,
+    "one key for all queries": one_key_for_all_queries,
+    "only the last query counts": only_the_last_query,
+    "all blocks move": all_blocks_move,
 }
 
 _patch = pytest.MonkeyPatch()

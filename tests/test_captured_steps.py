@@ -116,6 +116,8 @@ def test_the_learning_rate_may_be_a_tensor_on_the_device(capture: Callable[[], A
         (lambda m: zo_fused.LOZO(m, momentum=0.9), "momentum"),
         (lambda m: zo_fused.LOZO(m, mode="factored"), "window"),
         (lambda m: zo_fused.MeZO(m, block_order="sequential"), "turn"),
+        (zo_fused.ZOConservative, "candidates"),
+        (lambda m: zo_fused.ZOAdam(m, history=3), "look back"),
     ],
 )
 def test_what_cannot_be_captured_says_why(

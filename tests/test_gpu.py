@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import gpu
 import pytest
@@ -140,8 +142,30 @@ def model(device: torch.device, dtype: torch.dtype) -> nn.Module:
     return made.to(device, dtype)
 
 
+def in_blocks(tuned: nn.Module) -> list[dict[str, Any]]:
+    named = list(tuned.named_parameters())
+    return [{"params": named[:2], "block": 0}, {"params": named[2:], "block": 1}]
+
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "MeZO": zo_fused.MeZO,
+    "LOZO": lambda m, **kw: zo_fused.LOZO(m, rank=3, interval=2, **kw),
+    "LOZO-M": lambda m, **kw: zo_fused.LOZO(m, rank=3, interval=2, momentum=0.9, **kw),
+    "ZOAdam": zo_fused.ZOAdam,
+    "queries, Rademacher": lambda m, **kw: zo_fused.MeZO(
+        m, queries=3, distribution="rademacher", **kw
+    ),
+    "LOZO, queries, deferred": lambda m, **kw: zo_fused.LOZO(
+        m, queries=2, interval=2, deferred=True, **kw
+    ),
+    "history": lambda m, **kw: zo_fused.ZOAdam(m, history=4, **kw),
+    "conservative": lambda m, weight_decay, **kw: zo_fused.ZOConservative(m, **kw),
+    "blocks at once": lambda m, **kw: zo_fused.MeZO(in_blocks(m), block_order="simultaneous", **kw),
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", ["MeZO", "LOZO", "LOZO-M"])
+@pytest.mark.parametrize("method", list(METHODS))
 def test_steps_give_the_same_bits_as_on_the_cpu(
     backend: str, device: torch.device, dtype: torch.dtype, method: str
 ) -> None:
@@ -149,17 +173,13 @@ def test_steps_give_the_same_bits_as_on_the_cpu(
 
     def tune(device: torch.device) -> nn.Module:
         tuned = model(device, dtype)
-        options = {} if method == "MeZO" else {"rank": 3, "interval": 2}
-        if method == "LOZO-M":
-            options["momentum"] = 0.9
-        cls = getattr(zo_fused, method.removesuffix("-M"))
-        opt = cls(tuned.named_parameters(), lr=1e-2, weight_decay=0.1, seed=5, **options)
-        losses = torch.randn(6, 2, generator=torch.Generator().manual_seed(1)).tolist()
-        for plus, minus in [*losses, (float("nan"), 1.0), (1.5, 1.25)]:
-            opt.perturb(+1)
-            opt.perturb(-1)
-            opt.step(loss_plus=plus, loss_minus=minus)
-        assert opt.skipped_steps == 1
+        opt = METHODS[method](tuned, lr=1e-2, weight_decay=0.1, seed=5)
+        losses = torch.randn(60, generator=torch.Generator().manual_seed(1)).tolist()
+        stream = iter([*losses[:4], math.nan, *losses[4:]])
+        for _ in range(8):
+            opt.step(lambda: next(stream))
+        opt.flush()
+        assert opt.skipped_steps == (method != "conservative")  # there it is a candidate's
         return tuned
 
     got = tune(device)
@@ -267,13 +287,15 @@ def test_a_whole_step_replays_from_a_graph(backend: str, device: torch.device) -
     assert not same(eager.params[0], model(CPU, torch.float16).state_dict()["0.weight"])
 
 
-@pytest.mark.parametrize("name", ["MeZO", "MeZO deferred", "LOZO"])
+@pytest.mark.parametrize("name", ["MeZO", "MeZO deferred", "LOZO", "queries", "ZOAdam"])
 def test_optimizer_steps_replay_from_a_graph(name: str, backend: str, device: torch.device) -> None:
     """Captured once, `step` is the next step at every replay; ordinary steps may follow."""
     make = {
         "MeZO": zo_fused.MeZO,
         "MeZO deferred": lambda *a, **kw: zo_fused.MeZO(*a, deferred=True, **kw),
         "LOZO": lambda *a, **kw: zo_fused.LOZO(*a, interval=3, **kw),
+        "queries": lambda *a, **kw: zo_fused.MeZO(*a, queries=2, distribution="rademacher", **kw),
+        "ZOAdam": zo_fused.ZOAdam,
     }[name]
     models = [model(device, torch.bfloat16) for _ in range(2)]
     x = weights(32, 64, device=device, seed=1).bfloat16()

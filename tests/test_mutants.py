@@ -18,7 +18,11 @@ HERE = Path(__file__).parent
 MUTANTS = re.findall(r'^    "([^"]+)": ', (HERE / "mutants.py").read_text(), re.MULTILINE)
 # The fault lies above the backends, so the fastest will do.
 BACKEND = zo_fused.backend_of("cpu")
-OF_REPLAY = ("a script rounds once", "waiting sweeps lost")
+# The tests that must fail; the others see none of these.
+SUITES = dict.fromkeys(("a script rounds once", "waiting sweeps lost"), ["fused_replay"])
+SUITES |= dict.fromkeys(
+    ("one key for all queries", "only the last query counts", "all blocks move"), ["queries"]
+)
 OTHERS = sorted(set(dispatch.BACKENDS) - {BACKEND})
 
 
@@ -32,8 +36,7 @@ def run_suite(mutant: str | None) -> subprocess.CompletedProcess[str]:
     environment.pop("ZO_FUSED_MUTANT", None)
     if mutant is not None:
         environment["ZO_FUSED_MUTANT"] = mutant
-    # The three don't replay, so what is wrong with replays only needs the other.
-    suites = ["fused_replay"] if mutant in OF_REPLAY else ["ops", "optim", "noise"]
+    suites = SUITES.get(mutant or "", ["ops", "optim", "noise"])
     command = [
         str(Path(sys.executable).with_name("pytest")),
         *("-q", "-x", "-p", "mutants", "-p", "no:cacheprovider", "--no-header"),

@@ -1,4 +1,4 @@
-"""What an installation brings, and that importing the package needs torch alone."""
+"""What an installation brings, and that importing the package needs torch and NumPy alone."""
 
 from __future__ import annotations
 

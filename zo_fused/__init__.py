@@ -1,6 +1,6 @@
 """Fused zeroth-order fine-tuning: forward passes only, inference memory, replayable noise.
 
-Names load on first use (PEP 562): ``import zo_fused`` needs torch alone.
+Names load on first use (PEP 562): ``import zo_fused`` needs torch and NumPy alone.
 """
 
 from __future__ import annotations

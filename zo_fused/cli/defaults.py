@@ -68,17 +68,17 @@ BY_METHOD: dict[str, dict[str, Any]] = {
 }
 
 # The embedded model is tiny, so it bears far larger steps than a real one, and sweeps over its
-# weights cost less than what a factored step adds to every layer.
+# weights cost less than what a factored step adds to every layer. The rates: bench/learning_rates.py.
 EMBEDDED_COMMON: dict[str, Any] = {"steps": 600, "eval_steps": 50}
 EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "mezo": {"lr": 3e-5},
-    "mezo-m": {"lr": 3e-6},
+    "mezo-m": {"lr": 1e-5},
     "lozo": {"lr": 3e-5, "schedule": "deferred"},
     "lozo-m": {"lr": 3e-5, "schedule": "deferred"},
-    "zo-adam": {"lr": 3e-4},
-    "zo-sign": {"lr": 3e-5},
-    "zo-conservative": {"lr": 3e-5},
-    "forward-grad": {"lr": 3e-5},
+    "zo-adam": {"lr": 1e-4},
+    "zo-sign": {"lr": 3e-4},
+    "zo-conservative": {"lr": 1e-4},
+    "forward-grad": {"lr": 1e-5},
 }
 
 # Adapters: MeZO's README; prompts: that of SubZero. Their matrices are too small for side paths

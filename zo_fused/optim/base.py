@@ -432,12 +432,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """The losses that a user gives, one a query."""
         several = isinstance(losses, Sequence) or (isinstance(losses, Tensor) and losses.dim() == 1)
         given = list(losses) if several else [losses]  # type: ignore[arg-type]
-        if len(given) != self._schedule.queries or self._schedule.block_order == "simultaneous":
-            raise ValueError(
-                f"{len(given)} losses a sign for {self._schedule.queries} queries"
-                if self._schedule.block_order != "simultaneous"
-                else 'block_order="simultaneous" needs a closure'
-            )
+        if self._schedule.block_order == "simultaneous":
+            raise ValueError('block_order="simultaneous" needs a closure')
+        if len(given) != self._schedule.queries:
+            queries = self._schedule.queries
+            raise ValueError(f"{len(given)} losses a sign for queries={queries}")
         return [self._scalar(loss) for loss in given]
 
     def _capture(self, closure: Closure | None) -> Tensor:
@@ -557,7 +556,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         device = self._buckets[0].device
         if on_host(device):
             return float(loss)
-        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss)
+        value = (
+            loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
+        )
         return value.reshape(()).to(device=device, dtype=torch.float64)
 
     def _update(self, grads: Vector) -> None:

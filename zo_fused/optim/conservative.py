@@ -14,6 +14,12 @@ from zo_fused.schedule import Position, Schedule
 from zo_fused.vectors import Flag, Vector, all_finite
 
 
+class Chosen(SGD):
+    """Nothing: the weights are where the step goes."""
+
+    not_capturable = "the host compares the candidates"
+
+
 class ZOConservative(ZerothOrderOptimizer):
     """Conservative zeroth-order SGD (ZO-SGD-Cons; Bergou et al. 2020, arXiv 1902.03591, three-point
     method, as in arXiv 2402.11592): with z and g as in MeZO, theta becomes the best of ``theta``,
@@ -50,7 +56,7 @@ class ZOConservative(ZerothOrderOptimizer):
             raise ValueError("ZOConservative compares the places of one z: sequential blocks only")
         defaults = {"lr": lr, "eps": eps, "weight_decay": 0.0, "rounding": "nearest"}
         schedule = Schedule(block_order=block_order)
-        super().__init__(params, defaults, Dense(distribution), SGD(), seed, schedule)
+        super().__init__(params, defaults, Dense(distribution), Chosen(), seed, schedule)
         self._options = {"distribution": distribution, "block_order": block_order}
 
     def _check_group(self, group: dict[str, Any]) -> None:
