@@ -19,10 +19,13 @@ MUTANTS = re.findall(r'^    "([^"]+)": ', (HERE / "mutants.py").read_text(), re.
 # The fault lies above the backends, so the fastest will do.
 BACKEND = zo_fused.backend_of("cpu")
 # The tests that must fail; the others see none of these.
-SUITES = dict.fromkeys(("a script rounds once", "waiting sweeps lost"), ["fused_replay"])
-SUITES |= dict.fromkeys(
-    ("one key for all queries", "only the last query counts", "all blocks move"), ["queries"]
-)
+SUITES = {
+    "a script rounds once": ["fused_replay"],
+    "waiting sweeps lost": ["fused_replay"],
+    "one key for all queries": ["queries"],
+    "only the last query counts": ["queries"],
+    "all blocks move": ["queries"],
+}
 OTHERS = sorted(set(dispatch.BACKENDS) - {BACKEND})
 
 

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from zo_fused import replay_log
 from zo_fused.directions import Direction, Term
+from zo_fused.generators import GeneratorStates, capturing
 from zo_fused.interrupts import uninterrupted
 from zo_fused.keys import Clock, Stream, clock, running, stream_keys
 from zo_fused.parameters import Bucket, fingerprint, make_buckets, parameter_ids, signature
+from zo_fused.record import parameter_table, settings
 from zo_fused.rules import Rule, Update
 from zo_fused.schedule import Position, Schedule
 from zo_fused.side_weight import UsedOtherwise
@@ -55,11 +57,6 @@ def _plain_tensors(method: Method) -> Method:
     refuse to be updated outside it."""
     decorated: Method = torch.inference_mode(False)(torch.no_grad()(method))
     return decorated
-
-
-def capturing() -> bool:
-    """Whether a CUDA graph is being recorded on the current stream."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 ROUNDINGS = ("nearest", "stochastic")
@@ -500,7 +497,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 for position in self._schedule.positions(self._blocks()):
                     self._perturb(position)
                     if not losses:
-                        generators = GeneratorStates(self._buckets)
+                        generators = GeneratorStates(bucket.device for bucket in self._buckets)
                     elif generators is not None:
                         generators.rewind()
                     losses[position] = self._loss(closure)
@@ -523,7 +520,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def _evaluate_pairs(self, closure: Closure) -> dict[Position, Any]:
         self.perturb(0.0)
         losses: dict[Position, Any] = {}
-        generators = GeneratorStates(self._buckets)
+        generators = GeneratorStates(bucket.device for bucket in self._buckets)
         for query in range(self._schedule.queries):
             if query:
                 generators.rewind()
@@ -539,7 +536,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """From the next evaluation on, this parameter is perturbed in place."""
         everyone = [p for group in self.param_groups for p in group["params"]]
         position = next(i for i, p in enumerate(everyone) if p is param)
-        name = self._parameter_table()[position][0] or position
+        name = parameter_table(self.param_groups)[position][0] or position
         if position in self.param_groups[0]["in_place"]:
             raise RuntimeError(f"parameter {name} {reason} although it is perturbed in place")
         logger.info("parameter %s is perturbed in place: it %s", name, reason)
@@ -686,7 +683,6 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 "a replay log of this method must start with its first step; "
                 "pass resume=True to continue the log of this run"
             )
-        settings = self._settings()
         header = {
             "contract": CONTRACT_VERSION,
             "transform": self._direction.options.get("transform", "portable"),
@@ -694,10 +690,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "options": self._options,
             "seed": self.seed,
             "first_step": self.step_count,
-            "parameters": self._parameter_table(),
+            "parameters": parameter_table(self.param_groups),
             "base": fingerprint([p for g in self.param_groups for p in g["params"]]),
             "path": self._usual_path(),
-            **settings,
+            **self._settings(),
         }
         if resume:
             restores = self.param_groups[0]["restores"]
@@ -715,33 +711,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._log = None
 
     def _settings(self) -> dict[str, Any]:
-        """What a replay must know besides the projected gradients."""
-        hidden = {"params", "param_names", "initial_lr", *_COUNTERS}
-        groups = [
-            {
-                name: plain(value)
-                for name, value in group.items()
-                if name not in hidden and name in self.defaults
-            }
-            for group in self.param_groups
-        ]
-        taken = {id(p) for bucket in self._buckets for p in bucket.params}
-        everyone = [p for group in self.param_groups for p in group["params"]]
-        return {
-            "groups": groups,
-            "trainable": [i for i, p in enumerate(everyone) if id(p) in taken],
-            "in_place": list(self.param_groups[0]["in_place"]),
-        }
-
-    def _parameter_table(self) -> list[list[Any]]:
-        """Name (or null), shape, dtype and group of every parameter, in optimizer order."""
-        table = []
-        for number, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [None] * len(group["params"])
-            for name, p in zip(names, group["params"], strict=True):
-                dtype = str(p.dtype).removeprefix("torch.")
-                table.append([name, list(p.shape), dtype, number])
-        return table
+        hyper = self.defaults.keys() - {"initial_lr", *_COUNTERS}
+        return settings(self.param_groups, hyper, self._buckets)
 
     @_plain_tensors
     def replay_event(self, event: replay_log.Event) -> None:
@@ -767,13 +738,6 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self._update(to_float32(vector(grads, self._buckets[0].device)))
 
 
-def plain(value: Any) -> Any:
-    """A hyper-parameter as JSON gives it back."""
-    if isinstance(value, Tensor):
-        return float(value)
-    return list(value) if isinstance(value, tuple) else value
-
-
 class _FlushBefore:
     """Hook of a module: its weights are at theta when they are saved or loaded."""
 
@@ -788,19 +752,3 @@ class _FlushBefore:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _FlushBefore, (None,)  # a copy of the module has no optimizer
-
-
-class GeneratorStates:
-    """The state of torch's global generators, to give both evaluations the same dropout."""
-
-    def __init__(self, buckets: list[Bucket]) -> None:
-        devices = {bucket.device for bucket in buckets if bucket.device.type == "cuda"}
-        if capturing():  # a graph numbers its random numbers itself; there must be no dropout
-            devices = set()
-        self._cpu = torch.get_rng_state()
-        self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
-
-    def rewind(self) -> None:
-        torch.set_rng_state(self._cpu)
-        for device, state in self._cuda.items():
-            torch.cuda.set_rng_state(state, device)

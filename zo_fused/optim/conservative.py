@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from zo_fused.directions import Dense
-from zo_fused.optim.base import Closure, GeneratorStates, ZerothOrderOptimizer
+from zo_fused.generators import GeneratorStates
+from zo_fused.optim.base import Closure, ZerothOrderOptimizer
 from zo_fused.rules import SGD
 from zo_fused.schedule import Position, Schedule
 from zo_fused.vectors import Flag, Vector, all_finite
@@ -78,7 +79,7 @@ class ZOConservative(ZerothOrderOptimizer):
         """Leave the weights at the candidate with the lowest loss; theta, if none is lower."""
         places = {number: self._candidate(number * grad) for number in (0, -1, 1)}
         losses: dict[int, float] = {}
-        generators = GeneratorStates(self._buckets)
+        generators = GeneratorStates(bucket.device for bucket in self._buckets)
         for number, place in places.items():
             self._put(place)
             if losses:

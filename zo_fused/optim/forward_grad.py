@@ -11,8 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zo_fused import _ops
 from zo_fused.directions import Dense
+from zo_fused.generators import GeneratorStates
 from zo_fused.keys import Stream, stream_keys
-from zo_fused.optim.base import Closure, GeneratorStates, ZerothOrderOptimizer
+from zo_fused.optim.base import Closure, ZerothOrderOptimizer
 from zo_fused.parameters import Bucket
 from zo_fused.rules import SGD
 from zo_fused.schedule import Schedule
@@ -72,7 +73,11 @@ class ForwardGrad(ZerothOrderOptimizer):
         self.perturb(0.0)  # nothing moves, but parameters are looked at again
         if self._direction.module is None:
             raise ValueError("ForwardGrad needs the module: ForwardGrad(model, ...)")
-        generators, losses, grads = GeneratorStates(self._buckets), [], []
+        generators, losses, grads = (
+            GeneratorStates(bucket.device for bucket in self._buckets),
+            [],
+            [],
+        )
         for query in range(self._schedule.queries):
             if query:
                 generators.rewind()

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo_fused.generators import capturing
 from zo_fused.interrupts import uninterrupted
-from zo_fused.optim.base import ZerothOrderOptimizer, capturing
+from zo_fused.optim.base import ZerothOrderOptimizer
 from zo_fused.optim.forward_grad import ForwardGrad
 
 
