@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -223,3 +224,12 @@ def test_no_layers_and_several_are_errors_that_say_what_to_do() -> None:
 def test_first_layers_out_of_range(k: int) -> None:
     with pytest.raises(ValueError, match=r"k must lie in \[0, 2\]"):
         zo_fused.first_layers(SmallTransformer(), k)
+
+
+def test_layers_with_names_of_their_own() -> None:
+    layers = OrderedDict(a=nn.Linear(2, 2), b=nn.Linear(2, 2))
+    blocks = zo_fused.layer_blocks(nn.Sequential(layers))
+    assert [[name for name, _ in block["params"]] for block in blocks] == [
+        ["a.weight", "a.bias"],
+        ["b.weight", "b.bias"],
+    ]

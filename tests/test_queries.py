@@ -10,10 +10,12 @@ import copy
 import io
 import json
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -386,7 +388,7 @@ def test_state_memory() -> None:
         "queries, sign": 0,
         "queries, momentum": 4 * weights,
         "queries, Adam": 8 * weights + 8 * vectors,
-        "history": (2 * 4 * 8 + 8) * vectors,
+        "history": (4 * 8 + 8) * vectors,
     }
     for name, size in expected.items():
         model = network(torch.float16)
@@ -474,7 +476,7 @@ def test_losses_must_be_as_many_as_queries() -> None:
     opt = zo_fused.MeZO(model, queries=2)
     start = copy.deepcopy(model)
     opt.perturb(+1)
-    with pytest.raises(ValueError, match="1 losses a sign for queries=2"):
+    with pytest.raises(ValueError, match="of 2 queries each, got 1"):
         opt.step(loss_plus=1.0, loss_minus=2.0)
     for p, q in zip(model.parameters(), start.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
@@ -504,3 +506,159 @@ def test_a_conservative_step_takes_nan_for_the_worst() -> None:
     for p, q in zip(model.parameters(), start.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
     assert (opt.step_count, opt.skipped_steps) == (1, 0)
+
+
+# ---- what a review found -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make_opt", "losses"),
+    [(zo_fused.ZOConservative, (1.0, 0.5)), (zo_fused.ForwardGrad, (1.0, 0.5))],
+)
+def test_methods_that_need_a_closure_say_so(make_opt: Make, losses: tuple[float, float]) -> None:
+    model = network()
+    start = copy.deepcopy(model)
+    opt = make_opt(model)
+    opt.perturb(+1)
+    with pytest.raises(TypeError, match="needs a closure"):
+        opt.step(loss_plus=losses[0], loss_minus=losses[1])
+    for p, q in zip(model.parameters(), start.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+
+
+def test_a_query_that_no_step_has_is_refused() -> None:
+    opt = zo_fused.MeZO(network(), queries=2)
+    for query in (-1, 2):
+        with pytest.raises(ValueError, match=r"\[0, 2\)"):
+            opt.perturb(+1, query)
+
+
+@pytest.mark.parametrize("sweep", range(1, 7))
+def test_ctrl_c_in_a_conservative_step(sweep: int) -> None:
+    """In the middle of any of its sweeps: the weights come back to theta."""
+    model = network()
+    opt = zo_fused.ZOConservative(model, lr=1.0, eps=0.1)
+    opt.step(loss_of(model))
+    before = copy.deepcopy(model)
+    original, count = opt._direction.sweep, 0
+
+    def interrupted(*args: Any, **kw: Any) -> None:
+        nonlocal count
+        original(*args, **kw)
+        count += 1
+        if count == sweep:
+            signal.raise_signal(signal.SIGINT)
+
+    opt._direction.sweep = interrupted
+    try:
+        opt.step(loss_of(model))
+    except KeyboardInterrupt:
+        opt.flush()
+        if opt.step_count == 1:
+            for p, q in zip(model.parameters(), before.parameters(), strict=True):
+                torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+
+
+def test_history_of_a_parameter_that_was_frozen_for_a_while() -> None:
+    """And of skipped steps: with room for all of them it is ZOAdam, to rounding."""
+    one, two = network(), network()
+    a = zo_fused.ZOAdam(one, lr=1e-2)
+    b = zo_fused.ZOAdam(two, lr=1e-2, history=20)
+    for step in range(12):
+        for model, opt in ((one, a), (two, b)):
+            model[0].bias.requires_grad_(step not in (3, 4))
+            loss = loss_of(model)
+            opt.step((lambda f=loss: f() * math.nan) if step in (2, 6) else loss)
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+
+
+def test_bias_correction_knows_what_the_window_holds() -> None:
+    """H = 2 after good, good, NaN, good: one estimate is left, so the step is lr in size."""
+    w = nn.Parameter(torch.zeros(5))
+    opt = zo_fused.ZOAdam([w], lr=1e-2, betas=(0.9, 0.9), history=2)
+    losses = iter([2.0, 1.0, 2.0, 1.0, math.nan, 1.0, 2.0, 1.0])
+    for _ in range(3):
+        opt.step(lambda: next(losses))
+    before = w.detach().clone()
+    opt.step(lambda: next(losses))
+    torch.testing.assert_close((w - before).abs(), torch.full((5,), 1e-2), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("other", [6, None])
+def test_a_state_of_another_history_is_refused(other: int | None) -> None:
+    model = network()
+    opt = zo_fused.ZOAdam(model, history=other)
+    opt.step(loss_of(model))
+    again = zo_fused.ZOAdam(model, history=4)
+    again.load_state_dict(opt.state_dict())
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="history=4"):
+        again.step(loss_of(model))
+    for p, q in zip(model.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+
+
+def test_a_log_goes_on_where_the_number_of_blocks_has_changed(tmp_path: Path) -> None:
+    model = network()
+    base = copy.deepcopy(model)
+    make = METHODS["blocks at once"]
+    opt = make(model, lr=1e-2)
+    opt.start_log(tmp_path / "log.jsonl")
+    opt.step(loss_of(model))
+    model[2].requires_grad_(False)
+    opt.step(loss_of(model))
+    again = make(model, lr=1e-2)
+    again.load_state_dict(opt.state_dict())
+    again.start_log(tmp_path / "log.jsonl", resume=True)
+    again.step(loss_of(model))
+    model[2].requires_grad_(True)
+    again.step(loss_of(model))
+    zo_fused.replay(base, tmp_path / "log.jsonl")
+    assert same(model, base)
+
+
+def test_states_from_before_blocks_still_load() -> None:
+    model = network()
+    opt = zo_fused.MeZO(model)
+    state = opt.state_dict()
+    for group in state["param_groups"]:
+        del group["block"]
+    opt.load_state_dict(state)
+    opt.step(loss_of(model))
+
+
+def test_groups_are_fixed_while_a_log_is_open(tmp_path: Path) -> None:
+    opt = zo_fused.MeZO(network())
+    opt.start_log(tmp_path / "log.jsonl")
+    with pytest.raises(RuntimeError, match="close_log"):
+        opt.add_param_group({"params": [("new", nn.Parameter(torch.zeros(2)))]})
+
+
+def test_memory_that_moves_between_perturbations() -> None:
+    """`p.data = ...` in a loop of the user's, who keeps the old one."""
+    model = network()
+    opt = zo_fused.MeZO(model, lr=0.0, eps=0.1)
+    start, old = copy.deepcopy(model), []
+    with opt.perturbed(+1):
+        for p in model.parameters():
+            old.append(p.data)
+            p.data = p.data.clone()
+    for p, q in zip(model.parameters(), start.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+def test_numbers_of_numpy_are_losses() -> None:
+    model = network()
+    opt = zo_fused.MeZO(model)
+    opt.step(lambda: np.float32(loss_of(model)().item()))
+    assert opt.skipped_steps == 0
+
+
+def test_all_evaluations_of_a_conservative_step_have_the_same_dropout() -> None:
+    w = nn.Parameter(torch.zeros(3))
+    opt = zo_fused.ZOConservative([w])
+    seen: list[float] = []
+    opt.step(lambda: seen.append(torch.rand(()).item()) or float(len(seen)))
+    assert len(seen) == 5
+    assert len(set(seen)) == 1

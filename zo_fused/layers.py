@@ -75,14 +75,14 @@ def first_layers(model: nn.Module, k: int) -> tuple[Named, Named]:
 
 def _split(model: nn.Module) -> tuple[Named, list[Named], Named]:
     """Parameters before the layers, of each layer, and after them."""
-    prefix, count = _layer_list(model)
+    prefix, children = _layer_list(model)
     before: Named = []
-    layers: list[Named] = [[] for _ in range(count)]
+    layers: list[Named] = [[] for _ in children]
     after: Named = []
     for name, p in model.named_parameters():
         if name.startswith(prefix):
             number = name.removeprefix(prefix).split(".")[0]
-            layers[int(number)].append((name, p))
+            layers[children.index(number)].append((name, p))
         elif any(layers) or _RUNS_LAST.search(name):
             after.append((name, p))
         else:
@@ -90,21 +90,21 @@ def _split(model: nn.Module) -> tuple[Named, list[Named], Named]:
     return before, layers, after
 
 
-def _layer_list(model: nn.Module) -> tuple[str, int]:
-    """Prefix of the names of the layers' parameters ("model.layers."), number of layers."""
-    found: dict[str, int] = {}
+def _layer_list(model: nn.Module) -> tuple[str, list[str]]:
+    """Prefix of the names of the layers' parameters ("model.layers."), and the layers' names."""
+    found: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or not len(module):
             continue
         alike = len({type(layer) for layer in module}) == 1
-        inside = any(length > 1 and name.startswith(outer) for outer, length in found.items())
+        inside = any(len(names) > 1 and name.startswith(outer) for outer, names in found.items())
         if alike and not inside and all(any(True for _ in m.parameters()) for m in module):
-            found[f"{name}." if name else ""] = len(module)
+            found[f"{name}." if name else ""] = list(module._modules)
     if not found:
         raise ValueError(f"no list of layers was found in {type(model).__name__}; {_GIVE_PATTERNS}")
-    most = max(found.values())
-    longest = [prefix for prefix, length in found.items() if length == most]
+    most = max(map(len, found.values()))
+    longest = [prefix for prefix, names in found.items() if len(names) == most]
     if len(longest) > 1:
         names = ", ".join(prefix.removesuffix(".") for prefix in longest)
         raise ValueError(f"several lists of {most} layers were found ({names}); {_GIVE_PATTERNS}")
-    return longest[0], most
+    return longest[0], found[longest[0]]

@@ -6,6 +6,7 @@ stored. Directions are dense. A step that is skipped leaves the moments as they 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from zo_fused.keys import Stream, stream_keys
 from zo_fused.parameters import Bucket
 from zo_fused.rules import SGD, Update
 from zo_fused.streams import Purpose
-from zo_fused.vectors import Vector, float32, minimum, of_tensor, sign, table
+from zo_fused.vectors import Vector, float32, of_tensor, sign, table, where
 
 STATE_DTYPES = ("float32", "param")
 
@@ -98,6 +99,9 @@ class Momentum:
     def __init__(self, state_dtype: str) -> None:
         self.state_dtype = check_state_dtype(state_dtype)
 
+    def prepare(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+        kept(update.bucket, state, "momentum", self.state_dtype)
+
     def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
         u = update
         beta = u.bucket.hyper(u.groups, "momentum")
@@ -130,6 +134,10 @@ class Adam:
     def __init__(self, state_dtype: str) -> None:
         self.state_dtype = check_state_dtype(state_dtype)
 
+    def prepare(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+        kept(update.bucket, state, "exp_avg", self.state_dtype)
+        kept(update.bucket, state, "exp_avg_sq")
+
     def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
         u, bucket = update, update.bucket
         beta1, beta2 = (bucket.constant([g["betas"][i] for g in u.groups]) for i in (0, 1))
@@ -148,10 +156,11 @@ class Adam:
 class AdamOfHistory:
     """`Adam` with moments made anew from the estimates of the last H steps:
 
-    ``m = sum of a_s z_s``, ``v = sum of b_s z_s^2`` with ``a_s = beta1^(t - s) (1 - beta1) g_s``
-    and ``b_s = beta2^(t - s) (1 - beta2) g_s^2``, over good steps s; the bias corrections take
-    ``min(t, H)`` for t, the share that the sums have. State per parameter: ``exp_avg_coeffs`` and
-    ``exp_avg_sq_coeffs``: a and b, the last step's last, float64 [H]; ``step``: t, float64 [].
+    ``m = sum of a_s z_s``, ``v = sum of b_s z_s^2`` with ``a_s = beta1^n (1 - beta1) g_s`` and
+    ``b_s = beta2^n (1 - beta2) g_s^2``, where n counts the good steps after s; the bias corrections
+    divide by what the weights of g add up to. State per parameter: ``projected_grads``: g of the
+    last H steps, the last one last, NaN where there was none, float64 [H]; ``step``: the last of
+    these steps, int64 [].
     """
 
     not_capturable = "how many steps there are to look back on, is for the host to say"
@@ -159,38 +168,72 @@ class AdamOfHistory:
     def __init__(self, history: int) -> None:
         self.history = history
 
+    def prepare(self, update: Update, direction: Any, state: dict[Any, Any]) -> None:
+        self._past(update, state)
+
+    def _past(self, update: Update, state: dict[Any, Any]) -> tuple[Vector, Vector]:
+        """g of the last H steps [P, H], and the last of these steps [P], which the state holds."""
+        return update.bucket.once("history", lambda: self._gathered(update, state))
+
+    def _gathered(self, update: Update, state: dict[Any, Any]) -> tuple[Vector, Vector]:
+        params, device = update.bucket.params, update.bucket.device
+        grads = torch.full((len(params), self.history), math.nan, dtype=torch.float64)
+        for p, row in zip(params, grads.unbind(), strict=True):
+            if not state[p]:
+                continue
+            known = state[p].get("projected_grads", torch.empty(0))
+            if known.shape != row.shape:
+                raise ValueError(
+                    f"the state is not of history={self.history}: it was saved by another method, "
+                    f"or with history={len(known)}"
+                )
+            # steps without this parameter: it was frozen
+            missed = update.step - 1 - int(state[p]["step"])
+            if missed < self.history:
+                row[: self.history - missed] = known[missed:].cpu()
+        grads = grads.to(device)
+        last = torch.full((len(params),), update.step - 1, dtype=torch.int64, device=device)
+        for p, row, step in zip(params, grads.unbind(), last.unbind(), strict=True):
+            state[p].update(projected_grads=row, step=step)
+        return of_tensor(grads), of_tensor(last)
+
     def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
         u, bucket = update, update.bucket
-        beta1, beta2 = (bucket.constant([g["betas"][i] for g in u.groups]) for i in (0, 1))
-        t = bucket.once("step", lambda: steps_taken(bucket, state))
-        t += u.finite
-        seen = minimum(t, float(self.history))
-        root = (1 - beta2**seen) ** 0.5
-        grad = u.if_finite(u.grads[0], 0.0)
-        first = self._advance(u, state, "exp_avg_coeffs", beta1, (1 - beta1) * grad)
-        second = self._advance(u, state, "exp_avg_sq_coeffs", beta2, (1 - beta2) * grad * grad)
+        past, last = self._past(u, state)
+        past[:, :-1] = past[:, 1:] * 1.0  # a copy: they overlap
+        past[:, -1] = u.if_finite(u.grads[0], math.nan)
+        last[:] = u.step
+        good = past == past  # not NaN
+        later = good.sum(1)[:, None] - good.cumsum(1)
+        grads = where(good, past, 0.0)
+        beta1, beta2 = (bucket.constant([g["betas"][i] for g in u.groups])[:, None] for i in (0, 1))
+        first = where(good, (1 - beta1) * beta1**later, 0.0)
+        second = where(good, (1 - beta2) * beta2**later, 0.0)
+        root = second.sum(1) ** 0.5
         columns = (
-            u.bucket.zeros,
-            u.bucket.ones,
-            u.bucket.zeros,
-            u.bucket.zeros,
+            bucket.zeros,
+            bucket.ones,
+            bucket.zeros,
+            bucket.zeros,
             u.if_finite(bucket.hyper(u.groups, "adam_eps") * root, 1.0),
-            u.if_finite(-u.lr * root / (1 - beta1**seen), 0.0),
+            u.if_finite(-u.lr * root / first.sum(1), 0.0),
         )
         window = min(self.history, u.step + 1)
         streams = [Stream(Purpose.DENSE, u.step - back) for back in reversed(range(window))]
-        restores = [u.bucket.zeros] * window
+        restores = [bucket.zeros] * window
         restores[-1] = u.if_finite(u.decay * u.restore, u.restore)
-        grads = [first[:, slot] for slot in range(self.history - window, self.history)]
-        squares = [second[:, slot] for slot in range(self.history - window, self.history)]
+        slots = range(self.history - window, self.history)
+        first, second = first * grads, second * grads * grads
+        linear = [first[:, slot] for slot in slots]
+        squares = [second[:, slot] for slot in slots]
         if u.ahead is not None:
             streams.append(Stream(Purpose.DENSE, u.step + 1))
             restores.append(u.ahead)
-            grads.append(u.bucket.zeros)
-            squares.append(u.bucket.zeros)
+            linear.append(bucket.zeros)
+            squares.append(bucket.zeros)
         bucket.sweep("moments_", [], [], key="history")(
             stream_keys(u.seed, streams, bucket.device),
-            table(grads),
+            table(linear),
             table(restores),
             table(columns),
             float32(u.if_finite(u.decay, 1.0)),
@@ -200,32 +243,14 @@ class AdamOfHistory:
             **direction.options,
         )
 
-    def _advance(
-        self, update: Update, state: dict[Any, Any], name: str, beta: Vector, newest: Vector
-    ) -> Vector:
-        """The coefficients [P, H] after this step, the oldest of which are gone."""
-        bucket = update.bucket
-        coeffs = bucket.once(name, lambda: self._coefficients(bucket, state, name))
-        decayed = coeffs[:, 1:] * update.if_finite(beta, 1.0)[:, None]
-        coeffs[:, :-1] = decayed
-        coeffs[:, -1] = newest
-        return coeffs
-
-    def _coefficients(self, bucket: Bucket, state: dict[Any, Any], name: str) -> Vector:
-        """Those of all parameters in one table, whose rows the state then holds."""
-        shape = (len(bucket.params), self.history)
-        rows = torch.zeros(shape, dtype=torch.float64, device=bucket.device)
-        for p, row in zip(bucket.params, rows.unbind(), strict=True):
-            if name in state[p]:
-                row.copy_(state[p][name])
-            state[p][name] = row
-        return of_tensor(rows)
-
 
 class Sign:
     """``theta = (1 - lr weight_decay) theta - lr sign(g z)``, element by element. No state."""
 
     not_capturable = ""
+
+    def prepare(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+        pass
 
     def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
         u = update
@@ -238,6 +263,9 @@ class ScalarSign:
     No state."""
 
     not_capturable = ""
+
+    def prepare(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+        pass
 
     def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
         signs = [sign(grad) / len(update.grads) for grad in update.grads]

@@ -24,6 +24,7 @@ from typing import Any
 
 FORMAT = "zo_fused replay log"
 VERSION = 1
+USUAL_PATH = [1.0, -1.0]  # where a header has none
 
 
 @dataclass
@@ -105,7 +106,7 @@ def read(path: str | os.PathLike[str], contract: int) -> Log:
             _check_header(path, value, contract)
             log = Log(value)
             settings = {name: value[name] for name in _SETTINGS}
-            log.header.setdefault("path", [1, -1])
+            log.header.setdefault("path", USUAL_PATH)
             continue
         try:
             if isinstance(value, dict):
@@ -155,14 +156,16 @@ class Writer:
         path = Path(path)
         kept: list[str] = []
         settings: Settings = {}
+        usual_path: list[Any] = []  # the file's, whatever the present one is
         next_step = -1
         for number, text, value in _lines(path):
             if number == 1:
                 _check_header(path, value, header["contract"])
-                for name in ("method", "seed", "options", "parameters", "path"):
-                    if value.get(name) != header[name]:
+                for name in ("method", "seed", "options", "parameters"):
+                    if value[name] != header[name]:
                         raise ValueError(f"{path} is the log of another run: {name} differs")
                 settings = {name: value[name] for name in _SETTINGS}
+                usual_path = value.get("path", USUAL_PATH)
                 next_step = value["first_step"]
             elif isinstance(value, dict):
                 settings |= {name: value[name] for name in _SETTINGS if name in value}
@@ -183,7 +186,7 @@ class Writer:
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, path)
-        return cls(path, settings, header["path"])
+        return cls(path, settings, usual_path)
 
     def update(
         self,

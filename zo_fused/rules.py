@@ -53,6 +53,9 @@ class Rule(Protocol):
 
     not_capturable: str  # why a step can't be captured in a CUDA graph; empty if it can
 
+    def prepare(self, update: Update, direction: Any, state: dict[Any, Any]) -> None:
+        """Make the state of a new bucket, before anything moves."""
+
     def apply(self, update: Update, direction: Any, state: dict[Any, Any]) -> None: ...
 
 
@@ -60,6 +63,9 @@ class SGD:
     """``theta = (1 - lr * weight_decay) * theta - lr * g * z`` from the perturbed weights."""
 
     not_capturable = ""
+
+    def prepare(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+        pass
 
     def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
         u = update
@@ -84,10 +90,19 @@ class FactorMomentum:
 
     not_capturable = "whether the momentum moves to a new window is for the host to say"
 
+    def prepare(self, update: Update, direction: LowRank, state: dict[Any, Any]) -> None:
+        self._momenta(update.bucket, direction, state)
+
+    @staticmethod
+    def _momenta(
+        bucket: Bucket, direction: LowRank, state: dict[Any, Any]
+    ) -> tuple[Tensor, list[Tensor]]:
+        return bucket.once("momentum", lambda: gathered(bucket, direction.factors(bucket), state))
+
     def apply(self, update: Update, direction: LowRank, state: dict[Any, Any]) -> None:
         u, bucket = update, update.bucket
         factors = direction.factors(bucket)
-        flat, moments = bucket.once("momentum", lambda: gathered(bucket, factors, state))
+        flat, moments = self._momenta(bucket, direction, state)
         if u.step > 0 and any(u.step % group["interval"] == 0 for group in bucket.fixed):
             old = factors.of(u.seed, u.step - 1).vs
             new = factors.of(u.seed, u.step).vs

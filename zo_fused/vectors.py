@@ -75,11 +75,6 @@ def sign(value: Vector) -> Vector:
     return value.sign() if isinstance(value, Tensor) else np.sign(value)
 
 
-def minimum(value: Vector, bound: float) -> Vector:
-    """The smaller of the two."""
-    return value.clamp(max=bound) if isinstance(value, Tensor) else np.minimum(value, bound)
-
-
 def all_finite(values: Vector) -> Flag:
     """Whether there is neither infinity nor NaN."""
     if isinstance(values, Tensor):

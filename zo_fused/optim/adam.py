@@ -25,9 +25,9 @@ class ZOAdam(ZerothOrderOptimizer):
     the dtype of the weights, where float16 turns its 1e-8 into 0; here v is float32 always.
 
     ``history=H`` stores nothing dense (the storage-efficient form of the MeZO paper's appendix):
-    m and v are made anew at every step, in registers, from the last H estimates: each is a number
-    and a stream. What is older is dropped, and the bias corrections count at most H steps; over
-    the first H steps it is ZOAdam. State: 16 H bytes a parameter tensor. The last sweep of a step
+    m and v are made anew at every step, in registers, from the estimates of the last H steps: each
+    is a number and a stream. What is older is dropped, and the bias corrections know it; over the
+    first H steps it is ZOAdam. State: 8 H + 8 bytes a parameter tensor. The last sweep of a step
     then draws H directions.
 
     Args:

@@ -14,6 +14,8 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
+from numbers import Real
 from typing import Any, TypeVar
 
 import numpy as np
@@ -46,7 +48,7 @@ from zo_fused.vectors import (
 
 logger = logging.getLogger("zo_fused")
 
-Loss = Tensor | float
+Loss = Tensor | float  # or any real number, such as NumPy's
 Closure = Callable[[], Loss]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -110,6 +112,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             (on GPUs this waits for the device).
     """
 
+    needs_closure = False  # whether `step` can't do with losses
+
     def __init__(
         self,
         params: Any,
@@ -152,6 +156,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._signature: tuple[Any, ...] | None = None
         self._log: replay_log.Writer | None = None
         self._trainable_override: set[int] | None = None
+        self._generators: GeneratorStates | None = None  # before the last evaluation
 
     # ---- param groups and state -----------------------------------------------------------------
 
@@ -160,7 +165,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: a hyper-parameter is out of range, or two parameters share a name.
+            RuntimeError: a replay log is open, which has the groups of its start.
         """
+        if self._log is not None:
+            raise RuntimeError("a replay log has the groups of its start: close_log() first")
         if self.param_groups:
             self.flush()
             param_group |= {name: self.param_groups[0][name] for name in _COUNTERS}
@@ -246,6 +254,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             for name, value in loaded["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][name] = value.detach().to(p.device, copy=True)
+        for group in self.param_groups:  # what a state of an earlier version doesn't have
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
         self._signature = None
 
     # ---- perturbations --------------------------------------------------------------------------
@@ -257,8 +268,20 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
         One sweep, or none if they are there. `step` with losses merges the way back with the
         update; `flush` goes back without.
+
+        Raises:
+            ValueError: a step has no such query.
         """
+        if not 0 <= query < self._schedule.queries:
+            queries = self._schedule.queries
+            raise ValueError(f"query must lie in [0, {queries}), got {query}; see queries=")
+        self._look_again()
         self._perturb(Position(float(sign), query))
+
+    def _look_again(self) -> None:
+        """User code has run: parameters may have other memory."""
+        for bucket in self._buckets:
+            bucket.look_again()
 
     def _perturb(self, position: Position) -> None:
         with self._timed("perturb"), uninterrupted():
@@ -318,8 +341,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         One sweep, or none if they are there.
         """
         with uninterrupted():
-            for bucket in self._buckets:
-                bucket.look_again()
+            self._look_again()
             moved = self._move([0.0] * len(self.param_groups)) if self._at else False
             settled = self._settle(self.param_groups[0]["restores"] + 1)
             path, self._path, self._ahead = self._path, [], False
@@ -397,11 +419,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 queries, sequences of them.
 
         Returns:
-            The mean of the losses, float32 tensor [].
+            The mean over the queries of ``(L+ + L-) / 2``, float32 tensor [].
 
         Raises:
             TypeError: the loss is not a scalar.
             Whatever the closure raises; the weights are then at theta.
+
+        The closure must not rebind a parameter (``p.data = ...``) while something else keeps its
+        old memory: sweeps would go on there. Between steps it may be done.
 
         If a loss is not finite, the weights go back to theta, the step is counted in
         `skipped_steps` and nothing is applied.
@@ -418,7 +443,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             return self._finish(*self._estimate(closure))
         if loss_plus is None or loss_minus is None:
             raise TypeError("step() needs a closure, or loss_plus and loss_minus")
+        self._look_again()
         try:
+            if self.needs_closure:
+                raise TypeError(f"{type(self).__name__}.step() needs a closure")
             plus, minus = self._given(loss_plus), self._given(loss_minus)
         except BaseException:
             self.flush()
@@ -432,8 +460,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if self._schedule.block_order == "simultaneous":
             raise ValueError('block_order="simultaneous" needs a closure')
         if len(given) != self._schedule.queries:
-            queries = self._schedule.queries
-            raise ValueError(f"{len(given)} losses a sign for queries={queries}")
+            raise ValueError(
+                f"step() needs loss_plus and loss_minus of {self._schedule.queries} queries each, "
+                f"got {len(given)}"
+            )
         return [self._scalar(loss) for loss in given]
 
     def _capture(self, closure: Closure | None) -> Tensor:
@@ -486,7 +516,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _evaluate(self, closure: Closure) -> dict[Position, Any]:
         """The losses of a step's positions."""
-        generators: GeneratorStates | None = None
+        generators: GeneratorStates | None = None  # also for evaluations after these
         while True:
             try:
                 if self._direction.paired:
@@ -501,6 +531,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                     elif generators is not None:
                         generators.rewind()
                     losses[position] = self._loss(closure)
+                self._generators = generators
                 return losses
             except UsedOtherwise as use:
                 self.flush()
@@ -544,7 +575,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _scalar(self, loss: Any) -> Any:
         """A loss as a number of the host, or as float64 tensor [] on the first parameter's GPU."""
-        if not isinstance(loss, Tensor | float | int):
+        if not isinstance(loss, Tensor | Real):
             raise TypeError(f"the closure must return a scalar loss, got {type(loss).__name__}")
         if isinstance(loss, Tensor) and (loss.numel() != 1 or loss.is_complex()):
             raise TypeError(f"the closure must return a scalar loss, got shape {tuple(loss.shape)}")
@@ -578,6 +609,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         blocks, queries, deferred = self._blocks(), self._schedule.queries, self._schedule.deferred
         turn = self._schedule.turn(blocks, step)
         back = [-at for at in self._at] or [0.0] * len(groups)
+        updates = []
         for bucket in self._buckets:
             if turn not in (None, bucket.block):
                 continue
@@ -603,6 +635,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 finite=flag_on(finite, bucket.device),
                 rounding=self._rounding_key(bucket.device),
             )
+            updates.append(update)
+        self._prepare(updates)
+        for update in updates:
             self._rule.apply(update, self._direction, self.state)
         self._at = [float(group["eps"]) for group in groups] if deferred else []
         self._query = 0
@@ -610,6 +645,19 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._direction.attach(self._buckets if self._at else [])
         if any(self._direction.window_ends(bucket, step) for bucket in self._buckets):
             self._settle(query=0)
+
+    def _prepare(self, updates: list[Update]) -> None:
+        """The state of new buckets: if there is no memory for it, nothing has moved yet."""
+        try:
+            for update in updates:
+                update.bucket.once("state", partial(self._make_state, update))
+        except BaseException:
+            self.flush()
+            raise
+
+    def _make_state(self, update: Update) -> bool:
+        self._rule.prepare(update, self._direction, self.state)
+        return True
 
     def _advance_counter(self, step: int) -> None:
         """The step on the device follows that of the host."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from zo_fused.directions import Dense
-from zo_fused.generators import GeneratorStates
+from zo_fused.interrupts import uninterrupted
 from zo_fused.optim.base import Closure, ZerothOrderOptimizer
 from zo_fused.rules import SGD
 from zo_fused.schedule import Position, Schedule
@@ -32,8 +32,9 @@ class ZOConservative(ZerothOrderOptimizer):
     the same three to an optimizer with moments (AdamW by default), whose second step is not the
     mirror of the first. There is no weight decay: a decayed weight would be none of the three.
 
-    The host waits for the losses, to say where to go. In 16 bits a place is reached up to
-    rounding, as with all sweeps (docs/noise.md, "Rounding").
+    The host waits for the losses, to say where to go. A place is reached up to rounding, as with
+    all sweeps (docs/noise.md, "Rounding"), and the way back from one that is far away (``lr g`` of
+    thousands) rounds at the size of that place.
 
     Args:
         params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
@@ -60,6 +61,8 @@ class ZOConservative(ZerothOrderOptimizer):
         super().__init__(params, defaults, Dense(distribution), Chosen(), seed, schedule)
         self._options = {"distribution": distribution, "block_order": block_order}
 
+    needs_closure = True
+
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         if group["weight_decay"]:
@@ -79,11 +82,10 @@ class ZOConservative(ZerothOrderOptimizer):
         """Leave the weights at the candidate with the lowest loss; theta, if none is lower."""
         places = {number: self._candidate(number * grad) for number in (0, -1, 1)}
         losses: dict[int, float] = {}
-        generators = GeneratorStates(bucket.device for bucket in self._buckets)
         for number, place in places.items():
             self._put(place)
-            if losses:
-                generators.rewind()
+            if self._generators is not None:
+                self._generators.rewind()
             loss = float(self._loss(closure))
             losses[number] = math.inf if math.isnan(loss) else loss
         self._put(places[min(losses, key=losses.__getitem__)])  # the first of equals
@@ -97,7 +99,7 @@ class ZOConservative(ZerothOrderOptimizer):
         return [float(g["lr"]) * scale * at / float(g["eps"]) ** 2 for g, at in ratios]
 
     def _put(self, place: list[float]) -> None:
-        with self._timed("perturb"):
+        with self._timed("perturb"), uninterrupted():
             self._go(place, 0, {"at": place})
 
     def _apply(self, grads: Vector, finite: Flag) -> None:

@@ -48,6 +48,8 @@ class ForwardGrad(ZerothOrderOptimizer):
         distribution: of the elements of z: "gaussian", or "rademacher", -1 or 1.
     """
 
+    needs_closure = True
+
     def __init__(
         self,
         module: nn.Module,

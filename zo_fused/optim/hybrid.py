@@ -13,7 +13,6 @@ from torch import Tensor
 from zo_fused.generators import capturing
 from zo_fused.interrupts import uninterrupted
 from zo_fused.optim.base import ZerothOrderOptimizer
-from zo_fused.optim.forward_grad import ForwardGrad
 
 
 class Hybrid:
@@ -23,7 +22,7 @@ class Hybrid:
     ``zo`` takes its step from the losses at ``theta + eps z`` and ``theta - eps z``, where z moves
     its own parameters only. Each of these evaluations also backpropagates, as far as the first
     parameter of ``fo``, which then steps with the mean of the gradients: that at theta, up to
-    O(eps^2) (with ``one_sided=True`` that at ``theta + eps z / 2``). Both parts see the same theta.
+    O(eps^2) (with ``one_sided=True`` up to O(eps)). Both parts see the same theta.
 
     A step costs zo's forward passes and sweeps, a backward pass through the last layers for every
     evaluation, and a step of fo. Memory beyond the weights: the state of both, the gradients of
@@ -46,13 +45,14 @@ class Hybrid:
         fo: any optimizer of torch.optim, over other parameters, whose step needs no closure.
 
     Raises:
-        TypeError: zo or fo is of another kind; `ForwardGrad` differentiates forward.
+        TypeError: zo or fo is of another kind; `ForwardGrad` differentiates forward, and
+            `ZOConservative` also evaluates where it will not go.
         ValueError: a parameter is in both; or zo is paired, which runs the closure under
             `torch.vmap`, where nothing can be backpropagated.
     """
 
     def __init__(self, zo: ZerothOrderOptimizer, fo: torch.optim.Optimizer) -> None:
-        if not isinstance(zo, ZerothOrderOptimizer) or isinstance(zo, ForwardGrad):
+        if not isinstance(zo, ZerothOrderOptimizer) or zo.needs_closure:
             raise TypeError(
                 "zo must be an optimizer of zo_fused that takes losses at perturbed weights, "
                 f"got {type(zo).__name__}"
@@ -146,7 +146,7 @@ class Hybrid:
         return loss.detach()
 
     def _finite(self, losses: list[Tensor]) -> bool:
-        """Whether fo may step: as zo judges, and all that went into the gradients is finite.
+        """Whether fo may step: as zo judges, and no loss is infinite or NaN. Gradients are fo's.
 
         zo decides on the device, but an optimizer of torch cannot: it counts steps and moves its
         state whenever it is called. So on a GPU the host waits here, once a step.
