@@ -9,7 +9,9 @@ by the accuracy on dev, shown on test. Memory is `bench/hybrid_memory.py`.
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -267,8 +269,7 @@ def main() -> None:
         *accuracy_table(asked),
     ]
     parts.append(("Queries", lines))
-    command = f"python bench/findings.py --steps {options.steps} --query-steps "
-    command += f"{options.query_steps} --draws {options.draws}"
+    command = shlex.join(["python", "bench/findings.py", *sys.argv[1:]])
     options.out.write_text(page(command, parts))
 
 

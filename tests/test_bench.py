@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import findings
 import overhead
 import pytest
 import sass
@@ -56,6 +57,18 @@ def test_tables_of_machine_code() -> None:
     assert "| low rank | 8.0 / 80 L2 | not counted / 99 |" in lines
     # 0.8 of what an H100 issues, 128 * 132 * 1.755e9 a second, against 3e12 / 4 elements.
     assert any(line.startswith("| dense | 0.40 issue |") for line in lines)
+
+
+def test_findings_train_and_tabulate() -> None:
+    names = [run.method for run in findings.alignment(4) + findings.queries(4, [1, 2])]
+    assert set(names) == {*findings.ZEROTH, *findings.FIRST}
+    cells = {}
+    for method, queries in (("MeZO", 2), ("SGD", 1)):
+        run = findings.Run((method, "a"), method, 1.0, 0, steps=1, template=False, queries=queries)
+        cells[run.cell] = (1.0, [findings.train(run)])
+    assert all(0.3 < runs[0].before < 0.7 for _, runs in cells.values())
+    table = findings.accuracy_table(cells)
+    assert [line.split(" ")[1] for line in table[2:]] == ["MeZO", "SGD"]
 
 
 def test_overhead_measures_every_variant() -> None:
