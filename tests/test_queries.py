@@ -662,3 +662,22 @@ def test_all_evaluations_of_a_conservative_step_have_the_same_dropout() -> None:
     opt.step(lambda: seen.append(torch.rand(()).item()) or float(len(seen)))
     assert len(seen) == 5
     assert len(set(seen)) == 1
+
+
+@pytest.mark.parametrize("frozen", [(1,), (3,), (2, 3), (4,)])
+def test_momentum_of_a_matrix_that_was_frozen(frozen: tuple[int, ...]) -> None:
+    """Within a window it goes on; over a window's end it starts anew: the old V is gone."""
+    model = network()
+    opt = zo_fused.LOZO(model, lr=1e-2, interval=3, momentum=0.9)
+    weight = model[2].weight
+    for step in range(max(frozen) + 1):
+        weight.requires_grad_(step not in frozen)
+        opt.step(loss_of(model))
+    kept = opt.state[weight]["momentum_factor"].clone()
+    weight.requires_grad_(True)
+    opt.param_groups[0]["lr"] = 0.0
+    opt.step(lambda: 1.0)  # g = 0: only the old momentum is left
+    now = opt.state[weight]["momentum_factor"]
+    crosses = 3 in frozen
+    expected = torch.zeros_like(kept) if crosses else 0.9 * kept
+    torch.testing.assert_close(now, expected)

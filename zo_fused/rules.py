@@ -85,30 +85,33 @@ class FactorMomentum:
     At a new window the old momentum is projected on the new V by least squares,
     ``N = N (V_old^T V_new) / n`` (V_new^T V_new is about n times the identity).
 
-    State per parameter: ``momentum_factor``, float32 (m, rank). V_old is not kept but made anew.
+    State per parameter: ``momentum_factor``, float32 (m, rank), and ``momentum_window``, the number
+    of the window that it belongs to. V_old is not kept but made anew. A matrix that is frozen over
+    a window's end starts again from zero.
     """
 
     not_capturable = "whether the momentum moves to a new window is for the host to say"
 
     def prepare(self, update: Update, direction: LowRank, state: dict[Any, Any]) -> None:
-        self._momenta(update.bucket, direction, state)
+        self._momenta(update, direction.factors(update.bucket), state)
 
     @staticmethod
     def _momenta(
-        bucket: Bucket, direction: LowRank, state: dict[Any, Any]
+        update: Update, factors: Factors, state: dict[Any, Any]
     ) -> tuple[Tensor, list[Tensor]]:
-        return bucket.once("momentum", lambda: gathered(bucket, direction.factors(bucket), state))
+        return update.bucket.once("momentum", lambda: gathered(update, factors, state))
 
     def apply(self, update: Update, direction: LowRank, state: dict[Any, Any]) -> None:
         u, bucket = update, update.bucket
         factors = direction.factors(bucket)
-        flat, moments = self._momenta(bucket, direction, state)
+        flat, moments = self._momenta(u, factors, state)
         if u.step > 0 and any(u.step % group["interval"] == 0 for group in bucket.fixed):
             old = factors.of(u.seed, u.step - 1).vs
             new = factors.of(u.seed, u.step).vs
             for row, (p, g) in enumerate(zip(bucket.params, bucket.group, strict=True)):
                 if p.dim() >= 2 and u.step % bucket.fixed[g]["interval"] == 0:
                     moments[row].copy_(project(moments[row], old[row], new[row]))
+                    state[p]["momentum_window"].fill_(u.step // bucket.fixed[g]["interval"])
         beta = bucket.hyper(u.groups, "momentum")
         flat.mul_(factors.spread(u.if_finite(beta, 1.0)))
         for query, grad in enumerate(u.grads):
@@ -122,14 +125,19 @@ class FactorMomentum:
 
 
 def gathered(
-    bucket: Bucket, factors: Factors, state: dict[Any, Any]
+    update: Update, factors: Factors, state: dict[Any, Any]
 ) -> tuple[Tensor, list[Tensor]]:
     """The momenta of a bucket in one tensor, and its parts, which the state then holds."""
+    bucket = update.bucket
     flat, parts = factors.buffer(factors.u_shapes)
-    for p, part in zip(bucket.params, parts, strict=True):
-        if "momentum_factor" in state[p]:
+    for p, g, part in zip(bucket.params, bucket.group, parts, strict=True):
+        interval = bucket.fixed[g]["interval"]
+        last = (update.step - 1) // interval  # the window that was left
+        if "momentum_factor" in state[p] and int(state[p].get("momentum_window", last)) == last:
             part.copy_(state[p]["momentum_factor"])
         state[p]["momentum_factor"] = part
+        if p.dim() >= 2:
+            state[p]["momentum_window"] = torch.tensor(update.step // interval)
     return flat, parts
 
 
