@@ -227,6 +227,36 @@ def accuracy_table(best: dict[tuple[str, str], tuple[float, list[Accuracies]]]) 
     return lines
 
 
+def variance_part(options: argparse.Namespace) -> tuple[str, list[str]]:
+    """Title and lines."""
+    errors = squared_errors(options.draws)
+    lines = ["| estimate | forward passes | squared error over squared gradient |", "|---|---|---|"]
+    lines += [f"| {name} | {forwards} | {error:.3g} |" for name, forwards, error in errors]
+    return "Variance of an estimate", lines
+
+
+def alignment_part(options: argparse.Namespace) -> tuple[str, list[str]]:
+    """Title and lines."""
+    best = execute(alignment(options.steps))
+    before = {cell[1]: runs[0].before for cell, (_, runs) in best.items()}
+    starts = ", ".join(f"{name}: {100 * value:.1f} %" for name, value in before.items())
+    text = (
+        f"Test accuracy in percent after {options.steps} steps (first-order: {options.steps // 4}),"
+        f" mean and range over seeds {SEEDS}. Before: {starts}."
+    )
+    return "Task alignment", [text, "", *accuracy_table(best)]
+
+
+def queries_part(options: argparse.Namespace) -> tuple[str, list[str]]:
+    """Title and lines."""
+    best = execute(queries(options.query_steps, options.counts))
+    text = (
+        f"Test accuracy in percent after {options.query_steps} steps of q queries; learning rates "
+        "are the grid times the root of q."
+    )
+    return "Queries", [text, "", *accuracy_table(best)]
+
+
 def page(command: str, parts: list[tuple[str, list[str]]]) -> str:
     """The Markdown text."""
     from conftest import _machine  # in a test, `conftest` is another
@@ -244,31 +274,11 @@ def main() -> None:
     parser.add_argument("--query-steps", type=int, default=200, help="of a run of several queries")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8], help="of queries")
     parser.add_argument("--draws", type=int, default=200, help="of every estimate")
+    parser.add_argument("--parts", nargs="+", default=["variance", "alignment", "queries"])
     parser.add_argument("--out", type=Path, required=True, help="Markdown file to write")
     options = parser.parse_args()
-    parts = []
-    errors = squared_errors(options.draws)
-    lines = ["| estimate | forward passes | squared error over squared gradient |", "|---|---|---|"]
-    lines += [f"| {name} | {forwards} | {error:.3g} |" for name, forwards, error in errors]
-    parts.append(("Variance of an estimate", lines))
-    aligned = execute(alignment(options.steps))
-    before = {cell[1]: runs[0].before for cell, (_, runs) in aligned.items()}
-    starts = ", ".join(f"{name}: {100 * value:.1f} %" for name, value in before.items())
-    lines = [
-        f"Test accuracy in percent after {options.steps} steps (first-order: "
-        f"{options.steps // 4}), mean and range over seeds {SEEDS}. Before: {starts}.",
-        "",
-        *accuracy_table(aligned),
-    ]
-    parts.append(("Task alignment", lines))
-    asked = execute(queries(options.query_steps, options.counts))
-    lines = [
-        f"Test accuracy in percent after {options.query_steps} steps of q queries; learning rates "
-        "are the grid times the root of q.",
-        "",
-        *accuracy_table(asked),
-    ]
-    parts.append(("Queries", lines))
+    made = {"variance": variance_part, "alignment": alignment_part, "queries": queries_part}
+    parts = [made[name](options) for name in options.parts]
     command = shlex.join(["python", "bench/findings.py", *sys.argv[1:]])
     options.out.write_text(page(command, parts))
 
