@@ -254,9 +254,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             for name, value in loaded["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][name] = value.detach().to(p.device, copy=True)
-        for group in self.param_groups:  # what a state of an earlier version doesn't have
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+        for group in self.param_groups:  # a state of an earlier version has none
+            group.setdefault("block", 0)
         self._signature = None
 
     # ---- perturbations --------------------------------------------------------------------------

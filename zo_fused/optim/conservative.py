@@ -45,6 +45,8 @@ class ZOConservative(ZerothOrderOptimizer):
         block_order: None or "sequential", see `ZerothOrderOptimizer`.
     """
 
+    needs_closure = True
+
     def __init__(
         self,
         params: Any,
@@ -60,8 +62,6 @@ class ZOConservative(ZerothOrderOptimizer):
         schedule = Schedule(block_order=block_order)
         super().__init__(params, defaults, Dense(distribution), Chosen(), seed, schedule)
         self._options = {"distribution": distribution, "block_order": block_order}
-
-    needs_closure = True
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
