@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from hybrid_memory import Saved
 from test_textbook import EPS, SEED, SmallTransformer, Weights, dense, model_and_tokens
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -394,31 +395,6 @@ def test_a_frozen_first_order_part_leaves_plain_zeroth_order_steps() -> None:
 # ---- activations --------------------------------------------------------------------------------
 
 
-class Saved:
-    """Bytes that autograd keeps for backward at most, but for weights."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self.bytes = 0
-
-    def of(self, closure: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        def counted() -> Tensor:
-            kept: dict[int, int] = {}
-
-            def pack(x: Tensor) -> Tensor:
-                storage = x.untyped_storage()
-                if storage.data_ptr() not in self._weights:
-                    kept[storage.data_ptr()] = storage.nbytes()
-                return x
-
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-                loss = closure()
-            self.bytes = max(self.bytes, sum(kept.values()))
-            return loss
-
-        return counted
-
-
 @pytest.mark.parametrize("family", ["OPT", "Llama"])
 @pytest.mark.parametrize("mode", ["inplace", "factored"])
 def test_activations_fall_with_the_layers_that_are_zeroth_order(family: str, mode: str) -> None:
@@ -438,20 +414,20 @@ def test_activations_fall_with_the_layers_that_are_zeroth_order(family: str, mod
         return model(input_ids=ids, labels=ids, use_cache=False).loss
 
     full = Saved(model)
-    full.of(closure)()
+    full.watch(closure)()
     kept = []
     for k in range(layers + 1):
         first, rest = zo_fused.first_layers(model, k)
         zo = zo_fused.LOZO(first, mode=mode, module=model if mode == "factored" else None)
         saved = Saved(model)
-        zo_fused.Hybrid(zo, torch.optim.SGD(rest, lr=0.0)).step(saved.of(closure))
-        kept.append(saved.bytes)
+        zo_fused.Hybrid(zo, torch.optim.SGD(rest, lr=0.0)).step(saved.watch(closure))
+        kept.append(saved.most)
     drops = [a - b for a, b in itertools.pairwise(kept)]
-    assert kept[0] <= full.bytes
-    assert min(drops) > 0.1 * full.bytes  # a sixth, less the share of the head
+    assert kept[0] <= full.most
+    assert min(drops) > 0.1 * full.most  # a sixth, less the share of the head
     inner = drops[:-1]  # the last layer's output is kept by the head all the same
     assert max(inner) < 1.1 * min(inner)
-    assert kept[-1] < 0.3 * full.bytes
+    assert kept[-1] < 0.3 * full.most
 
 
 # ---- guards -------------------------------------------------------------------------------------

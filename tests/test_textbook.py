@@ -231,20 +231,23 @@ def textbook_queries(  # type: ignore[no-untyped-def]
     return grads
 
 
+def low_rank(theta: Weights, step: int, query: int, interval: int) -> Weights:
+    """The z of a query of LOZO with rank 2: U of the query, V of the window."""
+    z = {}
+    for k, w in theta.items():
+        z[k] = dense(k, w, step, query)
+        if w.dim() >= 2:
+            key = derive_key(SEED, Purpose.U, step, query)
+            u = normal(w.shape[0] * 2, key, parameter_id(k)).double().view(-1, 2)
+            v = factor(k, w[0].numel(), 2, Purpose.V, step // interval)
+            z[k] = (u @ v.T).view(w.shape)
+    return z
+
+
 def textbook_lozo_queries(loss, theta: Weights, lr: float, wd: float, queries: int) -> list[float]:  # type: ignore[no-untyped-def]
     grads = []
     for t in range(STEPS):
-        zs: list[Weights] = []
-        for query in range(queries):
-            z = {}
-            for k, w in theta.items():
-                z[k] = dense(k, w, t, query)
-                if w.dim() >= 2:
-                    key = derive_key(SEED, Purpose.U, t, query)
-                    u = normal(w.shape[0] * 2, key, parameter_id(k)).double().view(-1, 2)
-                    _, v = u_and_v(k, w, t, 2, 20)
-                    z[k] = (u @ v.T).view(w.shape)
-            zs.append(z)
+        zs = [low_rank(theta, t, query, interval=20) for query in range(queries)]
         gs = [two_sided(loss, theta, z) for z in zs]
         for k, w in theta.items():
             mean = sum(g * z[k] for g, z in zip(gs, zs, strict=True)) / queries
@@ -260,16 +263,7 @@ def textbook_lozo_m_queries(  # type: ignore[no-untyped-def]
     grads = []
     momentum = {k: torch.zeros_like(w) for k, w in theta.items()}
     for t in range(STEPS):
-        zs: list[Weights] = []
-        for query in range(queries):
-            z = {}
-            for k, w in theta.items():
-                z[k] = dense(k, w, t, query)
-                if w.dim() >= 2:
-                    key = derive_key(SEED, Purpose.U, t, query)
-                    u = normal(w.shape[0] * 2, key, parameter_id(k)).double().view(-1, 2)
-                    z[k] = (u @ factor(k, w[0].numel(), 2, Purpose.V, 0).T).view(w.shape)
-            zs.append(z)
+        zs = [low_rank(theta, t, query, interval=STEPS) for query in range(queries)]
         gs = [two_sided(loss, theta, z) for z in zs]
         for k, w in theta.items():
             mean = sum(g * z[k] for g, z in zip(gs, zs, strict=True)) / queries
