@@ -29,7 +29,7 @@ FLOORS: list[set[str]] = [
     {"zo_fused._ops"},
     {"zo_fused.ops", "zo_fused.prepared", "zo_fused.pairs", "zo_fused.stand_ins"},
     {"zo_fused.noise", "zo_fused.keys", "zo_fused.parameters", "zo_fused.side_weight"},
-    {"zo_fused.factors", "zo_fused.record", "zo_fused.side_paths"},
+    {"zo_fused.factors", "zo_fused.guard", "zo_fused.record", "zo_fused.side_paths"},
     {"zo_fused.directions"},
     {"zo_fused.rules", "zo_fused.factored", "zo_fused.recorder"},
     {"zo_fused.optim.base", "zo_fused.moment_rules"},

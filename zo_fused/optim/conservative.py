@@ -74,7 +74,7 @@ class ZOConservative(ZerothOrderOptimizer):
             try:
                 self._go_to_the_best(closure, float(grads[0]))
             except BaseException:
-                self.flush()
+                self._flush()
                 raise
         return loss, grads
 

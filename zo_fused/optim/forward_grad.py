@@ -16,7 +16,7 @@ from zo_fused.keys import Stream, stream_keys
 from zo_fused.optim.base import Closure, ZerothOrderOptimizer
 from zo_fused.parameters import Bucket
 from zo_fused.rules import SGD
-from zo_fused.schedule import Schedule
+from zo_fused.schedule import Position, Schedule
 from zo_fused.stand_ins import Places
 from zo_fused.streams import Purpose, as_int64
 from zo_fused.vectors import Vector, stacked, to_float32
@@ -72,7 +72,8 @@ class ForwardGrad(ZerothOrderOptimizer):
         return []
 
     def _estimate(self, closure: Closure) -> tuple[Tensor, Vector]:
-        self.perturb(0.0)  # nothing moves, but parameters are looked at again
+        self._look_again()
+        self._perturb(Position(0.0))  # nothing moves, but parameters are looked at
         if self._direction.module is None:
             raise ValueError("ForwardGrad needs the module: ForwardGrad(model, ...)")
         generators, losses, grads = (
