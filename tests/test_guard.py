@@ -19,6 +19,7 @@ from equality import in_memory
 from torch import Tensor, nn
 
 import zo_fused
+from zo_fused.prepared import prepare
 
 
 def network() -> nn.Sequential:
@@ -333,6 +334,24 @@ def test_autograd_notices_that_weights_have_changed() -> None:
         call(opt)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+def test_autograd_notices_functions_too() -> None:
+    p = nn.Parameter(torch.ones(5))
+    sweep = prepare("normal_", [[p]], torch.zeros(1, dtype=torch.int64), torch.zeros(1).long())
+    for call in (
+        lambda: zo_fused.perturb_([p], 3, 0.5),
+        lambda: zo_fused.lowrank_perturb_([p], 3, 4, 0.5, rank=2),
+        lambda: sweep(torch.ones(1, dtype=torch.int64)),
+    ):
+        loss = (p * p).sum()
+        call()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    with torch.inference_mode():
+        unversioned = torch.ones(5)
+        zo_fused.perturb_([unversioned], 3, 0.5)
+    assert not torch.equal(unversioned, torch.ones(5))
 
 
 # ---- states -------------------------------------------------------------------------------------
