@@ -93,7 +93,7 @@ class Guard:
             except TypeError as error:
                 raise TypeError(
                     f"zo_fused: parameters of class {own.__name__} can't be watched while their "
-                    'weights are not at theta; use deferred=False and mode="inplace"'
+                    "weights are not at theta; make plain ones of them (torch.nn.Parameter)"
                 ) from error
             p.__class__ = own
             self._kinds[own] = guarded

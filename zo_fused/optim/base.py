@@ -64,8 +64,8 @@ def _plain_tensors(method: Method) -> Method:
 
 _NEEDS_LOSSES = (
     "step() needs a closure, step(lambda: model(**batch).loss), or loss_plus and loss_minus. There "
-    "is no backward pass: loops that call loss.backward() and then step(), such as the Trainer of "
-    "transformers, can't drive a zeroth-order optimizer"
+    "is no backward pass: a loop that calls step() itself, such as the Trainer of transformers or "
+    "accelerate's, must call opt.estimate(closure) where it called loss.backward()"
 )
 _NO_BACKWARD = (
     "zo_fused: a zeroth-order closure returns the loss and calls no backward(): step() evaluates "
@@ -79,6 +79,14 @@ _COUNTERS = ("seed", "step", "restores", "contract", "in_place", "method")
 
 # A loss that doesn't change in so many steps in a row is worth a word.
 _IDLE_STEPS = 20
+
+
+def _check_closure(closure: Any) -> None:
+    if not callable(closure):
+        raise TypeError(
+            f"a function that computes the loss is needed, got {type(closure).__name__}: "
+            "opt.step(lambda: model(**batch).loss)"
+        )
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
@@ -174,6 +182,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._guard = Guard(self.flush)
         self._moved = False  # weights were written, which autograd has not been told
         self._versioned: list[Tensor] = []  # those that have a version
+        self._pending: tuple[Tensor, Vector] | None = None  # an estimate that waits for `step`
         self._idle = 0  # steps in a row whose losses were all equal
         self._told: set[str] = set()  # warnings that were given
 
@@ -351,7 +360,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def _resting(self) -> bool:
         """Whether the weights are not at theta although no step has begun."""
         if self._at:
-            return self._ahead
+            return self._ahead or self._pending is not None
         return any(map(self._direction.pending, self._buckets))
 
     def _tell_autograd(self) -> None:
@@ -377,6 +386,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             queries = self._schedule.queries
             raise ValueError(f"query must lie in [0, {queries}), got {query}; see queries=")
         with self._alone():
+            self._drop_pending()
             self._look_again()
             self._perturb(Position(float(sign), query))
 
@@ -512,12 +522,43 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 self._refresh()
             params = [p for bucket in self._buckets for p in bucket.params]
             self._versioned = [p for p in params if not p.is_inference()]
-            if self._schedule.deferred or self._direction.beside:
-                self._guard.over(params)
+            self._guard.over(params)
         if not self._buckets:
             raise ValueError("zo_fused: no parameter requires gradients; there is nothing to tune")
 
     # ---- the step -------------------------------------------------------------------------------
+
+    @_plain_tensors
+    def estimate(self, closure: Closure) -> Tensor:
+        """The first half of a step: the losses and what they tell. `step` without arguments is the
+        second. For loops that call ``optimizer.step()`` themselves: this takes the place of their
+        ``loss.backward()``.
+
+        Args:
+            closure: as in `step`.
+
+        Returns:
+            The mean loss, as `step`.
+
+        Raises:
+            As `step`; also RuntimeError in a CUDA graph capture.
+
+        Whoever looks at the weights before `step` finds theta, at the price of a sweep. Another
+        estimate takes the place of one that waits.
+        """
+        _check_closure(closure)
+        if capturing():
+            raise RuntimeError("only step(closure) can be captured in a graph, not its halves")
+        with self._alone():
+            self._drop_pending()
+            self._pending = self._estimate(closure)
+            self._direction.attach([])  # who looks meets the guard, not what is beside the weights
+            return self._pending[0]
+
+    def _drop_pending(self) -> None:
+        if self._pending is not None:
+            self._pending = None
+            self._flush()
 
     @_plain_tensors
     def step(  # type: ignore[override]
@@ -527,7 +568,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         loss_plus: Loss | Sequence[Loss] | None = None,
         loss_minus: Loss | Sequence[Loss] | None = None,
     ) -> Tensor:
-        """One step, from a closure or from losses.
+        """One step, from a closure, from losses, or from what `estimate` found.
 
         Args:
             closure: computes the loss, any number that says how bad the weights are (also one
@@ -556,14 +597,16 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         replayed as often as you like: each replay is the next step, with its own noise. What the
         host gives (eps, a lr that is no tensor on the device) stays as it was when captured.
         """
-        if closure is not None and not callable(closure):
-            raise TypeError(
-                f"step() takes a function that computes the loss, got {type(closure).__name__}: "
-                "opt.step(lambda: model(**batch).loss)"
-            )
+        if closure is not None:
+            _check_closure(closure)
         with self._alone():
             if capturing():
                 return self._capture(closure)
+            if closure is None and loss_plus is None and loss_minus is None and self._pending:
+                self._look_again()
+                pending, self._pending = self._pending, None
+                return self._finish(*pending)
+            self._drop_pending()
             if closure is not None:
                 if loss_plus is not None or loss_minus is not None:
                     raise TypeError("step() takes a closure or two losses, not both")
