@@ -425,7 +425,7 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[Tensor], None]]] = {
     ),
     "negative offset": (
         ValueError,
-        "negative",
+        r"offsets\[0\] must be a whole number in \[0, 2\*\*62\), got -1",
         lambda p: zo_fused.perturb_([p], KEY, 1.0, offsets=[-1]),
     ),
     "shared elements": (

@@ -643,7 +643,7 @@ def test_momentum_state_is_float32_of_factor_size(make: Make) -> None:
     shapes = [tuple(s["momentum_factor"].shape) for s in state if s]
     windows = [s["momentum_window"].numel() for s in state if "momentum_window" in s]
     assert windows == [1, 1][: len(shapes)]  # of the matrices
-    if isinstance(opt, zo_fused.LOZO) and opt.defaults["momentum"]:
+    if isinstance(opt, zo_fused.LOZO) and opt.defaults.get("momentum"):
         assert shapes == [(8, 2), (8, 1), (3, 2), (3, 1)]
         assert all(s["momentum_factor"].dtype == torch.float32 for s in state)
     else:

@@ -467,7 +467,7 @@ def test_bad_arguments_are_refused(make_opt: Make, message: str) -> None:
 
 def test_conservative_has_no_weight_decay() -> None:
     model = network()
-    with pytest.raises(ValueError, match="weight decay"):
+    with pytest.raises(ValueError, match="weight_decay, but ZOConservative has none"):
         zo_fused.ZOConservative([{"params": list(model.parameters()), "weight_decay": 0.1}])
 
 

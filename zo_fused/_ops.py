@@ -37,6 +37,7 @@ from zo_fused.arguments import (
     TRANSFORMS,
     WEIGHT_DTYPES,
     WRITTEN,
+    check_apart,
     check_lists,
     check_rows,
     matrix_shape,
@@ -106,6 +107,7 @@ def _route(name: str, args: tuple[Any, ...]) -> None:
     transform = check_rows(checked, *rows)
     if checked.device is None:
         return
+    check_apart(name, lists)
     sweep = getattr(backend_for(checked.device, transform), name)
     # Backends see contiguous memory. A permuted parameter (rare) goes through a copy of itself.
     written = lists[: WRITTEN[name]]

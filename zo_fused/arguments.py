@@ -7,8 +7,11 @@ from call to call, in a time that does not depend on the number of parameters: a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import mul
 from typing import Any, NamedTuple
 
 import torch
@@ -18,17 +21,18 @@ WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRANSFORMS = ("portable", "rademacher", "fast")
 RULES = ("momentum", "adam", "sign")
 
-# How many lists of tensors a sweep begins with, and how many of them, the first ones, it writes.
-LISTS = {
-    "bits_": 1,
-    "normal_": 1,
-    "dense_": 1,
-    "dense_steps_": 1,
-    "moments_": 3,
-    "lowrank_": 3,
-    "lowrank_steps_": 3,
-    "lowrank_momentum_": 4,
+# The lists of tensors that a sweep begins with, and how many of them, the first ones, it writes.
+_LABELS = {
+    "bits_": ("outs",),
+    "normal_": ("outs",),
+    "dense_": ("params",),
+    "dense_steps_": ("params",),
+    "moments_": ("params", "firsts", "seconds"),
+    "lowrank_": ("params", "us", "vs"),
+    "lowrank_steps_": ("params", "us", "vs"),
+    "lowrank_momentum_": ("params", "moments", "us", "vs"),
 }
+LISTS = {name: len(labels) for name, labels in _LABELS.items()}
 WRITTEN = LISTS | {"lowrank_": 1, "lowrank_steps_": 1, "lowrank_momentum_": 2}
 _LOWRANK = ("lowrank_", "lowrank_momentum_")
 
@@ -135,12 +139,59 @@ def _check_tensors(name: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.
                 f"zo_fused: {name}[{i}] is on {tensor.device}, {name}[0] on {tensors[0].device}; "
                 "one call serves one device"
             )
-        if tensor.layout != torch.strided or (
-            not tensor.is_contiguous() and torch._debug_has_internal_overlap(tensor)
-        ):
-            raise ValueError(
-                f"zo_fused: {name}[{i}] must be a dense tensor whose elements do not share memory"
-            )
+        if reason := not_dense(tensor):
+            raise ValueError(f"zo_fused: {name}[{i}] {reason}")
+
+
+def not_dense(tensor: Tensor) -> str:
+    """Why a tensor's elements don't fill a piece of memory, each a place of its own; or nothing."""
+    if tensor.layout != torch.strided:
+        return f"has layout {str(tensor.layout).removeprefix('torch.')}; only dense tensors work"
+    if tensor.is_contiguous() or not torch._debug_has_internal_overlap(tensor):
+        return ""
+    return (
+        "is a view with gaps in its memory, or whose elements share memory, of shape "
+        f"{tuple(tensor.shape)} and strides {tensor.stride()}; give it memory of its own: "
+        ".contiguous(), .clone()"
+    )
+
+
+def overlap(written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> tuple[int, int] | None:
+    """Two dense tensors that share memory, one of them written, by their positions in both lists
+    together; None if there are none."""
+    tensors = [*written, *read]
+    starts = map(torch.Tensor.data_ptr, tensors)
+    sizes = map(mul, map(torch.Tensor.numel, tensors), map(torch.Tensor.element_size, tensors))
+    last_written = last = (0, -1)  # where the memory seen so far ends, and whose it is
+    for start, size, i in sorted(zip(starts, sizes, range(len(tensors)), strict=True)):
+        if not size:
+            continue
+        writes = i < len(written)
+        end, other = last if writes else last_written
+        if start < end:
+            return min(i, other), max(i, other)
+        last = max(last, (start + size, i))
+        if writes:
+            last_written = max(last_written, (start + size, i))
+    return None
+
+
+def check_apart(name: str, lists: Lists) -> None:
+    """What a sweep writes shares no memory with other tensors of it.
+
+    Raises:
+        ValueError: two do.
+    """
+    written, read = lists[: WRITTEN[name]], lists[WRITTEN[name] :]
+    pair = overlap(list(chain.from_iterable(written)), list(chain.from_iterable(read)))
+    if pair is not None:
+        labels = [
+            f"{label}[{i}]"
+            for label, tensors in zip(_LABELS[name], lists, strict=True)
+            for i in range(len(tensors))
+        ]
+        first, second = (labels[i] for i in pair)
+        raise ValueError(f"zo_fused: {first} and {second} share memory, and one is written")
 
 
 def _check_moments(
@@ -181,9 +232,8 @@ def _check_state(
 
 
 def matrix_shape(param: Tensor) -> tuple[int, int]:
-    """The shape as which low-rank sweeps see a parameter: (size(0), numel / size(0))."""
-    rows = param.shape[0] if param.dim() else 1
-    return rows, param.numel() // rows if rows else 0
+    """The shape as which low-rank sweeps see a parameter: (size(0), the product of the others)."""
+    return (param.shape[0] if param.dim() else 1), math.prod(param.shape[1:])
 
 
 def _check_factors(params: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from zo_fused.checks import choice
 from zo_fused.factors import Factors, StepFactors
 from zo_fused.keys import Stream, stream_keys
 from zo_fused.parameters import Bucket
@@ -117,10 +118,7 @@ class Dense(Direction):
     """
 
     def __init__(self, distribution: str = "gaussian") -> None:
-        if distribution not in DISTRIBUTIONS:
-            names = tuple(DISTRIBUTIONS)
-            raise ValueError(f"distribution must be one of {names}, got {distribution!r}")
-        self._transform = DISTRIBUTIONS[distribution]
+        self._transform = DISTRIBUTIONS[choice("distribution", distribution, DISTRIBUTIONS)]
 
     @property
     def options(self) -> dict[str, Any]:

@@ -35,7 +35,8 @@ class Beside:
     def __init__(self, bucket: Bucket, factors: Factors) -> None:
         self._factors = factors
         self.x, self.xs = factors.buffer(factors.u_shapes)
-        self.scale = torch.ones(len(bucket.params), device=bucket.device)
+        count, device = len(bucket.params), bucket.device
+        self.scale = torch.ones(count, dtype=torch.float32, device=device)
         self.step: StepFactors | None = None  # whose V belongs to X; None: X is zero, scale one
         # as the forward pass reads them: in the dtype of each weight
         self.bs = self._in_dtype_of(bucket, factors.u_shapes)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from zo_fused import _ops
 from zo_fused.keys import Stream, clock, stream_keys
+from zo_fused.ops import int64_tensor
 from zo_fused.parameters import Bucket
 from zo_fused.streams import Purpose
 from zo_fused.vectors import Vector, float32, on_device
@@ -54,12 +55,13 @@ class Factors:
         self._all = list(range(len(shapes)))
         self._matrices = [i for i, p in enumerate(bucket.params) if p.dim() >= 2]
         self._intervals = [group["interval"] for group in bucket.fixed]
-        vector = torch.tensor([int(p.dim() < 2) for p in bucket.params])
+        vector = int64_tensor([int(p.dim() < 2) for p in bucket.params])
         self._is_vector = on_device(vector, bucket.device)
         self._group_of_matrix = bucket.group_index[on_device(vector == 0, bucket.device)]
-        sizes = torch.tensor([m * rank for m, rank in self.u_shapes])
+        sizes = int64_tensor([m * rank for m, rank in self.u_shapes])
         # which parameter an element of a flat U belongs to
-        self._owner = on_device(torch.arange(len(sizes)).repeat_interleave(sizes), bucket.device)
+        owner = int64_tensor(range(len(sizes))).repeat_interleave(sizes)
+        self._owner = on_device(owner, bucket.device)
         self._slots = [self._slot(0), self._slot(1)]
 
     def _slot(self, number: int) -> StepFactors:

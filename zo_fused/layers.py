@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from zo_fused.streams import plain_name
+
 Named = list[tuple[str, nn.Parameter]]
 
 _GIVE_PATTERNS = (
@@ -32,7 +34,8 @@ def layer_blocks(model: nn.Module, patterns: Sequence[str] | None = None) -> lis
         model: whose parameters to group, all of them, whether or not they require gradients (the
             optimizers look at that in every step).
         patterns: regular expressions; a parameter goes to the block of the first that
-            `re.search` finds in its name.
+            `re.search` finds in its name, which is that of the plain model where this one is
+            compiled or wrapped.
 
     Returns:
         Groups ``{"params": [(name, parameter), ...], "block": i}``, i = 0, 1, ...; blocks without a
@@ -48,7 +51,7 @@ def layer_blocks(model: nn.Module, patterns: Sequence[str] | None = None) -> lis
     else:
         blocks = [[] for _ in patterns]
         for name, p in model.named_parameters():
-            matching = (i for i, pattern in enumerate(patterns) if re.search(pattern, name))
+            matching = (i for i, text in enumerate(patterns) if re.search(text, plain_name(name)))
             block = next(matching, None)
             if block is None:
                 raise ValueError(f"no pattern matches parameter {name!r}; a last pattern '' would")

@@ -23,13 +23,6 @@ from zo_fused.vectors import Vector, float32, of_tensor, sign, table, where
 STATE_DTYPES = ("float32", "param")
 
 
-def check_state_dtype(state_dtype: str) -> str:
-    """Raises ValueError for what is none."""
-    if state_dtype not in STATE_DTYPES:
-        raise ValueError(f"state_dtype must be one of {STATE_DTYPES}, got {state_dtype!r}")
-    return state_dtype
-
-
 def kept(
     bucket: Bucket, state: dict[Any, Any], name: str, state_dtype: str = "float32"
 ) -> list[Tensor]:
@@ -97,7 +90,7 @@ class Momentum:
     not_capturable = ""
 
     def __init__(self, state_dtype: str) -> None:
-        self.state_dtype = check_state_dtype(state_dtype)
+        self.state_dtype = state_dtype
 
     def prepare(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
         kept(update.bucket, state, "momentum", self.state_dtype)
@@ -132,7 +125,7 @@ class Adam:
     not_capturable = ""
 
     def __init__(self, state_dtype: str) -> None:
-        self.state_dtype = check_state_dtype(state_dtype)
+        self.state_dtype = state_dtype
 
     def prepare(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
         kept(update.bucket, state, "exp_avg", self.state_dtype)
@@ -177,11 +170,12 @@ class AdamOfHistory:
 
     def _gathered(self, update: Update, state: dict[Any, Any]) -> tuple[Vector, Vector]:
         params, device = update.bucket.params, update.bucket.device
-        grads = torch.full((len(params), self.history), math.nan, dtype=torch.float64)
+        shape = (len(params), self.history)
+        grads = torch.full(shape, math.nan, dtype=torch.float64, device="cpu")
         for p, row in zip(params, grads.unbind(), strict=True):
             if not state[p]:
                 continue
-            known = state[p].get("projected_grads", torch.empty(0))
+            known = state[p].get("projected_grads", row[:0])
             if known.shape != row.shape:
                 raise ValueError(
                     f"the state is not of history={self.history}: it was saved by another method, "

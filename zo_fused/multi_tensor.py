@@ -116,7 +116,7 @@ class MultiTensor:
         ids: Tensor | None,
         offsets: Tensor | None,
     ) -> list[Launch]:
-        zeros = torch.zeros(len(params), dtype=torch.int64)
+        zeros = torch.zeros(len(params), dtype=torch.int64, device="cpu")
         ids = zeros if ids is None else ids
         offsets = zeros if offsets is None else offsets
 

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from zo_fused import _ops
+from zo_fused.checks import whole
 from zo_fused.ops import int64_tensor
-from zo_fused.streams import CONTRACT_VERSION, Purpose, derive_key, parameter_id
+from zo_fused.streams import CONTRACT_VERSION, MAX_ELEMENTS, Purpose, derive_key, parameter_id
+from zo_fused.vectors import on_device
 
 __all__ = [
     "CONTRACT_VERSION",
@@ -20,10 +22,13 @@ __all__ = [
 
 
 def _fill(op, dtype, numel: int, key: int, id: int, offset: int, device, *options) -> Tensor:  # type: ignore[no-untyped-def]
-    if numel < 0 or not 0 <= offset < 1 << 62:
-        raise ValueError(f"need numel >= 0 and 0 <= offset < 2**62, got {numel} and {offset}")
-    out = torch.empty(numel, dtype=dtype, device=device)
-    op([out], int64_tensor([id]), int64_tensor([offset]), int64_tensor([key], out.device), *options)
+    size, start = whole("numel", numel, 0, bits=62), whole("offset", offset, 0, bits=62)
+    if start + size > MAX_ELEMENTS:
+        raise ValueError(f"offset + numel must not exceed 2**62, got {offset} + {numel}")
+    numbers = [whole(name, value, 0, bits=64) for name, value in (("id", id), ("key", key))]
+    ids, offsets, keys = (int64_tensor([value]) for value in (numbers[0], start, numbers[1]))
+    out = torch.empty(size, dtype=dtype, device=device)
+    op([out], ids, offsets, on_device(keys, out.device), *options)
     return out
 
 

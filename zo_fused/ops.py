@@ -15,57 +15,143 @@ or -1, the same on every device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from zo_fused import _ops
-from zo_fused.streams import as_int64
+from zo_fused.checks import finite, number, whole
+from zo_fused.streams import MAX_ELEMENTS, as_int64
 from zo_fused.vectors import on_device
 
 Scalar = float | Tensor
 Factor = int | Sequence[Tensor]
 
 
-def int64_tensor(values: Sequence[int] | Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Unsigned or signed 64-bit integers as an int64 tensor of the same bits."""
+def int64_tensor(
+    values: Sequence[int] | Tensor,
+    device: torch.device | str = "cpu",
+    name: str = "values",
+    bits: int = 64,
+) -> Tensor:
+    """64-bit numbers, ``0 <= value < 2**bits``, as an int64 tensor of the same bits.
+
+    Raises:
+        TypeError: a tensor that is not of 64-bit integers.
+        ValueError: a number that is no whole one, or out of range.
+    """
     if isinstance(values, Tensor):
+        if values.dtype not in (torch.int64, torch.uint64):
+            raise TypeError(f"zo_fused: {name} must be a tensor of int64, got {values.dtype}")
         return values.to(device=device, dtype=torch.int64)
-    return on_device(torch.tensor([as_int64(int(v)) for v in values], dtype=torch.int64), device)
+    numbers = [as_int64(whole(f"zo_fused: {name}[{i}]", v, 0, bits)) for i, v in enumerate(values)]
+    return on_device(torch.tensor(numbers, dtype=torch.int64, device="cpu"), device)
 
 
-def _rows(value: Scalar | Sequence[float], like: Sequence[Tensor], *shape: int) -> Tensor:
-    """A float32 table of the given shape from a number, a sequence or a tensor that broadcasts."""
-    device = like[0].device if like else None
-    if isinstance(value, float | int):  # filled on the device: nothing waits for a copy
-        return torch.full(shape, value, dtype=torch.float32, device=device)
-    table = torch.as_tensor(value, dtype=torch.float32, device=device)
-    return table.expand(*shape).contiguous()
+def listed(params: Sequence[Tensor]) -> tuple[list[Tensor], torch.device]:
+    """The tensors of a call and their device.
+
+    Raises:
+        TypeError: it is no list of tensors.
+        ValueError: one is on the meta device.
+    """
+    if isinstance(params, Tensor):
+        raise TypeError("zo_fused: params must be a list of tensors, got one: write [p]")
+    tensors = list(params)
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"zo_fused: params[{i}] must be a tensor, got {type(tensor).__name__}")
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"zo_fused: params[{i}] is on the meta device: it has no data to change"
+            )
+    return tensors, tensors[0].device if tensors else torch.device("cpu")
+
+
+def _table(name: str, value: Any, device: torch.device, forms: Sequence[tuple[int, ...]]) -> Tensor:
+    """Numbers as a float32 tensor of the last of the forms; those of another form broadcast.
+
+    Args:
+        forms: shapes that the numbers may have. Those of the host must be finite.
+    """
+    shape = forms[-1]
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(np.ascontiguousarray(value, dtype=np.float64))
+    if isinstance(value, Tensor):
+        if value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"zo_fused: {name} must be real numbers, got {value.dtype}")
+        numbers = value.to(dtype=torch.float32, device=device)
+        if value.device.type == "cpu" and not torch.isfinite(value.float()).all():
+            raise ValueError(f"zo_fused: {name} must be finite in float32, got {value}")
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        row = [finite(f"zo_fused: {name}[{i}]", x) for i, x in enumerate(value)]
+        numbers = on_device(torch.tensor(row, dtype=torch.float32, device="cpu"), device)
+    else:  # filled on the device: nothing waits for a copy
+        plain = finite(f"zo_fused: {name}", value)
+        numbers = torch.full((), plain, dtype=torch.float32, device=device)
+    if tuple(numbers.shape) not in forms:
+        wanted = " or ".join("a number" if not form else str(list(form)) for form in forms)
+        got = "a number" if not numbers.dim() else str(list(numbers.shape))
+        raise ValueError(f"zo_fused: {name} must be {wanted}, got {got}")
+    return numbers.expand(shape).contiguous()
+
+
+def _column(name: str, value: Any, params: Sequence[Tensor], device: torch.device) -> Tensor:
+    """A number, or one a parameter, as float32 [P]."""
+    return _table(name, value, device, [(), (len(params),)])
+
+
+def _rows(
+    name: str, value: Any, params: Sequence[Tensor], keys: Tensor, one_for_all: bool = False
+) -> Tensor:
+    """A number a key, for each parameter or for all, as float32 [P, K].
+
+    Args:
+        one_for_all: one number may stand for all keys; else it must be the only one's.
+    """
+    directions = len(keys)
+    alone: list[tuple[int, ...]] = [()] if one_for_all or directions == 1 else []
+    return _table(name, value, keys.device, [*alone, (directions,), (len(params), directions)])
 
 
 def _streams(
-    params: Sequence[Tensor], ids: Sequence[int] | Tensor | None, offsets: Sequence[int] | None
+    params: Sequence[Tensor],
+    ids: Sequence[int] | Tensor | None,
+    offsets: Sequence[int] | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    table = int64_tensor(range(len(params)) if ids is None else ids)
-    if len(table) != len(params):
-        raise ValueError(f"zo_fused: {len(params)} parameters but {len(table)} ids")
+    table = int64_tensor(range(len(params)) if ids is None else ids, name="ids")
+    if table.shape != (len(params),):
+        raise ValueError(f"zo_fused: {len(params)} parameters but {table.numel()} ids")
     if offsets is None and len(table.unique()) != len(table):
         raise ValueError(
             "zo_fused: two parameters have the same id and would get the same noise; "
             "shards of one parameter need `offsets`"
         )
-    starts = int64_tensor([0] * len(params) if offsets is None else offsets)
-    if len(starts) != len(params):
-        raise ValueError(f"zo_fused: {len(params)} parameters but {len(starts)} offsets")
-    if len(starts) and int(starts.min()) < 0:
-        raise ValueError("zo_fused: offsets must not be negative")
+    starts = int64_tensor([0] * len(params) if offsets is None else offsets, "cpu", "offsets", 62)
+    if starts.shape != (len(params),):
+        raise ValueError(f"zo_fused: {len(params)} parameters but {starts.numel()} offsets")
+    for start, p in zip(starts.tolist(), params, strict=True):
+        if not 0 <= start <= MAX_ELEMENTS - p.numel():
+            raise ValueError(
+                f"zo_fused: elements must lie in [0, 2**62), got offset {start} and {p.numel()} "
+                "elements"
+            )
     return table, starts
 
 
-def _rounding(rounding_key: int | Tensor | None, like: Sequence[Tensor]) -> Tensor | None:
+def _keys(keys: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    row = int64_tensor(keys, device, "keys")
+    if row.dim() != 1:
+        raise ValueError(f"zo_fused: keys must be [K], got {list(row.shape)}")
+    return row
+
+
+def _rounding(rounding_key: int | Tensor | None, device: torch.device) -> Tensor | None:
     if rounding_key is None or isinstance(rounding_key, Tensor):
         return rounding_key
-    return int64_tensor([rounding_key], like[0].device if like else "cpu")
+    return int64_tensor([rounding_key], device, "rounding_key")
 
 
 @torch.no_grad()
@@ -76,7 +162,7 @@ def update_(
     decay: Scalar | Sequence[float] = 1.0,
     ids: Sequence[int] | Tensor | None = None,
     *,
-    offsets: Sequence[int] | None = None,
+    offsets: Sequence[int] | Tensor | None = None,
     rounding_key: int | Tensor | None = None,
     transform: str = "portable",
 ) -> None:
@@ -99,34 +185,41 @@ def update_(
         ValueError: lengths or devices differ, two parameters share an id, or the backend that
             serves the device lacks the transform.
     """
-    params = list(params)
-    table, starts = _streams(params, ids, offsets)
-    device = params[0].device if params else "cpu"
-    key_row = int64_tensor(keys, device)
+    params, device = listed(params)
+    key_row = _keys(keys, device)
     _ops.dense_(
         params,
-        table,
-        starts,
+        *_streams(params, ids, offsets),
         key_row,
-        _rows(coeffs, params, len(params), len(key_row)),
-        _rows(decay, params, len(params)),
-        _rounding(rounding_key, params),
+        _rows("coeffs", coeffs, params, key_row),
+        _column("decay", decay, params, device),
+        _rounding(rounding_key, device),
         transform,
     )
 
 
+@torch.no_grad()
 def perturb_(
     params: Sequence[Tensor],
     key: int,
     scale: Scalar,
     ids: Sequence[int] | Tensor | None = None,
     *,
-    offsets: Sequence[int] | None = None,
+    offsets: Sequence[int] | Tensor | None = None,
     transform: str = "portable",
 ) -> None:
     """``p += scale * z`` with z the dense Gaussian of stream ``key``. Arguments as in `update_`."""
-    coeffs = scale.reshape(1) if isinstance(scale, Tensor) else [scale]
-    update_(params, [key], coeffs, 1.0, ids, offsets=offsets, transform=transform)
+    params, device = listed(params)
+    key_row = int64_tensor([key], device, "key")
+    _ops.dense_(
+        params,
+        *_streams(params, ids, offsets),
+        key_row,
+        _table("scale", scale, device, [(), (1,), (len(params), 1)]),
+        _column("decay", 1.0, params, device),
+        None,
+        transform,
+    )
 
 
 @torch.no_grad()
@@ -147,7 +240,7 @@ def moments_update_(
     restores: Scalar | Sequence[float] = 0.0,
     decay: Scalar | Sequence[float] = 1.0,
     ids: Sequence[int] | Tensor | None = None,
-    offsets: Sequence[int] | None = None,
+    offsets: Sequence[int] | Tensor | None = None,
     rounding_key: int | Tensor | None = None,
     transform: str = "portable",
     squares: Sequence[float] | Tensor | None = None,
@@ -185,26 +278,25 @@ def moments_update_(
         TypeError, ValueError: as `update_`; also for moments of a wrong shape or dtype, or squares
             where there are others.
     """
-    params = list(params)
-    table, starts = _streams(params, ids, offsets)
-    key_row = int64_tensor(keys, params[0].device if params else "cpu")
-    wide = (len(params), len(key_row))
-    columns = [_rows(x, params, len(params)) for x in (beta, gain, beta2, gain2, eps, step)]
+    params, device = listed(params)
+    key_row = _keys(keys, device)
+    names = ("beta", "gain", "beta2", "gain2", "eps", "step")
+    numbers = zip(names, (beta, gain, beta2, gain2, eps, step), strict=True)
+    columns = [_column(name, value, params, device) for name, value in numbers]
     _ops.moments_(
         params,
         list(firsts),
         list(seconds),
-        table,
-        starts,
+        *_streams(params, ids, offsets),
         key_row,
-        _rows(grads, params, *wide),
-        _rows(restores, params, *wide),
+        _rows("grads", grads, params, key_row),
+        _rows("restores", restores, params, key_row, one_for_all=True),
         torch.stack(columns, dim=-1),
-        _rows(decay, params, len(params)),
+        _column("decay", decay, params, device),
         rule,
-        _rounding(rounding_key, params),
+        _rounding(rounding_key, device),
         transform,
-        None if squares is None else _rows(squares, params, *wide),
+        None if squares is None else _rows("squares", squares, params, key_row),
     )
 
 
@@ -221,20 +313,21 @@ def factors(
     A factor given as a 64-bit key is drawn from that stream in row-major order; one given as a
     list of tensors is returned as it is.
     """
-    params = list(params)
+    params, device = listed(params)
     table, starts = _streams(params, ids, None)
     made = []
-    for side, factor in enumerate((u, v)):
-        if not isinstance(factor, int):
+    for side, (name, factor) in enumerate({"u": u, "v": v}.items()):
+        if isinstance(factor, Sequence):
             made.append(list(factor))
             continue
-        if rank is None or rank < 1:
-            raise ValueError(f"zo_fused: factors from keys need rank >= 1, got {rank}")
+        key_row = int64_tensor([factor], device, name).expand(len(params)).contiguous()
+        if rank is None:
+            raise ValueError("zo_fused: factors from keys need a rank")
+        columns = whole("zo_fused: rank", rank, 1)
         outs = [
-            torch.empty(_ops.matrix_shape(p)[side], rank, dtype=torch.float32, device=p.device)
+            torch.empty(_ops.matrix_shape(p)[side], columns, dtype=torch.float32, device=p.device)
             for p in params
         ]
-        key_row = int64_tensor([factor] * len(params), params[0].device if params else "cpu")
         _ops.normal_(outs, table, starts, key_row)
         made.append(outs)
     return made[0], made[1]
@@ -269,11 +362,16 @@ def lowrank_update_(
     Raises:
         TypeError, ValueError: as `update_`; also for factors of a wrong shape.
     """
-    params = list(params)
+    params, device = listed(params)
     us, vs = factors(params, u, v, rank, ids)
-    rows = [_rows(x, params, len(params)) for x in (coeff, decay)]
     _ops.lowrank_(
-        params, us, vs, *rows, *_streams(params, ids, None), _rounding(rounding_key, params)
+        params,
+        us,
+        vs,
+        _column("coeff", coeff, params, device),
+        _column("decay", decay, params, device),
+        *_streams(params, ids, None),
+        _rounding(rounding_key, device),
     )
 
 
@@ -321,18 +419,22 @@ def lowrank_momentum_(
         restore: coefficient of ``U @ V.T`` that takes back a perturbation.
         decay: a number, or one per parameter.
     """
-    params = list(params)
+    params, device = listed(params)
     us, vs = factors(params, u, v, rank, ids)
-    b, g, a, s = (torch.as_tensor(x, dtype=torch.float64) for x in (beta, grad, restore, lr))
-    columns = [x.to(torch.float32) for x in (b, (1 - b) * g, a, -s)]
-    table = torch.stack([_rows(x, params, len(params)) for x in columns], dim=-1)
+    given = {"beta": beta, "grad": grad, "restore": restore, "lr": lr}
+    b, g, a, s = (
+        x.double() if isinstance(x, Tensor) else number(f"zo_fused: {name}", x)
+        for name, x in given.items()
+    )
+    columns = {"beta": b, "(1 - beta) * grad": (1 - b) * g, "restore": a, "lr": -s}
+    table = torch.stack([_column(name, x, params, device) for name, x in columns.items()], dim=-1)
     _ops.lowrank_momentum_(
         params,
         list(moments),
         us,
         vs,
         table,
-        _rows(decay, params, len(params)),
+        _column("decay", decay, params, device),
         *_streams(params, ids, None),
-        _rounding(rounding_key, params),
+        _rounding(rounding_key, device),
     )

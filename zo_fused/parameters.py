@@ -14,9 +14,10 @@ from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zo_fused import _ops
+from zo_fused.arguments import not_dense, overlap
 from zo_fused.ops import int64_tensor
 from zo_fused.prepared import Prepared, prepare
 from zo_fused.streams import parameter_id
@@ -37,9 +38,9 @@ class Bucket:
     groups: list[int] = field(default_factory=list)  # indices of its param groups
     group: list[int] = field(default_factory=list)  # index of the param group, a parameter
     id_list: list[int] = field(default_factory=list)
-    ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    offsets: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    group_index: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    ids: Tensor = field(default_factory=lambda: int64_tensor([]))
+    offsets: Tensor = field(default_factory=lambda: int64_tensor([]))
+    group_index: Tensor = field(default_factory=lambda: int64_tensor([]))
     _made: dict[Any, Any] = field(default_factory=dict)
     _prepared: list[Prepared] = field(default_factory=list)
     _constants: OrderedDict[tuple[float, ...], Vector] = field(default_factory=OrderedDict)
@@ -54,10 +55,16 @@ class Bucket:
                 self._constants.popitem(last=False)
         return self._constants[key]
 
-    def hyper(self, param_groups: list[dict[str, Any]], name: str) -> Vector:
+    def hyper(
+        self, param_groups: list[dict[str, Any]], name: str, default: float | None = None
+    ) -> Vector:
         """A hyper-parameter as a vector; the host waits for nothing, also where it is a tensor on
-        the device. Not to be changed."""
-        values = [group[name] for group in param_groups]
+        the device. Not to be changed.
+
+        Args:
+            default: for methods that have no such hyper-parameter.
+        """
+        values: list[Any] = [group.get(name, default) for group in param_groups]
         if any(isinstance(v, Tensor) and v.device.type != "cpu" for v in values):
             there = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values]
             return of_tensor(torch.stack([v.reshape(()) for v in there])[self.group_index])
@@ -120,9 +127,14 @@ def signature(param_groups: list[dict[str, Any]], names: Sequence[str]) -> tuple
         names: hyper-parameters that buckets hold on to.
     """
     params = list(chain.from_iterable(group["params"] for group in param_groups))
+    try:
+        addresses = list(map(torch.Tensor.data_ptr, params))
+    except (RuntimeError, ValueError):
+        _refuse_without_memory(param_groups)
+        raise
     return (
         list(map(id, params)),
-        list(map(torch.Tensor.data_ptr, params)),
+        addresses,
         list(map(_requires_grad, params)),
         [group[name] for group in param_groups for name in names],
     )
@@ -140,8 +152,35 @@ def parameter_ids(param_groups: list[dict[str, Any]]) -> list[int]:
         for name in names:
             ids.append(len(ids) if name is None else parameter_id(name))
     if len(set(ids)) != len(ids):
-        raise ValueError("zo_fused: two parameters have the same name, so their noise would agree")
+        twice = next(
+            label
+            for label, id_ in zip(labels(param_groups), ids, strict=True)
+            if ids.count(id_) > 1
+        )
+        raise ValueError(
+            f"zo_fused: two parameters have the same name, {twice}, so their noise would agree "
+            "(names leave out what wrappers add: `_orig_mod.`, and `module.` at the front)"
+        )
     return ids
+
+
+def labels(param_groups: list[dict[str, Any]]) -> list[str]:
+    """What to call every parameter, in optimizer order."""
+    names: list[Any] = []
+    for group in param_groups:
+        names += group.get("param_names") or range(len(names), len(names) + len(group["params"]))
+    return [repr(name) for name in names]
+
+
+def _refuse_without_memory(param_groups: list[dict[str, Any]]) -> None:
+    params = chain.from_iterable(group["params"] for group in param_groups)
+    for label, p in zip(labels(param_groups), params, strict=True):
+        if nn.parameter.is_lazy(p):
+            raise ValueError(
+                f"zo_fused: parameter {label} is lazy and not initialized yet: run the model once, "
+                "then make the optimizer"
+            )
+        _refuse_unsupported(p, f"parameter {label}")
 
 
 def fingerprint(tensors: list[Tensor]) -> str:
@@ -169,6 +208,8 @@ def _refuse_unsupported(p: Tensor, label: str) -> None:
             f"zo_fused: {label} has dtype {p.dtype}; supported are float16, bfloat16 and float32. "
             "Set requires_grad=False on parameters that must not be tuned."
         )
+    if reason := not_dense(p):
+        raise ValueError(f"zo_fused: {label} {reason}")
 
 
 def make_buckets(
@@ -188,22 +229,28 @@ def make_buckets(
         by_block: parameters of different blocks get buckets of their own, in the order of blocks.
 
     A tensor that appears twice (tied weights under two names) is taken once, by its first name.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: a parameter is none that can be tuned, or two
+            share a part of their memory.
     """
     buckets: dict[Any, Bucket] = {}
     seen: set[tuple[Any, ...]] = set()
     ids = parameter_ids(param_groups)
     fixed = [{name: group[name] for name in names} for group in param_groups]
+    names_of_all = labels(param_groups)
+    taken: dict[torch.device, list[int]] = {}
     position = -1
     for group_number, group in enumerate(param_groups):
-        labels = group.get("param_names")
-        for i, p in enumerate(group["params"]):
+        for p in group["params"]:
             position += 1
             chosen = p.requires_grad if trainable is None else position in trainable
             memory = (p.device, p.data_ptr(), tuple(p.shape), tuple(p.stride()))
             if not chosen or p.numel() == 0 or memory in seen:
                 continue
-            _refuse_unsupported(p, f"parameter {labels[i] if labels else position!r}")
+            _refuse_unsupported(p, f"parameter {names_of_all[position]}")
             seen.add(memory)
+            taken.setdefault(p.device, []).append(position)
             beside = in_place is not None and p.dim() == 2 and position not in in_place
             block = group["block"] if by_block else 0
             key = (p.device, beside, block)
@@ -211,9 +258,18 @@ def make_buckets(
             bucket.params.append(p)
             bucket.group.append(group_number)
             bucket.id_list.append(ids[position])
+    everyone = list(chain.from_iterable(group["params"] for group in param_groups))
+    for positions in taken.values():
+        pair = overlap([everyone[position] for position in positions])
+        if pair is not None:
+            first, second = (names_of_all[positions[i]] for i in pair)
+            raise ValueError(
+                f"zo_fused: parameters {first} and {second} share a part of their memory, which "
+                "would be perturbed and updated twice; tie whole parameters, or freeze one of them"
+            )
     for bucket in buckets.values():
         bucket.ids = int64_tensor(bucket.id_list)
         bucket.offsets = torch.zeros_like(bucket.ids)
-        bucket.group_index = torch.tensor(bucket.group, device=bucket.device)
+        bucket.group_index = int64_tensor(bucket.group, bucket.device)
         bucket.groups = sorted(set(bucket.group))
     return sorted(buckets.values(), key=attrgetter("block"))

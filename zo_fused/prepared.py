@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from zo_fused import _ops
-from zo_fused.arguments import LISTS, WRITTEN, Checked, Lists, bind, check_lists, check_rows
+from zo_fused.arguments import (
+    LISTS,
+    WRITTEN,
+    Checked,
+    Lists,
+    bind,
+    check_apart,
+    check_lists,
+    check_rows,
+)
 
 
 def _addresses(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
@@ -92,6 +101,7 @@ class Prepared:
     def _look(self) -> None:
         """Check the lists and remember where they are; the backend's sweep is made when called."""
         self._checked = check_lists(self._name, self._lists, self._ids, self._offsets)
+        check_apart(self._name, self._lists)
         self._backend, self._sweep = None, _not_made
         self._freed = []
         storages = (tensor.untyped_storage() for tensor in self._written)

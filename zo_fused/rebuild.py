@@ -17,7 +17,7 @@ from zo_fused.optim.base import ZerothOrderOptimizer
 from zo_fused.parameters import fingerprint
 from zo_fused.recorder import Recorder
 from zo_fused.rules import SGD, FactorMomentum
-from zo_fused.streams import CONTRACT_VERSION
+from zo_fused.streams import CONTRACT_VERSION, plain_name
 
 METHODS = {
     "ForwardGrad": "zo_fused.optim.forward_grad",
@@ -89,7 +89,7 @@ def _optimizer(model: nn.Module | Mapping[str, Tensor], record: replay_log.Log) 
         )
     table = header["parameters"]
     tensors = _tensors(model, table)
-    groups: list[dict[str, Any]] = [{**g, "params": []} for g in header["groups"]]
+    groups: list[dict[str, Any]] = [{"params": []} for _ in header["groups"]]
     for (name, shape, dtype, number), tensor in zip(table, tensors, strict=True):
         label = name if name is not None else f"at position {sum(len(g['params']) for g in groups)}"
         found = [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
@@ -108,6 +108,13 @@ def _optimizer(model: nn.Module | Mapping[str, Tensor], record: replay_log.Log) 
     takes = list(inspect.signature(method).parameters)[1:]  # the first: what to tune
     arguments = {name: value for name, value in defaults.items() if name in takes}
     optimizer: ZerothOrderOptimizer = method(groups, **arguments)
+    for number, (group, values) in enumerate(
+        zip(optimizer.param_groups, header["groups"], strict=True)
+    ):
+        # Earlier versions also logged what a method has no use for.
+        group.update({name: v for name, v in values.items() if name in optimizer.defaults})
+        if "param_names" in group:  # those that the run had its noise from
+            group["param_names"] = [name for name, *_, of in table if of == number]
     if factored:
         optimizer._direction.module = None  # nothing will be evaluated
     return optimizer
@@ -128,7 +135,12 @@ def _tensors(model: nn.Module | Mapping[str, Tensor], table: list[list[Any]]) ->
             return tensors
     else:
         named = dict(model)  # type: ignore[arg-type]
-    missing = [name for name, *_ in table if name not in named]
-    if missing:
-        raise ValueError(f"the model has no parameter {missing[0]!r}, which the log tunes")
-    return [torch.Tensor.detach(named[name]) for name, *_ in table]
+    # The model, or in earlier versions the run's, may be compiled or wrapped.
+    plain = {plain_name(name): tensor for name, tensor in named.items()}
+    tensors = []
+    for name, *_ in table:
+        tensor = named.get(name, None if name is None else plain.get(plain_name(name)))
+        if tensor is None:
+            raise ValueError(f"the model has no parameter {name!r}, which the log tunes")
+        tensors.append(torch.Tensor.detach(tensor))
+    return tensors

@@ -62,7 +62,7 @@ class Tape:
         rows = [(a, b, key + len(keys) if key >= 0 else -1) for a, b, key in self._script]
         taken = (
             torch.cat([keys, *self._roundings]),
-            torch.tensor(rows),
+            torch.tensor(rows, dtype=torch.int64, device="cpu"),
             torch.stack(self._coeffs, dim=1),
             torch.stack(self._decay, dim=1),
         )

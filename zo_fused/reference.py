@@ -62,7 +62,7 @@ def fma(a: Tensor | float, b: Tensor | float, c: Tensor | float) -> Tensor:
     towards zero and set the last bit where inexact), which makes the second rounding, to float32,
     correct.
     """
-    a, b, c = (torch.as_tensor(x, dtype=torch.float32).double() for x in (a, b, c))
+    a, b, c = (_float32(x).double() for x in (a, b, c))
     p = a * b
     s = p + c
     b_virtual = s - p
@@ -73,6 +73,12 @@ def fma(a: Tensor | float, b: Tensor | float, c: Tensor | float) -> Tensor:
     away = (error > 0) == (s > 0)
     bits = torch.where(inexact_even, torch.where(away, bits + 1, bits - 1), bits)
     return bits.view(torch.float64).float()
+
+
+def _float32(x: Tensor | float) -> Tensor:
+    if isinstance(x, Tensor):
+        return x.float()
+    return torch.tensor(x, dtype=torch.float32, device="cpu")
 
 
 def _float(bits: Tensor) -> Tensor:
@@ -108,7 +114,7 @@ def _horner(coefficients: Sequence[float], x: Tensor) -> Tensor:
     value: Tensor | float = coefficients[-1]
     for coefficient in reversed(coefficients[:-1]):
         value = fma(value, x, coefficient)
-    return torch.as_tensor(value)
+    return _float32(value)
 
 
 def radius(a: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from zo_fused.directions import Direction, LowRank, Term
 from zo_fused.factors import Factors
+from zo_fused.ops import int64_tensor
 from zo_fused.parameters import Bucket
 from zo_fused.vectors import Flag, Vector, where
 
@@ -137,7 +138,7 @@ def gathered(
             part.copy_(state[p]["momentum_factor"])
         state[p]["momentum_factor"] = part
         if p.dim() >= 2:
-            state[p]["momentum_window"] = torch.tensor(update.step // interval)
+            state[p]["momentum_window"] = int64_tensor([update.step // interval])[0]
     return flat, parts
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from zo_fused.checks import choice, switch, whole
+
 BLOCK_ORDERS = ("sequential", "simultaneous")
 
 
@@ -28,6 +30,7 @@ class Schedule:
     """The arguments of optimizers that say which losses a step takes: see `ZerothOrderOptimizer`.
 
     Raises:
+        TypeError: deferred or one_sided is no bool.
         ValueError: one is out of range, or two don't go together.
     """
 
@@ -37,10 +40,11 @@ class Schedule:
     block_order: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.queries, int) or self.queries < 1:
-            raise ValueError(f"queries must be a whole number >= 1, got {self.queries!r}")
-        if self.block_order is not None and self.block_order not in BLOCK_ORDERS:
-            raise ValueError(f"block_order must be one of {BLOCK_ORDERS}, got {self.block_order!r}")
+        for name in ("deferred", "one_sided"):
+            object.__setattr__(self, name, switch(name, getattr(self, name)))  # it is frozen
+        object.__setattr__(self, "queries", whole("queries", self.queries, 1))
+        if self.block_order is not None:
+            choice("block_order", self.block_order, BLOCK_ORDERS)
         if self.deferred and self.block_order is not None:
             raise ValueError("deferred saves nothing where blocks are perturbed one at a time")
 

@@ -1,6 +1,6 @@
 """Names of random streams: purposes, stream keys and parameter ids of the noise contract.
 
-Floor 0, pure Python integers. ``docs/noise.md`` is the contract in prose, with test vectors.
+Pure Python integers. ``docs/noise.md`` is the contract in prose, with test vectors.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ import enum
 import functools
 import hashlib
 
+from zo_fused.checks import whole
+
 CONTRACT_VERSION = 1
 
 MASK32 = 0xFFFFFFFF
 MASK64 = 0xFFFFFFFFFFFFFFFF
+MAX_ELEMENTS = 1 << 62  # of a parameter
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -43,7 +46,6 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-@functools.lru_cache(maxsize=256)  # a step asks for its keys again and again
 def derive_key(seed: int, purpose: int, step: int = 0, query: int = 0) -> int:
     """The 64-bit key of a stream.
 
@@ -57,20 +59,34 @@ def derive_key(seed: int, purpose: int, step: int = 0, query: int = 0) -> int:
         query: index of the direction within the step, ``0 <= query < 2**32``.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is no whole number, or out of range.
     """
-    for name, value, bits in (
-        ("seed", seed, 64),
-        ("purpose", purpose, 32),
-        ("step", step, 64),
-        ("query", query, 32),
-    ):
-        if not 0 <= value < 1 << bits:
-            raise ValueError(f"{name} must lie in [0, 2**{bits}), got {value}")
-    words = philox4x32(
-        (step & MASK32, step >> 32, query, int(purpose)), (seed & MASK32, seed >> 32)
+    return _derived(
+        whole("seed", seed, 0, bits=64),
+        whole("purpose", purpose, 0, bits=32),
+        whole("step", step, 0, bits=64),
+        whole("query", query, 0, bits=32),
     )
+
+
+@functools.lru_cache(maxsize=256)  # a step asks for its keys again and again
+def _derived(seed: int, purpose: int, step: int, query: int) -> int:
+    words = philox4x32((step & MASK32, step >> 32, query, purpose), (seed & MASK32, seed >> 32))
     return words[0] | words[1] << 32
+
+
+# What torch puts between the parts of a name where it wraps a module.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the plain model: without what `torch.compile` (``_orig_mod.``) and
+    other wrappers of torch put in, and without ``module.`` at the front (DistributedDataParallel).
+    """
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while len(parts) > 1 and parts[0] == "module":
+        del parts[0]
+    return ".".join(parts)
 
 
 def parameter_id(name: str) -> int:

@@ -156,7 +156,7 @@ def launches(rows: Sequence[Row], device: torch.device) -> list[Launch]:
             first += row.programs
             rank = row.cells.get(RANK, 0)
             programs_of_rank[rank] = programs_of_rank.get(rank, 0) + row.programs
-        table = torch.tensor(numbers, dtype=torch.int64).to(device)
+        table = torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device)
         rank = max(programs_of_rank, key=lambda r: programs_of_rank[r])
         made.append(Launch(table, first, dtypes[0], dtypes[1:], rank))
     return made

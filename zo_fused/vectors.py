@@ -36,7 +36,7 @@ def vector(values: Sequence[float], device: torch.device) -> Vector:
         array = np.array(values, dtype=np.float64)
         array.setflags(write=False)
         return array
-    return on_device(torch.tensor(values, dtype=torch.float64), device)
+    return on_device(torch.tensor(values, dtype=torch.float64, device="cpu"), device)
 
 
 def stacked(numbers: Sequence[Any], device: torch.device) -> Vector:
@@ -61,6 +61,13 @@ def flag_on(flag: Flag, device: torch.device) -> Flag:
     if on_host(device):
         return bool(flag)
     return flag.to(device) if isinstance(flag, Tensor) else torch.tensor(flag, device=device)
+
+
+def float32_scalar(value: Any) -> Tensor:
+    """A number of the host, or a tensor [], as a tensor, float32 []."""
+    if isinstance(value, Tensor):
+        return value.float()
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def where(condition: Flag, value: Vector, otherwise: Vector | float) -> Vector:

@@ -40,7 +40,8 @@ def terms_of(script: Tensor) -> tuple[Tensor, Tensor]:
             ends = (int(i == 0), int(i == len(used) - 1))
             terms.append((direction, sweep, 2 * sweep + i, *ends, rounding))
     begins = [i for i, t in enumerate(terms) if i == 0 or t[0] != terms[i - 1][0]]
-    return torch.tensor(terms), torch.tensor([*begins, len(terms)])
+    rows = torch.tensor(terms, dtype=torch.int64, device="cpu")
+    return rows, torch.tensor([*begins, len(terms)], dtype=torch.int64, device="cpu")
 
 
 @triton.jit

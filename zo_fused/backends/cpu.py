@@ -72,7 +72,7 @@ def _numbers(per_parameter: Tensor | None, count: int) -> list[int]:
 def _table(*columns: Sequence[int]) -> Tensor:
     numbers = array("q", list(chain.from_iterable(columns)))
     if not numbers:
-        return torch.empty(0, len(columns), dtype=torch.int64)
+        return torch.empty(0, len(columns), dtype=torch.int64, device="cpu")
     return torch.frombuffer(numbers, dtype=torch.int64).view(len(columns), -1).t().contiguous()
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from zo_fused.checks import choice, whole
 from zo_fused.directions import Dense
-from zo_fused.moment_rules import Adam, AdamOfHistory
+from zo_fused.moment_rules import STATE_DTYPES, Adam, AdamOfHistory
 from zo_fused.optim.base import ZerothOrderOptimizer
 from zo_fused.schedule import Schedule
 
@@ -66,13 +67,14 @@ class ZOAdam(ZerothOrderOptimizer):
         defaults = {
             "lr": lr,
             "eps": eps,
-            "betas": tuple(betas),
+            "betas": betas,
             "adam_eps": adam_eps,
             "weight_decay": weight_decay,
             "rounding": rounding,
         }
-        if history is not None and (not isinstance(history, int) or history < 1):
-            raise ValueError(f"history must be a whole number >= 1 or None, got {history!r}")
+        choice("state_dtype", state_dtype, STATE_DTYPES)
+        if history is not None:
+            history = whole("history", history, 1)
         if history is not None and (queries != 1 or block_order == "sequential"):
             raise ValueError("history takes one query a step, of all parameters")
         rule = Adam(state_dtype) if history is None else AdamOfHistory(history)
@@ -80,10 +82,3 @@ class ZOAdam(ZerothOrderOptimizer):
         schedule = Schedule(deferred, one_sided, queries, block_order)
         direction = Dense(distribution)
         super().__init__(params, defaults, direction, rule, seed, schedule, options)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
-        if not group["adam_eps"] > 0:
-            raise ValueError(f"adam_eps must be > 0, got {group['adam_eps']}")

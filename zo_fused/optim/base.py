@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import os
 import threading
 import time
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_fused import replay_log
+from zo_fused.checks import check_group, hyper, names_of, whole
 from zo_fused.directions import Direction, Term
 from zo_fused.generators import GeneratorStates, capturing
 from zo_fused.guard import DISPLACED, Guard
@@ -33,13 +35,14 @@ from zo_fused.record import parameter_table, settings
 from zo_fused.rules import Rule, Update
 from zo_fused.schedule import Position, Schedule
 from zo_fused.side_weight import UsedOtherwise
-from zo_fused.streams import CONTRACT_VERSION, Purpose
+from zo_fused.streams import CONTRACT_VERSION, Purpose, plain_name
 from zo_fused.vectors import (
     Flag,
     Vector,
     all_finite,
     as_tensor,
     flag_on,
+    float32_scalar,
     on,
     on_host,
     stacked,
@@ -71,8 +74,6 @@ _NO_BACKWARD = (
     "zo_fused: a zeroth-order closure returns the loss and calls no backward(): step() evaluates "
     "it without gradients"
 )
-
-ROUNDINGS = ("nearest", "stochastic")
 
 # Kept in every param group, where `state_dict` leaves integers as they are.
 _COUNTERS = ("seed", "step", "restores", "contract", "in_place", "method")
@@ -147,8 +148,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         schedule: Schedule,
         options: dict[str, Any] | None = None,
     ) -> None:
-        if not 0 <= seed < 1 << 64:
-            raise ValueError(f"seed must lie in [0, 2**64), got {seed}")
+        seed = whole("seed", seed, 0, bits=64)
+        defaults = {name: hyper(name, value) for name, value in defaults.items()}
         if isinstance(params, nn.Module):
             params = params.named_parameters()
         self._direction = direction
@@ -161,7 +162,6 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         counters |= {"seed": seed, "contract": CONTRACT_VERSION, "in_place": ()}
         counters["method"] = self._kind()
         super().__init__(params, {"block": 0, **defaults, **counters})
-        parameter_ids(self.param_groups)
 
     def _reset(self) -> None:
         self.projected_grad: Tensor | None = None
@@ -175,6 +175,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._ahead = False  # displaced by the last step's sweep; this step has not begun
         self._buckets: list[Bucket] = []
         self._signature: tuple[Any, ...] | None = None
+        self._seen: list[Any] = []  # in the groups, when they were checked last
         self._log: replay_log.Writer | None = None
         self._trainable_override: set[int] | None = None
         self._generators: GeneratorStates | None = None  # before the last evaluation
@@ -192,30 +193,48 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Add a group; its counters are those of the run.
 
         Raises:
-            ValueError: a hyper-parameter is out of range, or two parameters share a name.
+            TypeError, ValueError: a hyper-parameter is not what it should be or none of this method
+                (see `zo_fused.checks.check_group`), or two parameters share a name.
             RuntimeError: a replay log is open, which has the groups of its start.
         """
         if self._log is not None:
             raise RuntimeError("a replay log has the groups of its start: close_log() first")
         if self.param_groups:
             self.flush()
-            param_group |= {name: self.param_groups[0][name] for name in _COUNTERS}
+        if "seed" in param_group and "contract" not in param_group:
+            raise ValueError("seed is the run's: give it to the optimizer, not to a param group")
+        counters = self.param_groups[0] if self.param_groups else self.defaults
+        param_group |= {name: counters[name] for name in _COUNTERS}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        self._check_group(group)
+        try:
+            if "param_names" in group:
+                group["param_names"] = [plain_name(name) for name in group["param_names"]]
+            self._check_group(group)
+            parameter_ids(self.param_groups)
+        except BaseException:
+            del self.param_groups[-1]
+            raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        for name, positive in (("lr", False), ("eps", True), ("weight_decay", False)):
-            value = float(group[name])
-            if not math.isfinite(value) or value < 0 or (positive and value == 0):
-                bound = "> 0" if positive else ">= 0"
-                raise ValueError(f"{name} must be a finite number {bound}, got {group[name]}")
-        if not isinstance(group["block"], int):
-            raise ValueError(f"block must be a whole number, got {group['block']!r}")
-        if group["rounding"] not in ROUNDINGS:
-            raise ValueError(f"rounding must be one of {ROUNDINGS}, got {group['rounding']!r}")
-        if group["rounding"] != self.param_groups[0]["rounding"]:
+        """Convert and check what a group says, in place."""
+        check_group(type(self).__name__, group, self.defaults)
+        if group.get("rounding") != self.param_groups[0].get("rounding"):
             raise ValueError("rounding must be the same in all param groups: one sweep serves them")
+
+    def _check_changes(self) -> None:
+        """A scheduler or the user may have changed groups; looks at what has, before it is used."""
+        groups, names = self.param_groups, names_of(self.defaults)
+        now = [group.get(name) for group in groups for name in names]
+        now += map(len, groups)
+        if len(now) == len(self._seen) and all(map(operator.is_, now, self._seen)):
+            return
+        for group in groups:
+            self._check_group(group)
+        now = [group[name] for group in groups for name in names]
+        # what is in a tensor may change at any time
+        now = [object() if isinstance(v, Tensor) and on_host(v.device) else v for v in now]
+        self._seen = [*now, *map(len, groups)]
 
     @property
     def seed(self) -> int:
@@ -276,6 +295,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._count(step=self.step_count)
         return super().state_dict()
 
+    @_plain_tensors
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state. Unlike the base class, tensors keep the dtype in which they were saved.
         Where parameters have names, each gets the state of its name, whatever the order.
@@ -318,7 +338,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         ordered = []
         for number, (group, mine) in enumerate(zip(saved, self.param_groups, strict=False)):
             theirs, names = group.get("param_names"), mine.get("param_names")
-            if theirs and names and theirs != names:
+            theirs = [plain_name(name) for name in theirs or ()]  # earlier versions: as they were
+            if theirs and names:
                 if set(theirs) != set(names):
                     other = sorted(set(theirs) ^ set(names))[0]
                     raise ValueError(
@@ -399,6 +420,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         with self._timed("perturb"), uninterrupted():
             if self._ahead or not self._at:
                 self._refresh()
+            else:
+                self._check_changes()
             self._go(self._displacement(position), position.query, position.to_json())
 
     def _go(self, to: list[float], query: int, entry: Any) -> None:
@@ -410,11 +433,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def _displacement(self, position: Position) -> list[float]:
         """Coefficient of z at a position, a group."""
         groups = self.param_groups
+        if position.sign == 0:
+            return [0.0] * len(groups)
         block = position.block
         if self._schedule.block_order == "sequential":
             block = self._schedule.turn(self._blocks(), self.step_count)
         return [
-            position.sign * float(g["eps"]) if block in (None, g["block"]) else 0.0 for g in groups
+            position.sign * float(g.get("eps", 1.0)) if block in (None, g["block"]) else 0.0
+            for g in groups
         ]
 
     def _blocks(self) -> list[int]:
@@ -505,7 +531,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Nothing: the next step goes on from theta."""
 
     def _refresh(self) -> None:
-        """Look again at the parameters before a step: what requires gradients, where it lies."""
+        """Look again at the groups before a step: what requires gradients, where it lies."""
+        self._check_changes()
         groups, trainable = self.param_groups, self._trainable_override
         by_block = self._schedule.block_order is not None
         names = (*self._direction.fixed, "block") if by_block else self._direction.fixed
@@ -619,6 +646,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                     raise TypeError(_NEEDS_LOSSES)
                 if self.needs_closure:
                     raise TypeError(f"{type(self).__name__}.step() needs a closure")
+                self._check_changes()
                 plus, minus = self._given(loss_plus), self._given(loss_minus)
             except BaseException:
                 self._flush()
@@ -690,7 +718,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         device = self._buckets[0].device
         loss = (sum(plus) + sum(minus)) / (2 * len(plus))
         grads = [(above - below) / distance for above, below in zip(plus, minus, strict=True)]
-        return torch.as_tensor(loss, dtype=torch.float32), to_float32(stacked(grads, device))
+        return float32_scalar(loss), to_float32(stacked(grads, device))
 
     def _finish(self, loss: Tensor, grads: Vector) -> Tensor:
         with self._timed("update"):
@@ -779,13 +807,16 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         device = self._buckets[0].device
         if on_host(device):
             return float(loss)
-        value = (
-            loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
-        )
+        value = loss.detach() if isinstance(loss, Tensor) else vector([float(loss)], device)
         return value.reshape(()).to(device=device, dtype=torch.float64)
 
     def _update(self, grads: Vector) -> None:
         """Take back the perturbation and apply the update of these projected gradients."""
+        try:
+            self._check_changes()
+        except (TypeError, ValueError):
+            self._flush()
+            raise
         if not self._at or self._ahead:
             self._refresh()
         step, finite = self.step_count, all_finite(grads)
@@ -808,9 +839,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         for bucket in self._buckets:
             if turn not in (None, bucket.block):
                 continue
-            lr, eps = bucket.hyper(groups, "lr"), bucket.hyper(groups, "eps")
+            lr, eps = bucket.hyper(groups, "lr"), bucket.hyper(groups, "eps", 1.0)
             # A group with its own eps has its own estimate from the same two losses.
-            share = float(groups[0]["eps"]) / eps
+            share = float(groups[0].get("eps", 1.0)) / eps
             scale = self._direction.update_scale(bucket)
             mine = on(grads, bucket.device)
             if self._schedule.block_order == "simultaneous":
@@ -865,7 +896,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._counter.fill_(step)
 
     def _rounding_key(self, device: torch.device, query: int = 0) -> Tensor | None:
-        if self.param_groups[0]["rounding"] == "nearest":
+        if self.param_groups[0].get("rounding", "nearest") == "nearest":
             return None
         stream = Stream(Purpose.ROUNDING, self.step_count, query=query)
         return stream_keys(self.seed, [stream], device)
@@ -923,6 +954,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     # ---- the replay log -------------------------------------------------------------------------
 
+    @_plain_tensors
     def start_log(self, path: str | os.PathLike[str], resume: bool = False) -> None:
         """Write a replay log from here on, a line a step (docs/replay.md).
 
@@ -980,7 +1012,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Do to the weights what a logged event did (used by `zo_fused.replay`)."""
         self._trainable_override = set(event.trainable)
         for group, values in zip(self.param_groups, event.groups, strict=True):
-            group.update(values)
+            group.update({name: v for name, v in values.items() if name in self.defaults})
         self._count(step=event.step, in_place=tuple(event.in_place))
         for entry in event.path:
             if isinstance(entry, dict):

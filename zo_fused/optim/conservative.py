@@ -58,7 +58,7 @@ class ZOConservative(ZerothOrderOptimizer):
     ) -> None:
         if block_order == "simultaneous":
             raise ValueError("ZOConservative compares the places of one z: sequential blocks only")
-        defaults = {"lr": lr, "eps": eps, "weight_decay": 0.0, "rounding": "nearest"}
+        defaults = {"lr": lr, "eps": eps}
         schedule = Schedule(block_order=block_order)
         super().__init__(params, defaults, Dense(distribution), Chosen(), seed, schedule)
         self._options = {"distribution": distribution, "block_order": block_order}
@@ -66,11 +66,6 @@ class ZOConservative(ZerothOrderOptimizer):
     def _reset(self) -> None:
         super()._reset()
         self._chosen: list[float] | None = None  # where this step goes
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        if group["weight_decay"]:
-            raise ValueError("ZOConservative has no weight decay")
 
     def _estimate(self, closure: Closure) -> tuple[Tensor, Vector]:
         loss, grads = super()._estimate(closure)

@@ -19,7 +19,7 @@ from zo_fused.rules import SGD
 from zo_fused.schedule import Position, Schedule
 from zo_fused.stand_ins import Places
 from zo_fused.streams import Purpose, as_int64
-from zo_fused.vectors import Vector, stacked, to_float32
+from zo_fused.vectors import Vector, float32_scalar, stacked, to_float32
 
 
 class ForwardGrad(ZerothOrderOptimizer):
@@ -60,13 +60,12 @@ class ForwardGrad(ZerothOrderOptimizer):
         queries: int = 1,
         distribution: str = "gaussian",
     ) -> None:
-        # a group has a radius, which nothing uses
-        defaults = {"lr": lr, "eps": 1.0, "weight_decay": weight_decay, "rounding": rounding}
+        defaults = {"lr": lr, "weight_decay": weight_decay, "rounding": rounding}
         direction = Dense(distribution)
         direction.module = module if isinstance(module, nn.Module) else None
         schedule = Schedule(queries=queries)
         super().__init__(module, defaults, direction, SGD(), seed, schedule)
-        self._options = {"queries": queries, "distribution": distribution}
+        self._options = {"queries": schedule.queries, "distribution": distribution}
 
     def _usual_path(self) -> list[Any]:
         return []
@@ -89,7 +88,7 @@ class ForwardGrad(ZerothOrderOptimizer):
             grads.append(grad)
         device = self._buckets[0].device
         mean = stacked(losses, device).sum() / len(losses)
-        return torch.as_tensor(mean, dtype=torch.float32), to_float32(stacked(grads, device))
+        return float32_scalar(mean), to_float32(stacked(grads, device))
 
     def _along(self, closure: Closure, query: int) -> tuple[Any, Any]:
         """The loss and its derivative along the z of a query."""

@@ -82,6 +82,7 @@ class Hybrid:
                         "zo_fused.first_layers(model, k) splits a model in two"
                     )
 
+    @torch.inference_mode(False)  # what fo makes in a caller's could not be changed outside
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
         """One step of both parts.
 
@@ -172,6 +173,7 @@ class Hybrid:
         """``{"zo": ..., "fo": ...}``, bit for bit; the weights are flushed first."""
         return {"zo": self.zo.state_dict(), "fo": self.fo.state_dict()}
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave."""
         self.zo.load_state_dict(state_dict["zo"])

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from zo_fused.checks import choice, hyper, switch
 from zo_fused.directions import LowRank
 from zo_fused.factored import Factored
 from zo_fused.optim.base import ZerothOrderOptimizer
@@ -36,7 +37,8 @@ class LOZO(ZerothOrderOptimizer):
         rank: columns of U and V.
         interval: steps (nu) for which V stays.
         momentum: 0 for LOZO, else the momentum coefficient of LOZO-M, in [0, 1). Whether there is
-            momentum is chosen for the run; a group can only set its coefficient.
+            momentum is chosen for the run; a group can only set its coefficient, and without
+            momentum it has none.
         weight_decay: decay, with the learning rate as factor.
         divide_by_rank: scale the update of matrices by 1/rank, as the paper does.
         rounding: of updates in 16-bit weights: "nearest", or "stochastic", without bias. The
@@ -80,8 +82,10 @@ class LOZO(ZerothOrderOptimizer):
         queries: int = 1,
         block_order: str | None = None,
     ) -> None:
-        if mode not in ("inplace", "factored"):
-            raise ValueError(f'mode must be "inplace" or "factored", got {mode!r}')
+        choice("mode", mode, ("inplace", "factored"))
+        paired, divide_by_rank = switch("paired", paired), switch("divide_by_rank", divide_by_rank)
+        schedule = Schedule(deferred, one_sided, queries, block_order)
+        momentum = hyper("momentum", momentum)
         if mode == "factored" and deferred:
             raise ValueError("deferred is for sweeps over the weights; factored steps make none")
         if mode == "factored" and one_sided:
@@ -99,10 +103,11 @@ class LOZO(ZerothOrderOptimizer):
             "eps": eps,
             "rank": rank,
             "interval": interval,
-            "momentum": momentum,
             "weight_decay": weight_decay,
             "rounding": rounding,
         }
+        if momentum:
+            defaults["momentum"] = momentum
         rule = FactorMomentum() if momentum else SGD()
         # Groups may set their own momentum; this one chose the rule, so a replay needs it.
         options = {"divide_by_rank": divide_by_rank, "momentum": momentum, "mode": mode}
@@ -115,16 +120,4 @@ class LOZO(ZerothOrderOptimizer):
                     "LOZO(model, ...), or module=model beside param groups"
                 )
             direction = Factored(evaluated, paired, divide_by_rank)
-        schedule = Schedule(deferred, one_sided, queries, block_order)
         super().__init__(params, defaults, direction, rule, seed, schedule, options)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        for name in ("rank", "interval"):
-            value = group[name]
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-        if not 0 <= group["momentum"] < 1:
-            raise ValueError(f"momentum must lie in [0, 1), got {group['momentum']}")
-        if group["momentum"] and isinstance(self._rule, SGD):
-            raise ValueError("a group has momentum but the optimizer was made without")

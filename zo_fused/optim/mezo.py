@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from zo_fused.checks import choice, hyper
 from zo_fused.directions import Dense
-from zo_fused.moment_rules import Momentum
+from zo_fused.moment_rules import STATE_DTYPES, Momentum
 from zo_fused.optim.base import ZerothOrderOptimizer
 from zo_fused.rules import SGD
 from zo_fused.schedule import Schedule
@@ -30,7 +31,7 @@ class MeZO(ZerothOrderOptimizer):
         eps: perturbation radius.
         weight_decay: decay, with the learning rate as factor.
         momentum: 0, or the coefficient of m, in [0, 1). Whether there is momentum is chosen for the
-            run; a group can only set its coefficient.
+            run; a group can only set its coefficient, and without momentum it has none.
         dampening: 0 is the heavy ball; ``dampening=momentum`` the exponential moving average.
         state_dtype: of m: "float32", or "param", the dtype of each weight.
         rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
@@ -61,14 +62,11 @@ class MeZO(ZerothOrderOptimizer):
         distribution: str = "gaussian",
         block_order: str | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "dampening": dampening,
-            "rounding": rounding,
-        }
+        momentum, dampening = hyper("momentum", momentum), hyper("dampening", dampening)
+        choice("state_dtype", state_dtype, STATE_DTYPES)
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rounding": rounding}
+        if momentum:
+            defaults |= {"momentum": momentum, "dampening": dampening}
         rule = Momentum(state_dtype) if momentum else SGD()
         options = {
             "momentum": momentum,
@@ -78,11 +76,3 @@ class MeZO(ZerothOrderOptimizer):
         schedule = Schedule(deferred, one_sided, queries, block_order)
         direction = Dense(distribution)
         super().__init__(params, defaults, direction, rule, seed, schedule, options)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        for name in ("momentum", "dampening"):
-            if not 0 <= group[name] < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {group[name]}")
-        if group["momentum"] and isinstance(self._rule, SGD):
-            raise ValueError("a group has momentum but the optimizer was made without")

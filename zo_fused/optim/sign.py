@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from zo_fused.checks import choice
 from zo_fused.directions import Dense
 from zo_fused.moment_rules import ScalarSign, Sign
 from zo_fused.optim.base import ZerothOrderOptimizer
@@ -48,8 +49,7 @@ class ZOSignSGD(ZerothOrderOptimizer):
         distribution: str = "gaussian",
         block_order: str | None = None,
     ) -> None:
-        if sign not in ("element", "scalar"):
-            raise ValueError(f'sign must be "element" or "scalar", got {sign!r}')
+        choice("sign", sign, ("element", "scalar"))
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rounding": rounding}
         rule = Sign() if sign == "element" else ScalarSign()
         options = {"sign": sign, "distribution": distribution}

@@ -12,7 +12,7 @@ import torch
 def _permutation(size: int, seed: int, epoch: int) -> list[int]:
     digest = hashlib.sha256(f"zo_fused batch order {seed} {epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    return torch.randperm(size, generator=generator).tolist()
+    return torch.randperm(size, generator=generator, device="cpu").tolist()
 
 
 def batch_indices(size: int, batch_size: int, seed: int, step: int) -> list[int]:
