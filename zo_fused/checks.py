@@ -13,7 +13,7 @@ import operator
 from collections.abc import Callable, Collection, Iterable, MutableMapping
 from decimal import Decimal
 from difflib import get_close_matches
-from functools import partial
+from functools import lru_cache, partial
 from numbers import Real
 from typing import Any
 
@@ -171,6 +171,13 @@ def names_of(defaults: Collection[str]) -> list[str]:
 _UNUSED = {"momentum": 0.0, "eps": 1.0, "weight_decay": 0.0, "rounding": "nearest"}
 
 
+@lru_cache(maxsize=256)  # groups are checked again whenever a scheduler changes a number
+def _meant(key: Any, names: tuple[str, ...]) -> str | None:
+    """The name that a key is a misspelling of."""
+    near = get_close_matches(key, names, n=1, cutoff=0.85) if isinstance(key, str) else []
+    return near[0] if near else None
+
+
 def check_group(method: str, group: MutableMapping[str, Any], defaults: Collection[str]) -> None:
     """Convert and check the hyper-parameters of a param group, in place.
 
@@ -194,6 +201,5 @@ def check_group(method: str, group: MutableMapping[str, Any], defaults: Collecti
         if key in _HYPER:
             made = f"this {method} was made without" if key == "momentum" else f"{method} has none"
             raise ValueError(f"a param group has {key}, but {made}")
-        near = get_close_matches(key, own, n=1, cutoff=0.85) if isinstance(key, str) else []
-        if near:
-            raise ValueError(f"a param group has {key!r}: did you mean {near[0]!r}?")
+        if meant := _meant(key, tuple(own)):
+            raise ValueError(f"a param group has {key!r}: did you mean {meant!r}?")

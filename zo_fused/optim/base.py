@@ -175,7 +175,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._ahead = False  # displaced by the last step's sweep; this step has not begun
         self._buckets: list[Bucket] = []
         self._signature: tuple[Any, ...] | None = None
-        self._seen: list[Any] = []  # in the groups, when they were checked last
+        self._seen: list[Any] = []  # in the groups, when they were checked last,
+        self._inside: list[tuple[Tensor, float]] = []  # and in the tensors there
         self._log: replay_log.Writer | None = None
         self._trainable_override: set[int] | None = None
         self._generators: GeneratorStates | None = None  # before the last evaluation
@@ -227,13 +228,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         groups, names = self.param_groups, names_of(self.defaults)
         now = [group.get(name) for group in groups for name in names]
         now += map(len, groups)
-        if len(now) == len(self._seen) and all(map(operator.is_, now, self._seen)):
+        same = len(now) == len(self._seen) and all(map(operator.is_, now, self._seen))
+        if same and all(float(tensor) == value for tensor, value in self._inside):
             return
         for group in groups:
             self._check_group(group)
         now = [group[name] for group in groups for name in names]
-        # what is in a tensor may change at any time
-        now = [object() if isinstance(v, Tensor) and on_host(v.device) else v for v in now]
+        tensors = [v for v in now if isinstance(v, Tensor) and on_host(v.device)]
+        self._inside = [(tensor, float(tensor)) for tensor in tensors]
         self._seen = [*now, *map(len, groups)]
 
     @property
