@@ -319,7 +319,7 @@ def options(args: argparse.Namespace) -> Options:
         label_field=value("label_field"),
         dtype=value("dtype"),
         device=value("device"),
-        trust_remote_code=bool(args.trust_remote_code),
+        trust_remote_code=value("trust_remote_code"),
         resume=args.resume,
         overwrite=args.overwrite or (demo and args.output is None and not args.resume),
         title=f"{METHODS[method].title} fine-tuning of {name}",

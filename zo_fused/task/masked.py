@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zo_fused.task.adapters import base_model
 from zo_fused.task.data import Example
-from zo_fused.task.encoding import Encoder, Tokens, plain_ids
+from zo_fused.task.encoding import Encoder, Tokens, answer_ids, plain_ids
 from zo_fused.task.errors import UserError
 from zo_fused.task.prompt import Task
 from zo_fused.task.scoring import Rows, Scorer
@@ -41,15 +41,20 @@ class MaskEncoder(Encoder):
         super().__init__(task, tokenizer, max_length)
         for answer, ids in zip(task.answers, self.answers, strict=True):
             if len(ids) > 1 or ids == [tokenizer.unk_token_id]:
-                pieces = tokenizer.convert_ids_to_tokens(ids)
-                raise UserError(
-                    f"the answer {answer!r} must be one token, as it stands in one mask, but the "
-                    f"tokenizer makes {pieces} of it; take another word for its label"
-                )
+                raise UserError(self._not_one_token(answer, ids))
         bare = list(tokenizer(tokenizer.mask_token)["input_ids"])
         at = bare.index(self.mask_id)
         self._start, self._end = bare[:at], bare[at + 1 :]
         self.room = max_length
+
+    def _not_one_token(self, answer: str, ids: Tokens) -> str:
+        cure = "take another word for its label"
+        if len(answer_ids(self.tokenizer, f" {answer}")) == 1 and len(ids) > 1:
+            cure = f"with a space before it, {' ' + answer!r}, it is one token"
+        return (
+            f"the answer {answer!r} must be one token, as it stands in one mask, but the tokenizer "
+            f"makes {self.tokenizer.convert_ids_to_tokens(ids)} of it; {cure}"
+        )
 
     def text(self, example: Example) -> str:
         """What the model reads, with the tokenizer's mask token in it."""

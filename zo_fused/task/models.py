@@ -18,8 +18,8 @@ from zo_fused.task.errors import UserError, first_line, optional
 
 DTYPES = ("float32", "float16", "bfloat16")
 # No attention mask, or convolutions, pools, patches or hashes that run across it.
-_SEE_PADDING = ("blt", "convbert", "fnet", "funnel", "mobilebert", "nystromformer", "prophetnet")
-_SEE_PADDING += ("reformer", "yoso")
+_SEE_PADDING = {"blt", "convbert", "fnet", "funnel", "mobilebert", "nystromformer", "prophetnet"}
+_SEE_PADDING |= {"reformer", "yoso"}
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -85,16 +85,18 @@ def _kinds(which: str) -> Callable[[type], bool]:
     return getattr(auto, f"MODEL_FOR_{which}_LM_MAPPING").__contains__
 
 
-def load_config(name: str, trust_remote_code: bool = False) -> Any:
-    """A model's configuration, from a directory, a config.json or the Hugging Face Hub.
+def load_config(name: str, trust_remote_code: bool = False, alone: bool = False) -> Any:
+    """A model's configuration, from a directory or the Hugging Face Hub.
+
+    Args:
+        alone: whether it may be a file, config.json, without a model.
 
     Raises:
         UserError: it can't be loaded.
     """
-    path = Path(name)
-    file = path.is_file() and path.suffix == ".json"
     auto = optional("transformers").AutoConfig
-    return _load(auto, name, "configuration", trust_remote_code, checked=not file)
+    checked = not (alone and Path(name).is_file())
+    return _load(auto, name, "configuration", trust_remote_code, checked)
 
 
 def load_model(
@@ -111,8 +113,7 @@ def load_model(
 
     Args:
         trust_remote_code: whether Python code that comes with the model may run.
-        experts: how a mixture of experts computes: "eager" where every operator must be known to
-            forward-mode differentiation or to vmap. None: as transformers does.
+        experts: `experts_implementation` of transformers, for mixtures of experts.
 
     Raises:
         UserError: it can't be loaded, or not all its weights are there.
@@ -206,6 +207,11 @@ def _reason(error: Exception) -> str:
         )
     if type(error).__name__ == "SafetensorError":
         return f"a file of weights is damaged or cut short ({first_line(error)})"
+    if "instantiate the backend tokenizer" in str(error):
+        return (
+            "there is no tokenizer.json, and none can be made of other files "
+            "(some need the package sentencepiece or tiktoken)"
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # "Validation error for field 'x':" goes on in the next line
     joined = " ".join(lines[:2]) if lines and lines[0].endswith(":") else first_line(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,8 +145,8 @@ def finetune(options: Options) -> dict[str, Any]:
         for split in SPLITS
         if split in options.sources
     }
-    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     _check_template(options)
+    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     checkpoint = find_checkpoint(options.output, options.resume, options.overwrite)
     model = _model(options, checkpoint, device)
     make_encoder = MaskEncoder if options.task.masked else Encoder
@@ -180,7 +181,18 @@ def finetune(options: Options) -> dict[str, Any]:
         )
     except ValueError as error:  # the replay log is not this run's
         raise UserError(first_line(error)) from error
-    history = run.run()
+    try:
+        history = run.run()
+    except (RuntimeError, TypeError, ValueError) as error:
+        refusal = re.match(r"(paired=True|ForwardGrad)\b", str(error))
+        if refusal is None:
+            raise
+        given, other = ("schedule paired", "schedule factored")
+        if refusal[1] == "ForwardGrad":
+            given, other = ("method forward-grad", "method mezo")
+        raise UserError(
+            f"--{given} is not for this model; take --{other} ({first_line(error)})"
+        ) from error
     measured = optimizer.step_count - first_step
     summary = summarize(history, optimizer.timings, measured, peak_memory(device))
     summary |= _sizes(optimizer) | {
@@ -224,12 +236,12 @@ def _scorer(model: Any, tokenizer: Any, encoder: Encoder) -> Scorer:
 
 
 def _model(options: Options, checkpoint: Path | None, device: torch.device) -> Any:
-    # operators that vmap and forward-mode differentiation know, where both need them
-    plain = options.method == "forward-grad" or options.hyper["schedule"] == "paired"
-    loading: dict[str, Any] = {
-        "trust_remote_code": options.trust_remote_code,
-        "experts": "eager" if plain else None,
-    }
+    experts = None
+    if options.method == "forward-grad":  # whose differentiation knows no grouped_mm
+        experts = "eager"
+    elif options.hyper["schedule"] == "paired":  # whose vmap knows no nonzero
+        experts = "batched_mm"
+    loading: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "experts": experts}
     if options.peft is None:
         return load_model(str(checkpoint or options.model), options.dtype, device, **loading)
     seed = options.plan.seed

@@ -54,7 +54,8 @@ def bears_left_padding(model: Any) -> bool:
     auto = optional("transformers.models.auto.modeling_auto")
     kind = type(getattr(model, "config", None))
     return (
-        kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING
+        type(model).__module__.startswith("transformers.")
+        and kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING
         and kind not in auto.MODEL_FOR_MASKED_LM_MAPPING
         and not getattr(model, "_is_stateful", False)
     )
