@@ -46,7 +46,7 @@ FLOORS: list[set[str]] = [
     },
     {"zo_fused.task.encoding"},
     {"zo_fused.task.scoring"},
-    {"zo_fused.task.loop"},
+    {"zo_fused.task.loop", "zo_fused.task.masked"},
     {"zo_fused.task.run"},
     {"zo_fused.cli.defaults", "zo_fused.cli.parser", "zo_fused.cli.runs"},
     {"zo_fused.cli.finetune", "zo_fused.cli.replay", "zo_fused.cli.doctor"},

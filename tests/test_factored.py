@@ -460,3 +460,20 @@ def test_a_paired_closure_must_be_one_that_can_be_batched() -> None:
         opt.step(lambda: loss_of(model)().item())
     assert torch.equal(weights(model), before)
     assert opt.step_count == 0
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, about its own models
+def test_paired_names_what_helps_a_mixture_of_experts():
+    pytest.importorskip("transformers")
+    import tiny_models
+
+    model = tiny_models.causal_model("qwen3_moe")
+    x = torch.randint(7, 100, (2, 5), generator=torch.Generator().manual_seed(0))
+    optimizer = zo_fused.LOZO(model, lr=1e-6, mode="factored", paired=True)
+    model.set_experts_implementation("eager")
+    with pytest.raises(
+        RuntimeError, match=r"paired=True .*use experts_implementation='batched_mm'"
+    ):
+        optimizer.step(lambda: model(input_ids=x, labels=x).loss)
+    model.set_experts_implementation("batched_mm")
+    assert torch.isfinite(optimizer.step(lambda: model(input_ids=x, labels=x).loss))

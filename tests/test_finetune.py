@@ -551,7 +551,7 @@ def test_no_arguments_use_the_embedded_defaults(base, data, tmp_path, monkeypatc
         (["--train", "no/set", "--task", "DATA/task.json"], "'no/set' is neither a data file nor"),
         (["--dev", "missing.jsonl"], "there is no data file missing.jsonl"),
         (["--model", "./missing"], "there is no model directory ./missing"),
-        (["--model", "no/such-model"], "can't load the tokenizer of 'no/such-model'"),
+        (["--model", "no/such-model"], "can't load the configuration of 'no/such-model'"),
         (["--model", "DATA"], "is no model directory: it has no config.json"),
         (["--model", "DATA/task.json"], "is a file, not a model directory"),
         (["--output", "DATA/task.json"], "is a file, not a directory"),

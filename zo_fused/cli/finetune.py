@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zo_fused.cli import defaults
+from zo_fused.cli.parser import add_trust_option
 from zo_fused.task.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from zo_fused.task.prompt import Task
     from zo_fused.task.run import Options
 
-HELP = "fine-tune a causal language model with forward passes only"
+HELP = "fine-tune a language model with forward passes only"
 
 DESCRIPTION = """\
-Fine-tune a causal language model on a classification task with forward passes only.
+Fine-tune a language model, causal or masked, on a classification task with forward passes only.
 
 With no arguments, the embedded model on the embedded data set: a run of a minute or two on a CPU.
 With your own model and data, the same, with your options. The output directory becomes a model
@@ -120,6 +121,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say what is tuned on what."""
     data = parser.add_argument_group("model and data")
     data.add_argument("--model", metavar="DIR_OR_ID", help="model directory or Hub id")
+    add_trust_option(data)
     data.add_argument(
         "--peft",
         choices=list(defaults.BY_PEFT),
@@ -137,7 +139,11 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     ):
         data.add_argument(f"--{split}", metavar="DATA", help=what)
     data.add_argument("--task", metavar="FILE", help="JSON file with template and verbalizer")
-    data.add_argument("--template", metavar="TEXT", help='prompt, e.g. "{text} It was"')
+    data.add_argument(
+        "--template",
+        metavar="TEXT",
+        help='prompt, e.g. "{text} It was"; for BERT and RoBERTa "{text} It was {mask}."',
+    )
     data.add_argument(
         "--verbalizer",
         metavar="LABEL=ANSWER",
@@ -313,6 +319,7 @@ def options(args: argparse.Namespace) -> Options:
         label_field=value("label_field"),
         dtype=value("dtype"),
         device=value("device"),
+        trust_remote_code=value("trust_remote_code"),
         resume=args.resume,
         overwrite=args.overwrite or (demo and args.output is None and not args.resume),
         title=f"{METHODS[method].title} fine-tuning of {name}",

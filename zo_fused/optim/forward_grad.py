@@ -21,6 +21,13 @@ from zo_fused.stand_ins import Places
 from zo_fused.streams import Purpose, as_int64
 from zo_fused.vectors import Vector, float32_scalar, stacked, to_float32
 
+# By a part of PyTorch's message: how models of transformers do without the operator.
+_CURES = {
+    "grouped_mm": "; load it with experts_implementation='eager'",
+    "attention": "; load it with attn_implementation='sdpa' or 'eager'",
+    "flash": "; load it with attn_implementation='sdpa' or 'eager'",
+}
+
 
 class ForwardGrad(ZerothOrderOptimizer):
     """Forward gradient descent (Baydin et al. 2022, arXiv 2202.08587; Forward-Grad in 2402.11592).
@@ -118,12 +125,14 @@ class ForwardGrad(ZerothOrderOptimizer):
         try:
             return closure()
         except NotImplementedError as error:
-            if "forward AD" in str(error):
-                raise NotImplementedError(
-                    f"ForwardGrad: the model uses an operator that has no forward-mode derivative; "
-                    f"replace it (attention: attn_implementation='sdpa' or 'eager'): {error}"
-                ) from error
-            raise
+            reason = str(error)
+            if "forward AD" not in reason and "forward mode AD" not in reason:
+                raise
+            cure = next((cure for name, cure in _CURES.items() if name in reason), "")
+            raise NotImplementedError(
+                "ForwardGrad: the model uses an operator that has no forward-mode derivative"
+                f"{cure}: {reason}"
+            ) from error
 
     def _tangents(self, bucket: Bucket, query: int) -> list[Tensor]:
         """z of a query of the coming step for every parameter, in its dtype."""

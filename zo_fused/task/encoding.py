@@ -46,7 +46,11 @@ def answer_ids(tokenizer: Any, answer: str) -> Tokens:
 
 def maximum_length(model: Any, tokenizer: Any) -> int:
     """The most tokens of a text that model and tokenizer both take."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        first = getattr(module, "padding_idx", None)
+        if first is not None and name.endswith("position_embeddings"):
+            positions = module.num_embeddings - first - 1  # RoBERTa's numbers start after it
     limits = [tokenizer.model_max_length, positions]
     return min(int(limit) for limit in limits if limit is not None) - virtual_tokens(model)
 
@@ -84,6 +88,10 @@ class Encoder:
                 "tokens"
             )
 
+    def text(self, example: Example) -> str:
+        """What the model reads."""
+        return self.task.prompt(example.fields)
+
     def prompt_ids(self, text: str) -> Tokens:
         """Token ids of a prompt, at most `self.room`.
 
@@ -104,7 +112,7 @@ class Encoder:
         """
         encoded = []
         for example in examples:
-            ids = self.prompt_ids(self.task.prompt(example.fields))
+            ids = self.prompt_ids(self.text(example))
             if not ids:
                 raise UserError(f"{example.source}: the prompt is empty")
             encoded.append(Encoded(ids, self.task.labels.index(example.label)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 import zo_fused
-from zo_fused.task.adapters import load_adapted
+from zo_fused.task.adapters import base_model, load_adapted
 from zo_fused.task.checkpoint import (
     check_settings,
     checkpoints,
@@ -24,7 +25,16 @@ from zo_fused.task.encoding import Encoded, Encoder, maximum_length
 from zo_fused.task.errors import UserError, first_line, optional
 from zo_fused.task.files import to_json, write_text
 from zo_fused.task.loop import Finetuning, Plan
-from zo_fused.task.models import choose_device, load_model, load_tokenizer, save_model
+from zo_fused.task.masked import MaskEncoder, MaskScorer
+from zo_fused.task.models import (
+    check_kind,
+    choose_device,
+    fills_masks,
+    load_config,
+    load_model,
+    load_tokenizer,
+    save_model,
+)
 from zo_fused.task.prompt import Task
 from zo_fused.task.report import draw, peak_memory, summarize
 from zo_fused.task.scoring import Scorer
@@ -72,6 +82,7 @@ class Options:
     label_field: str = "label"
     dtype: str = "float32"
     device: str = "auto"
+    trust_remote_code: bool = False
     resume: bool = False
     overwrite: bool = False
     title: str = ""  # of the picture
@@ -134,10 +145,12 @@ def finetune(options: Options) -> dict[str, Any]:
         for split in SPLITS
         if split in options.sources
     }
-    tokenizer = load_tokenizer(options.model)
+    _check_template(options)
+    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     checkpoint = find_checkpoint(options.output, options.resume, options.overwrite)
     model = _model(options, checkpoint, device)
-    encoder = Encoder(options.task, tokenizer, maximum_length(model, tokenizer))
+    make_encoder = MaskEncoder if options.task.masked else Encoder
+    encoder = make_encoder(options.task, tokenizer, maximum_length(model, tokenizer))
     data = {split: encoder.encode(records) for split, records in examples.items()}
     optimizer = _optimizer(options, model)
     options = replace(options, plan=_plan(options, optimizer))
@@ -150,7 +163,9 @@ def finetune(options: Options) -> dict[str, Any]:
         optimizer.load_state_dict(content["optimizer"])
     first_step = optimizer.step_count
     optimizer.timings = {}
-    scorer = Scorer(model, encoder.answers, _pad_id(tokenizer))
+    scorer = _scorer(model, tokenizer, encoder)
+    for encoded in data.values():
+        scorer.check(encoded)
     try:
         run = Finetuning(
             model,
@@ -166,7 +181,18 @@ def finetune(options: Options) -> dict[str, Any]:
         )
     except ValueError as error:  # the replay log is not this run's
         raise UserError(first_line(error)) from error
-    history = run.run()
+    try:
+        history = run.run()
+    except (RuntimeError, TypeError, ValueError) as error:
+        refusal = re.match(r"(paired=True|ForwardGrad)\b", str(error))
+        if refusal is None:
+            raise
+        given, other = ("schedule paired", "schedule factored")
+        if refusal[1] == "ForwardGrad":
+            given, other = ("method forward-grad", "method mezo")
+        raise UserError(
+            f"--{given} is not for this model; take --{other} ({first_line(error)})"
+        ) from error
     measured = optimizer.step_count - first_step
     summary = summarize(history, optimizer.timings, measured, peak_memory(device))
     summary |= _sizes(optimizer) | {
@@ -182,16 +208,46 @@ def finetune(options: Options) -> dict[str, Any]:
     return summary
 
 
-def _pad_id(tokenizer: Any) -> int:
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in candidates if token is not None)
+def _check_template(options: Options) -> None:
+    """Refuses a template that is not for this kind of model."""
+    config = load_config(options.model, options.trust_remote_code)
+    check_kind(config)
+    masked, template = fills_masks(config), options.task.template
+    if masked and not options.task.masked:
+        raise UserError(
+            f"{options.model!r} is a masked language model ({config.model_type}): say in the "
+            f"template where the answer belongs, as in {template.rstrip() + ' {mask}.'!r}"
+        )
+    if options.task.masked and not masked:
+        raise UserError(
+            f"{options.model!r} is a causal language model ({config.model_type}), which goes on "
+            "from where a text ends: end the template where the answer begins, without {mask}"
+        )
+
+
+def _scorer(model: Any, tokenizer: Any, encoder: Encoder) -> Scorer:
+    rows = base_model(model).get_input_embeddings().num_embeddings
+    # the tokenizer's own may have been added without an embedding; attention masks it anyway
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    pad_id = next((token for token in candidates if token is not None and token < rows), 0)
+    if isinstance(encoder, MaskEncoder):
+        return MaskScorer(model, encoder.answers, pad_id, encoder.mask_id)
+    return Scorer(model, encoder.answers, pad_id)
 
 
 def _model(options: Options, checkpoint: Path | None, device: torch.device) -> Any:
+    experts = None
+    if options.method == "forward-grad":  # whose differentiation knows no grouped_mm
+        experts = "eager"
+    elif options.hyper["schedule"] == "paired":  # whose vmap knows no nonzero
+        experts = "batched_mm"
+    loading: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "experts": experts}
     if options.peft is None:
-        return load_model(str(checkpoint or options.model), options.dtype, device)
+        return load_model(str(checkpoint or options.model), options.dtype, device, **loading)
     seed = options.plan.seed
-    return load_adapted(options.model, options.dtype, device, options.peft, seed, checkpoint)
+    return load_adapted(
+        options.model, options.dtype, device, options.peft, seed, checkpoint, **loading
+    )
 
 
 def _optimizer(options: Options, model: Any) -> Any:
