@@ -406,10 +406,13 @@ def test_long_prompts_are_cut_on_the_left():
     cut = made.prompt_ids("good " * 50 + "It was")
     assert len(cut) + max(map(len, made.answers)) == 20
     assert cut == full[:1] + full[-17:]
+    assert made.cut == 1
+    assert len(made.prompt_ids("It was")) < made.room
+    assert made.cut == 1
 
 
 def test_encoding_errors():
-    with pytest.raises(UserError, match="no room for a prompt: the model takes 3 tokens"):
+    with pytest.raises(UserError, match="no room for a prompt: there are 3 tokens for both"):
         encoder("{text} It was", [" great", " good good"], max_length=3)
     tokenizer = sentencepiece_like_tokenizer()
     with pytest.raises(UserError, match=r"same tokens of the answers ' odd' and ' even'"):
@@ -698,19 +701,39 @@ def test_history_survives_a_kill_and_drops_later_steps(tmp_path):
     path = tmp_path / "history.jsonl"
     history = History(path)
     history.add(step=0, dev_accuracy=0.5)
-    history.add(step=1, loss=math.nan, projected_grad=math.nan, seconds=0.1)
-    history.add(step=2, loss=0.5, projected_grad=1.0, seconds=0.1)
+    history.add(step=1, loss=math.nan, projected_grad=math.nan, forwards=2, seconds=0.1)
+    history.add(step=2, loss=0.5, projected_grad=1.0, forwards=2, seconds=0.1)
     history.close()
     with path.open("a") as file:
         file.write('{"step": 3, "lo')
     assert [json.loads(line) for line in path.read_text().splitlines()[:3]] == read_history(path)
     resumed = History(path, step=1)
-    resumed.add(step=2, loss=0.25, projected_grad=1.0, seconds=0.1)
+    resumed.add(step=2, loss=0.25, projected_grad=1.0, forwards=2, seconds=0.1)
     resumed.close()
     assert resumed.losses() == [(1, None), (2, 0.25)]
     assert resumed.accuracies("dev") == [(0, 0.5)]
     assert read_history(path) == resumed.entries
     assert [p.name for p in tmp_path.iterdir()] == ["history.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"\xff", "not JSON ('utf-8' codec can't decode"),
+        (b"{", "not JSON (Expecting"),
+        (b"[1]", "not a line of a history"),
+        (b'{"dev_accuracy": 0.5}', "not a line of a history"),
+        (b'{"step": 2, "dev_accuracy": "0.5"}', "not a line of a history"),
+        (b'{"step": 2, "loss": 0.5}', "not a line of a history"),
+        (b'{"step": 2, "loss": 0.5, "projected_grad": 1, "forwards": "2", "seconds": 1}', "not a "),
+    ],
+)
+def test_a_damaged_history_is_told_with_its_line(tmp_path, line, message):
+    path = tmp_path / "history.jsonl"
+    path.write_bytes(b'{"step": 0, "dev_accuracy": 0.5}\n' + line + b"\n")
+    with pytest.raises(UserError) as error:
+        read_history(path)
+    assert str(error.value).startswith(f"{path}:2: {message}")
 
 
 def test_json_is_strict():

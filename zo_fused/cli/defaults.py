@@ -23,6 +23,7 @@ COMMON: dict[str, Any] = {
     "seed": 0,
     "label_field": "label",
     "peft": None,  # all weights
+    "max_length": None,  # as many tokens as the model takes
 }
 
 # The options that a method takes are those that it has a default for.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
 
 from zo_fused.task.errors import UserError
 
@@ -13,3 +16,28 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def choice(names: Iterable[str], others: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Arguments of ``add_argument`` for an option that is one of `names`, however it is written:
+    letters may be large, and dashes missing.
+
+    Args:
+        others: further names, in small letters without dashes, of some of these.
+    """
+    names = list(names)
+    known = {_squashed(name): name for name in names} | dict(others or {})
+
+    def read(text: str) -> str:
+        key = _squashed(text)
+        if key in known:
+            return known[key]
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {known[close[0]]}?" if close else f"choose from {', '.join(names)}"
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} ({hint})")
+
+    return {"type": read, "metavar": f"{{{','.join(names)}}}"}
+
+
+def _squashed(text: str) -> str:
+    return re.sub(r"[-_ ]", "", text).lower()
