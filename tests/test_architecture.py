@@ -39,7 +39,7 @@ FLOORS: list[set[str]] = [
     },
     {"zo_fused.rebuild", "zo_fused.optim.hybrid"},
     {"zo_fused.task.errors", "zo_fused.task.files", "zo_fused.task.order"},
-    {"zo_fused.task.prompt", "zo_fused.task.history", "zo_fused.task.models"},
+    {f"zo_fused.task.{name}" for name in ("history", "models", "prompt", "records")},
     {
         f"zo_fused.task.{name}"
         for name in ("adapters", "checkpoint", "comparison", "data", "report")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from zo_fused.task.errors import UserError
@@ -23,3 +26,28 @@ def add_trust_option(parser: Any) -> None:
         default=None,
         help="run the Python code that comes with the model, as some models need",
     )
+
+
+def choice(names: Iterable[str], others: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Arguments of ``add_argument`` for an option that is one of `names`, however it is written:
+    letters may be large, and dashes missing.
+
+    Args:
+        others: further names, in small letters without dashes, of some of these.
+    """
+    names = list(names)
+    known = {_squashed(name): name for name in names} | dict(others or {})
+
+    def read(text: str) -> str:
+        key = _squashed(text)
+        if key in known:
+            return known[key]
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {known[close[0]]}?" if close else f"choose from {', '.join(names)}"
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} ({hint})")
+
+    return {"type": read, "metavar": f"{{{','.join(names)}}}"}
+
+
+def _squashed(text: str) -> str:
+    return re.sub(r"[-_ ]", "", text).lower()

@@ -49,6 +49,7 @@ def logged(path: Path) -> tuple[str, int]:
     """
     from zo_fused import replay_log
     from zo_fused.streams import CONTRACT_VERSION
+    from zo_fused.task.models import DTYPES
 
     try:
         header = replay_log.read(path, CONTRACT_VERSION).header
@@ -57,7 +58,10 @@ def logged(path: Path) -> tuple[str, int]:
     except ValueError as error:
         raise UserError(first_line(error)) from error
     dtypes = Counter(dtype for _, _, dtype, _ in header["parameters"])
-    return dtypes.most_common(1)[0][0], header["seed"]
+    ((dtype, _),) = dtypes.most_common(1)
+    if dtype not in DTYPES:
+        raise UserError(f"{path} is of weights of dtype {dtype!r}, which no run has")
+    return dtype, header["seed"]
 
 
 def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
@@ -98,6 +102,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
 
     import zo_fused
     from zo_fused.task.adapters import load_adapted
+    from zo_fused.task.files import writing
     from zo_fused.task.models import choose_device, load_model, load_tokenizer, save_model
 
     base, trust = str(args.model or defaults.EMBEDDED_MODEL), bool(args.trust_remote_code)
@@ -113,7 +118,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     except ValueError as error:
         raise UserError(f"can't replay {args.log} on {base}: {first_line(error)}") from error
     if args.output is not None:
-        save_model(model, load_tokenizer(base, trust), args.output)
+        with writing(args.output):
+            save_model(model, load_tokenizer(base, trust), args.output)
         what = "adapter" if args.peft else "model"
         print(f"replayed {steps} steps; the {what} is in {args.output}")
     if args.verify is None:

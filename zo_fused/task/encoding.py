@@ -65,6 +65,9 @@ class Encoder:
             (never the bos); answers are never cut. Room is left for the longest answer, so every
             candidate of an example follows the same prompt.
 
+    Attributes:
+        cut: prompts that have lost tokens so far.
+
     Raises:
         UserError: an answer has no tokens, two have the same, or one is too long for the model.
     """
@@ -72,6 +75,7 @@ class Encoder:
     def __init__(self, task: Task, tokenizer: Any, max_length: int) -> None:
         self.task = task
         self.tokenizer = tokenizer
+        self.cut = 0
         self.answers = [answer_ids(tokenizer, answer) for answer in task.answers]
         for index, (answer, ids) in enumerate(zip(task.answers, self.answers, strict=True)):
             if not ids:
@@ -84,8 +88,8 @@ class Encoder:
         self.room = max_length - max(map(len, self.answers))
         if self.room < 2:
             raise UserError(
-                f"the longest answer leaves no room for a prompt: the model takes {max_length} "
-                "tokens"
+                f"the longest answer leaves no room for a prompt: there are {max_length} tokens "
+                "for both"
             )
 
     def text(self, example: Example) -> str:
@@ -102,7 +106,9 @@ class Encoder:
         special = self.tokenizer(text)["input_ids"]
         start = [bos] if bos is not None and special and special[0] == bos else []
         ids = plain_ids(self.tokenizer, text)
-        return start + ids[max(0, len(ids) - (self.room - len(start))) :]
+        over = max(0, len(start) + len(ids) - self.room)
+        self.cut += over > 0
+        return start + ids[over:]
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """The examples in their order.

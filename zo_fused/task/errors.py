@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 
 class UserError(Exception):
     """Something the user can put right; its text is one sentence without a final full stop."""
+
+
+def warn(text: str) -> None:
+    """Tells the user of what is probably a mistake; the run goes on."""
+    print(f"zo-fused: warning: {text}", file=sys.stderr)
 
 
 def first_line(error: BaseException) -> str:
