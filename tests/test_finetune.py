@@ -564,7 +564,7 @@ def test_no_arguments_use_the_embedded_defaults(base, data, tmp_path, monkeypatc
         (["--device", "quantum"], "'quantum' is no device"),
         (["--eps", "0"], "eps must be a finite number > 0"),
         (["--lr", "-1"], "lr must be a finite number >= 0"),
-        (["--momentum", "1"], "momentum must lie in [0, 1)"),
+        (["--momentum", "1"], "momentum must be a number in [0, 1)"),
         (["--resume"], "nothing to resume"),
     ],
 )  # fmt: skip

@@ -143,7 +143,9 @@ def test_what_is_farthest_from_the_mask_is_cut(template, shown):
     words = {"negative": " terrible", "positive": " great"}
     encoder = MaskEncoder(Task(template, words), roberta_tokenizer(), 13)
     assert encoded(encoder, a="0123456789", b="01") == shown.split()
+    assert encoder.cut == 1
     assert "<mask>" in encoded(encoder, a="", b="01")
+    assert encoder.cut == 1  # this one is whole
 
 
 def test_masked_encoding_errors():

@@ -71,6 +71,7 @@ class MaskEncoder(Encoder):
         room = self.room - len(self._start) - len(self._end) - 1
         left = min(len(before), max(room - len(after), room // 2))
         right = min(len(after), room - left)
+        self.cut += left + right < len(before) + len(after)
         before, after = before[len(before) - left :], after[:right]
         return [*self._start, *before, self.mask_id, *after, *self._end]
 
