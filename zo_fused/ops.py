@@ -46,8 +46,11 @@ def int64_tensor(
         if values.dtype not in (torch.int64, torch.uint64):
             raise TypeError(f"zo_fused: {name} must be a tensor of int64, got {values.dtype}")
         return values.to(device=device, dtype=torch.int64)
-    numbers = [as_int64(whole(f"zo_fused: {name}[{i}]", v, 0, bits)) for i, v in enumerate(values)]
-    return on_device(torch.tensor(numbers, dtype=torch.int64, device="cpu"), device)
+    numbers = list(values)
+    if set(map(type, numbers)) - {int} or (numbers and (min(numbers) < 0 or max(numbers) >> bits)):
+        numbers = [whole(f"zo_fused: {name}[{i}]", v, 0, bits) for i, v in enumerate(numbers)]
+    signed = list(map(as_int64, numbers))
+    return on_device(torch.tensor(signed, dtype=torch.int64, device="cpu"), device)
 
 
 def listed(params: Sequence[Tensor]) -> tuple[list[Tensor], torch.device]:
@@ -129,7 +132,9 @@ def _streams(
             "zo_fused: two parameters have the same id and would get the same noise; "
             "shards of one parameter need `offsets`"
         )
-    starts = int64_tensor([0] * len(params) if offsets is None else offsets, "cpu", "offsets", 62)
+    if offsets is None:
+        return table, torch.zeros_like(table)
+    starts = int64_tensor(offsets, "cpu", "offsets", 62)
     if starts.shape != (len(params),):
         raise ValueError(f"zo_fused: {len(params)} parameters but {starts.numel()} offsets")
     for start, p in zip(starts.tolist(), params, strict=True):
