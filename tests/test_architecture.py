@@ -23,7 +23,7 @@ FLOORS: list[set[str]] = [
         "zo_fused.vectors",
     },
     {"zo_fused.reference", "zo_fused.table", "zo_fused.arguments", "zo_fused.layers"},
-    {"zo_fused.multi_tensor"},
+    {"zo_fused.multi_tensor", "zo_fused.backends.extension"},
     {f"zo_fused.backends.{name}" for name in ("reference", "cpu", "cuda", "triton")},
     {"zo_fused.dispatch"},
     {"zo_fused._ops"},
