@@ -371,8 +371,8 @@ def test_states_and_logs_of_earlier_versions(method: str, tmp_path: Path) -> Non
     written = json.loads(header)
     changed = {"momentum": 0.95} if "momentum" in EARLIER[method] else {}
     written["groups"] = [{**group, **EARLIER[method], **changed} for group in written["groups"]]
-    (tmp_path / "log.jsonl").write_text("\n".join([json.dumps(written), *events, ""]))
-    zo_fused.replay(base, tmp_path / "log.jsonl")
+    (tmp_path / "earlier.jsonl").write_text("\n".join([json.dumps(written), *events, ""]))
+    zo_fused.replay(base, tmp_path / "earlier.jsonl")
     assert same(weights(base), weights(model))
 
     state = copy.deepcopy(opt.state_dict())

@@ -336,20 +336,27 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._signature = None
 
     def _in_order(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Saved groups with their parameters in the order of these, by name."""
+        """Saved groups with their parameters in the order of these, by name. The names are those of
+        the state: an earlier version's may have what wrappers add, and the run's noise is theirs.
+        """
         ordered = []
         for number, (group, mine) in enumerate(zip(saved, self.param_groups, strict=False)):
-            theirs, names = group.get("param_names"), mine.get("param_names")
-            theirs = [plain_name(name) for name in theirs or ()]  # earlier versions: as they were
-            if theirs and names:
-                if set(theirs) != set(names):
-                    other = sorted(set(theirs) ^ set(names))[0]
+            names = group.get("param_names")
+            if names and mine.get("param_names"):
+                index = {plain_name(name): i for i, name in enumerate(names)}
+                wanted = [plain_name(name) for name in mine["param_names"]]
+                if index.keys() != set(wanted):
+                    other = sorted(index.keys() ^ set(wanted))[0]
                     raise ValueError(
                         f"the state is of other parameters: {other!r} of group {number} is on one "
                         "side only"
                     )
-                index = dict(zip(theirs, group["params"], strict=True))
-                group = {**group, "params": [index[n] for n in names], "param_names": names}
+                order = [index[name] for name in wanted]
+                group = {
+                    **group,
+                    "params": [group["params"][i] for i in order],
+                    "param_names": [names[i] for i in order],
+                }
             ordered.append(group)
         return [*ordered, *saved[len(ordered) :]]
 
