@@ -129,7 +129,9 @@ def _claim(output: Path, shared: list[str]) -> None:
             raise UserError(f"the output {output} is not an empty directory")
         output.mkdir(parents=True, exist_ok=True)
         write_text(file, to_json(shared) + "\n")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"can't use the directory {output}: {error.strerror}") from error
+    except ValueError as error:
         raise UserError(f"can't use the directory {output}: {first_line(error)}") from error
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from zo_fused.cli import defaults
 from zo_fused.cli.parser import add_trust_option, choice
-from zo_fused.task.errors import Interrupted, UserError
+from zo_fused.interrupts import uninterrupted
+from zo_fused.task.errors import Interrupted, UserError, first_line, out_of_memory
 
 if TYPE_CHECKING:
     from zo_fused.task.prompt import Task
@@ -289,8 +290,9 @@ def options(args: argparse.Namespace) -> Options:
     Raises:
         UserError: arguments that don't go together.
     """
-    from zo_fused.task.loop import Plan
-    from zo_fused.task.run import METHODS, Options
+    with uninterrupted():  # Ctrl-C in the middle would leave torch with half a NumPy
+        from zo_fused.task.loop import Plan
+        from zo_fused.task.run import METHODS, Options
 
     embedded = args.model is None
     demo = embedded and args.train is None
@@ -399,6 +401,13 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         again = [word for word in argv if word not in ("--overwrite", "--resume")]
         command = shlex.join(["zo-fused", *again, "--resume"])
         raise Interrupted(f"{stop}; go on with `{command}`") from None
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(
+            f"there is not enough memory ({first_line(error)}); --micro-batch-size, --max-length, "
+            "--dtype bfloat16, fewer --queries or a smaller --rank take less"
+        ) from error
     print(table(summary))
     what = "adapter" if args.peft else "model"
     files = "replay.jsonl, history.jsonl, curve.png and summary.json"

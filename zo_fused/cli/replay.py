@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zo_fused.cli import defaults
 from zo_fused.cli.parser import add_trust_option
+from zo_fused.interrupts import uninterrupted
 from zo_fused.task.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -47,9 +48,10 @@ def logged(path: Path) -> tuple[str, int]:
     Raises:
         UserError: the file is missing or no log.
     """
-    from zo_fused import replay_log
-    from zo_fused.streams import CONTRACT_VERSION
-    from zo_fused.task.models import DTYPES
+    with uninterrupted():
+        from zo_fused import replay_log
+        from zo_fused.streams import CONTRACT_VERSION
+        from zo_fused.task.models import DTYPES
 
     try:
         header = replay_log.read(path, CONTRACT_VERSION).header

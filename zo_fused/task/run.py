@@ -98,6 +98,10 @@ def find_checkpoint(output: Path, resume: bool, overwrite: bool) -> Path | None:
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"the output {output} is a file, not a directory")
+    try:
+        str(output).encode()
+    except UnicodeEncodeError as error:  # libraries in Rust take no such path
+        raise UserError(f"the name of the output {output} is not UTF-8 text") from error
     finished, saved = (output / "summary.json").exists(), checkpoints(output)
     if resume:
         if saved:
@@ -141,7 +145,7 @@ def finetune(options: Options) -> dict[str, Any]:
     """
     for package in ("transformers", "tqdm", "matplotlib.figure"):
         optional(package)
-    device = choose_device(options.device)
+    device = _device(options.device)
     if Path(options.model).is_dir() and options.output.resolve() == Path(options.model).resolve():
         raise UserError(f"the output {options.output} is the base model's own directory")
     examples = {
@@ -251,6 +255,15 @@ def _scorer(model: Any, tokenizer: Any, encoder: Encoder) -> Scorer:
     if isinstance(encoder, MaskEncoder):
         return MaskScorer(model, encoder.answers, pad_id, encoder.mask_id)
     return Scorer(model, encoder.answers, pad_id)
+
+
+def _device(name: str) -> torch.device:
+    device = choose_device(name)
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError) as error:  # that PyTorch is not built for
+        raise UserError(f"there is no device {name!r}: {first_line(error)}") from error
+    return device
 
 
 def _check_labels(examples: Mapping[str, Sequence[Example]]) -> None:
