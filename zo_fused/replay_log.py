@@ -40,6 +40,9 @@ _FORMS = {
     "in_place": list,
 }
 _UNSIGNED = {"seed": 64, "first_step": 63}  # bits
+_NUMBERS = {"lr", "eps", "weight_decay", "momentum", "dampening", "adam_eps"}  # none below 0
+_PAIRS = {"betas"}
+_WHOLE = {"block", "rank", "interval"}
 # No run has so many directions a step: a damaged header must not fill the memory.
 _MOST_QUERIES = 1 << 20
 _FLOAT32_INFINITY = float((2**24 - 0.5) * 2.0**104)  # from here on a number rounds to it
@@ -112,6 +115,8 @@ class _Reader:
         self._owners = [self._owner(row) for row in header["parameters"]]
         _must(bool(self._owners), "parameters must not be empty")
         options = header["options"]
+        for name, value in options.items():
+            _scalar(value, name)
         self._queries = _whole(options.get("queries", 1), "queries", _MOST_QUERIES)
         self._simultaneous = options.get("block_order") == "simultaneous"
         self.settings = self._changed({name: header[name] for name in _SETTINGS}, {})
@@ -128,6 +133,8 @@ class _Reader:
             and isinstance(row[2], str)
         )
         _must(right, f"a parameter must be [name, shape, dtype, group], got {_short(row)}")
+        for length in row[1]:
+            _whole(length, "a length in a shape", 1 << 63)
         return _whole(row[3], "the group of a parameter", self._groups)
 
     def line(self, value: Any) -> Event | None:
@@ -156,12 +163,13 @@ class _Reader:
                 count = f"there are {len(value)} groups, not {self._groups}"
                 _must(len(value) == self._groups, count)
                 for group in value:
-                    _check_group(group)
+                    _check_group(group, settings["groups"][0] if settings else {})
             else:
                 places = [
                     _whole(place, f"a position in {name}", len(self._owners)) for place in value
                 ]
                 _must(len(set(places)) == len(places), f"{name} has a position twice")
+                _must(bool(places) or name != "trainable", "nothing is trainable")
         return settings | changes
 
     def _path(self, value: Any) -> list[Any]:
@@ -179,7 +187,7 @@ class _Reader:
         sign, query = _number(entry[0], "a sign"), _whole(entry[1], "a query", self._queries)
         if len(entry) == 2:
             return [sign, query]
-        known = entry[2] in self._blocks() and type(entry[2]) is int
+        known = type(entry[2]) is int and entry[2] in self._blocks()
         _must(known, f"there is no block {_short(entry[2])}")
         return [sign, query, entry[2]]
 
@@ -195,19 +203,29 @@ class _Reader:
         return [_number(x, "a projected gradient", _FLOAT32_INFINITY) for x in values]
 
 
-def _check_group(group: Any) -> None:
-    """Refuses hyper-parameters with which a step would destroy the weights."""
+def _check_group(group: Any, example: dict[str, Any]) -> None:
+    """Refuses hyper-parameters with which a step would fail or destroy the weights."""
     _must(isinstance(group, dict), f"a group must be an object, got {_short(group)}")
-    _must("lr" in group, "a group has no lr")
+    _must(group.keys() >= example.keys() | {"lr"}, f"a group lacks one of {list(example)}")
     for name, value in group.items():
-        if not isinstance(value, str | bool | None):
-            for one in value if isinstance(value, list) else [value]:
+        if name in _WHOLE:
+            whole = type(value) is int and (value > 0 or name == "block")
+            _must(whole, f"{name} must be a whole number, got {_short(value)}")
+        elif name in _PAIRS:
+            _must(len(_list(value, name)) == 2, f"{name} must be two numbers, got {_short(value)}")
+            for one in value:
                 _number(one, name)
-    for name in group.keys() & {"lr", "eps", "weight_decay"}:
-        # an eps of 0 would be divided by
-        right = type(group[name]) in (int, float) and (group[name] > 0 or name != "eps")
-        _must(right and group[name] >= 0, f"{name} is {_short(group[name])}")
-    _must(type(group.get("block", 0)) is int, "block must be a whole number")
+        elif name in _NUMBERS:
+            # an eps of 0 would be divided by
+            right = _number(value, name) > 0 or (value == 0 and name != "eps")
+            _must(right, f"{name} is {_short(value)}")
+        else:
+            _scalar(value, name)
+
+
+def _scalar(value: Any, what: str) -> None:
+    if not isinstance(value, str | bool | None):
+        _number(value, what)
 
 
 def _check_format(path: Path, header: Any, contract: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zo_fused.cli import defaults
-from zo_fused.cli.parser import add_trust_option, choice
+from zo_fused.cli.parser import add_trust_option, choice, folder
 from zo_fused.interrupts import uninterrupted
 from zo_fused.task.errors import Interrupted, UserError, first_line, out_of_memory
 
@@ -61,6 +61,9 @@ _DTYPES = {
 } | {f"torch.{name}": name for name in ("float32", "float16", "bfloat16")}
 
 
+METHOD = choice(defaults.BY_METHOD, {"zosignsgd": "zo-sign"})
+
+
 def whole(text: str) -> int:
     """A count; of more than 2**31 there is no memory and no time for."""
     value = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else 0
@@ -107,7 +110,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     method = parser.add_argument_group("method")
     method.add_argument(
         "--method",
-        **choice(defaults.BY_METHOD, {"zosignsgd": "zo-sign"}),
+        **METHOD,
         help=f"optimizer (default: {defaults.METHOD})",
     )
     add_method_options(method)
@@ -117,7 +120,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--output",
         metavar="DIR",
-        type=Path,
+        type=folder,
         help="directory to write (default: one in ./zo-fused-runs)",
     )
     run.add_argument(

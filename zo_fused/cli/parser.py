@@ -6,6 +6,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from zo_fused.task.errors import UserError
@@ -47,6 +48,15 @@ def choice(names: Iterable[str], others: Mapping[str, str] | None = None) -> dic
         raise argparse.ArgumentTypeError(f"invalid choice: {text!r} ({hint})")
 
     return {"type": read, "metavar": f"{{{','.join(names)}}}"}
+
+
+def folder(text: str) -> Path:
+    """A folder to write; libraries in Rust take no name that is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"the name {text!r} is not UTF-8 text") from error
+    return Path(text)
 
 
 def _squashed(text: str) -> str:

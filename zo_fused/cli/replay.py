@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zo_fused.cli import defaults
-from zo_fused.cli.parser import add_trust_option
+from zo_fused.cli.parser import add_trust_option, choice, folder
 from zo_fused.interrupts import uninterrupted
 from zo_fused.task.errors import UserError, first_line
 
@@ -27,13 +27,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--peft",
-        choices=list(defaults.BY_PEFT),
+        **choice(defaults.BY_PEFT),
         help="the run tuned such an adapter; it starts anew from the log's seed (a prefix starts "
         "from a forward pass, which another kind of CPU may round differently)",
     )
     add_trust_option(parser)
     parser.add_argument("--log", metavar="FILE", type=Path, required=True, help="replay.jsonl")
-    parser.add_argument("--output", metavar="DIR", type=Path, help="directory to write")
+    parser.add_argument("--output", metavar="DIR", type=folder, help="directory to write")
     parser.add_argument(
         "--verify",
         metavar="DIR",

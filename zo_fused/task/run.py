@@ -98,10 +98,6 @@ def find_checkpoint(output: Path, resume: bool, overwrite: bool) -> Path | None:
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"the output {output} is a file, not a directory")
-    try:
-        str(output).encode()
-    except UnicodeEncodeError as error:  # libraries in Rust take no such path
-        raise UserError(f"the name of the output {output} is not UTF-8 text") from error
     finished, saved = (output / "summary.json").exists(), checkpoints(output)
     if resume:
         if saved:
@@ -261,7 +257,7 @@ def _device(name: str) -> torch.device:
     device = choose_device(name)
     try:
         torch.empty(1, device=device)
-    except (AssertionError, RuntimeError) as error:  # that PyTorch is not built for
+    except (AssertionError, ImportError, RuntimeError) as error:  # that PyTorch is not built for
         raise UserError(f"there is no device {name!r}: {first_line(error)}") from error
     return device
 
