@@ -19,6 +19,7 @@ import zo_fused
 from zo_fused import dispatch
 from zo_fused.backends import cpu, cuda, extension
 from zo_fused.backends import triton as backend
+from zo_fused.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -233,3 +234,26 @@ def test_pytorch_of_these_tests_has_its_pair() -> None:
     if backend._own_word() is None:
         pytest.skip(f"PyTorch {torch.__version__} requires no Triton")
     assert importlib.metadata.version("triton") == backend.fitting()
+
+
+# ---- zo-fused doctor ----------------------------------------------------------------------------
+
+
+def test_doctor_says_the_same(
+    fresh: None,
+    installed: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cpu, "import_error", ImportError("_C.abi3.so: undefined symbol: torch_new"))
+    installed("3.9.0", "2.13.0", "3.7.1", interprets=True)
+    with warnings.catch_warnings(action="error"):
+        assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "cpu           backend reference" in text
+    assert "C++ extension   does not load" in text
+    assert f"PyTorch {importlib.metadata.version('torch')} goes with Triton 3.7.1" in text
+    advice = text.partition("what to do")[2]
+    assert f"on CPUs the slow reference serves: {cpu.why_not('cpu')}" in advice
+    assert "undefined symbol: torch_new" in advice
+    assert str(backend.doubt()) in advice
