@@ -46,6 +46,7 @@ def parse(*words):
         (["finetune", "--step", "3"], "unrecognized arguments: --step 3"),
         (["finetune", "--model", "m"], "--model needs --train"),
         (["finetune", "--dev", "d.jsonl"], "--dev and --test need --train"),
+        (["finetune", "--output", ""], "argument --output: the name is empty"),
         (["finetune", "--output", "\udcff"], "--output: the name '\\udcff' is not UTF-8 text"),
         (["replay"], "arguments are required: --log"),
     ],

@@ -52,6 +52,8 @@ def choice(names: Iterable[str], others: Mapping[str, str] | None = None) -> dic
 
 def folder(text: str) -> Path:
     """A folder to write; libraries in Rust take no name that is not UTF-8."""
+    if not text:  # of a variable that is not set; it would be the present folder
+        raise argparse.ArgumentTypeError("the name is empty")
     try:
         text.encode()
     except UnicodeEncodeError as error:
