@@ -467,3 +467,21 @@ def test_nothing_is_written_after_a_line_that_found_no_room(
             opt.step(lambda: 0.0)
     with pytest.raises(OSError, match="could not be written whole"):
         opt.step(lambda: 0.0)
+
+
+def test_a_line_that_can_t_be_written_leaves_a_whole_step(tmp_path: Path) -> None:
+    """The weights have made the step, and so has the optimizer's count; the log is closed by hand."""
+    model, twin = network(), network()
+    opt, alike = zo_fused.MeZO(model, lr=1e-2), zo_fused.MeZO(twin, lr=1e-2)
+    opt.start_log(tmp_path / "log.jsonl")
+    opt.step(loss_of(model))
+    (tmp_path / "log.jsonl").unlink()
+    with pytest.raises(OSError, match=r"log\.jsonl"):
+        opt.step(loss_of(model))
+    opt.close_log()
+    opt.step(loss_of(model))
+    for _ in range(3):
+        alike.step(loss_of(twin))
+    assert opt.step_count == 3
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)

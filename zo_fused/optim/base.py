@@ -834,9 +834,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 self._apply(grads, finite)
             path, self._path = self._path, []
             self.projected_grad = as_tensor(grads).reshape(() if len(grads) == 1 else -1)
-            self._note(step, path, self.projected_grad, finite)
-            self._count(step=step + 1, restores=0)
-            self._advance_counter(step + 1)
+            try:
+                self._note(step, path, self.projected_grad, finite)
+            finally:  # the weights have made the step, also where its line can't be written
+                self._count(step=step + 1, restores=0)
+                self._advance_counter(step + 1)
 
     def _apply(self, grads: Vector, finite: Flag) -> None:
         """Restore, update and the next perturbation, in one sweep of every bucket."""
