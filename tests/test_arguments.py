@@ -707,6 +707,22 @@ def test_functions_take_numbers_of_other_libraries() -> None:
         assert torch.equal(r, factored)
 
 
+def test_functions_compile_without_graph_breaks() -> None:
+    keys = torch.tensor([3, -5])
+    coeffs, half = torch.tensor([0.5, -0.25]), torch.tensor(0.5)
+    u, v = torch.ones(3, 2), torch.ones(4, 2)
+
+    def sweeps(p: Tensor) -> Tensor:
+        zo_fused.update_([p], keys, coeffs, half)
+        zo_fused.perturb_([p], 2**64 - 5, 0.5, ids=[2**63])
+        zo_fused.lowrank_update_([p], [u], [v], half, 0.5)
+        return p * 2
+
+    a, b = P.clone(), P.clone()
+    assert torch.equal(torch.compile(sweeps, fullgraph=True, backend="aot_eager")(a), sweeps(b))
+    assert torch.equal(a, b)
+
+
 def test_low_rank_sweeps_over_no_rows() -> None:
     """(0, 5) is seen as a matrix of no rows and five columns."""
     for shape in ((0, 5), (5, 0), (0,)):

@@ -77,7 +77,8 @@ def _table(name: str, value: Any, device: torch.device, forms: Sequence[tuple[in
     """Numbers as a float32 tensor of the last of the forms; those of another form broadcast.
 
     Args:
-        forms: shapes that the numbers may have. Those of the host must be finite.
+        forms: shapes that the numbers may have. Those of the host must be finite, unless they are
+            being traced.
     """
     shape = forms[-1]
     if isinstance(value, np.ndarray):
@@ -86,7 +87,8 @@ def _table(name: str, value: Any, device: torch.device, forms: Sequence[tuple[in
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"zo_fused: {name} must be real numbers, got {value.dtype}")
         numbers = value.to(dtype=torch.float32, device=device)
-        if value.device.type == "cpu" and not torch.isfinite(value.float()).all():
+        known = value.device.type == "cpu" and not torch.compiler.is_compiling()
+        if known and not torch.isfinite(value.float()).all():
             raise ValueError(f"zo_fused: {name} must be finite in float32, got {value}")
     elif isinstance(value, Sequence) and not isinstance(value, str):
         row = [finite(f"zo_fused: {name}[{i}]", x) for i, x in enumerate(value)]
