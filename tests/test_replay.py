@@ -470,7 +470,7 @@ def test_nothing_is_written_after_a_line_that_found_no_room(
 
 
 def test_a_line_that_can_t_be_written_leaves_a_whole_step(tmp_path: Path) -> None:
-    """The weights have made the step, and so has the optimizer's count; the log is closed by hand."""
+    """The weights have made the step, and so has the optimizer's count; the log is closed."""
     model, twin = network(), network()
     opt, alike = zo_fused.MeZO(model, lr=1e-2), zo_fused.MeZO(twin, lr=1e-2)
     opt.start_log(tmp_path / "log.jsonl")
