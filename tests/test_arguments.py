@@ -267,7 +267,7 @@ EVERY = {"lr", "block"}
 )
 def test_groups_have_what_the_method_uses(method: str, hyper: set[str]) -> None:
     group = METHODS[method](network()).param_groups[0]
-    counters = {"seed", "step", "restores", "contract", "in_place"}
+    counters = {"seed", "step", "restores", "contract", "in_place", "method"}
     assert group.keys() - counters - {"params", "param_names"} == hyper
 
 
@@ -371,8 +371,8 @@ def test_states_and_logs_of_earlier_versions(method: str, tmp_path: Path) -> Non
     written = json.loads(header)
     changed = {"momentum": 0.95} if "momentum" in EARLIER[method] else {}
     written["groups"] = [{**group, **EARLIER[method], **changed} for group in written["groups"]]
-    (tmp_path / "log.jsonl").write_text("\n".join([json.dumps(written), *events, ""]))
-    zo_fused.replay(base, tmp_path / "log.jsonl")
+    (tmp_path / "earlier.jsonl").write_text("\n".join([json.dumps(written), *events, ""]))
+    zo_fused.replay(base, tmp_path / "earlier.jsonl")
     assert same(weights(base), weights(model))
 
     state = copy.deepcopy(opt.state_dict())

@@ -7,6 +7,7 @@ the device's counter alone; so calling `step` again and again is what replaying 
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -184,11 +185,14 @@ def events_of_a_step(method: Any, parameters: int, **kw: Any) -> int:
         nonlocal events
         events += 1
 
+    gc.collect()
+    gc.disable()  # what it would clear away here is of other tests
     sys.setprofile(count)
     try:
         opt.step(lambda: loss)
     finally:
         sys.setprofile(None)
+        gc.enable()
     return events
 
 

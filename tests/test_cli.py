@@ -1,7 +1,10 @@
 """The command line itself: parsing, help, errors, ``zo-fused doctor``. Needs torch alone."""
 
+import errno
 import inspect
+import io
 import json
+import os
 import subprocess
 import sys
 
@@ -11,6 +14,7 @@ import zo_fused
 from zo_fused.cli import compare, defaults, doctor, finetune
 from zo_fused.cli.main import main, make_parser
 from zo_fused.task import errors
+from zo_fused.task.files import writing
 
 
 def parse(*words):
@@ -27,6 +31,12 @@ def parse(*words):
         (["train"], "invalid choice: 'train'"),
         (["finetune", "--method", "adam"], "argument --method: invalid choice: 'adam'"),
         (["finetune", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["finetune", "--method", "lozzo-m"], "choice: 'lozzo-m' (did you mean lozo-m?)"),
+        (["finetune", "--method", "sgd"], "invalid choice: 'sgd' (choose from mezo, mezo-m, lozo,"),
+        (["finetune", "--steps", str(10**30)], "--steps: must be a whole number >= 1, got '1000"),
+        (["finetune", "--rank", str(2**31)], "argument --rank: must be below 2**31, got '2147"),
+        (["finetune", "--seed", "9" * 5000], "argument --seed: must be a whole number below 2**64"),
+        (["finetune", "--max-length", "0"], "--max-length: must be a whole number >= 1, got '0'"),
         (["finetune", "--loss", "mse"], "argument --loss: invalid choice: 'mse'"),
         (["finetune", "--steps", "0"], "--steps: must be a whole number >= 1, got '0'"),
         (["finetune", "--batch-size", "two"], "must be a whole number >= 1, got 'two'"),
@@ -36,6 +46,8 @@ def parse(*words):
         (["finetune", "--step", "3"], "unrecognized arguments: --step 3"),
         (["finetune", "--model", "m"], "--model needs --train"),
         (["finetune", "--dev", "d.jsonl"], "--dev and --test need --train"),
+        (["finetune", "--output", ""], "argument --output: the name is empty"),
+        (["finetune", "--output", "\udcff"], "--output: the name '\\udcff' is not UTF-8 text"),
         (["replay"], "arguments are required: --log"),
     ],
 )
@@ -73,6 +85,28 @@ def test_options_that_do_not_go_together(words, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("--method MeZO", "mezo"),
+        ("--method ZO-Adam", "zo-adam"),
+        ("--method ZOAdam", "zo-adam"),
+        ("--method LOZO_M", "lozo-m"),
+        ("--method ZOSignSGD", "zo-sign"),
+        ("--method ForwardGrad", "forward-grad"),
+        ("--dtype bf16", "bfloat16"),
+        ("--dtype FP16", "float16"),
+        ("--dtype half", "float16"),
+        ("--dtype torch.float32", "float32"),
+        ("--dtype fp32", "float32"),
+        ("--peft LoRA", "lora"),
+    ],
+)
+def test_names_are_understood_however_they_are_written(words, meant):
+    args = vars(parse(*words.split()))
+    assert [value for value in args.values() if isinstance(value, str)] == [meant]
 
 
 def test_options_not_given_get_the_defaults(tmp_path):
@@ -167,7 +201,8 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--methods", "mezo,adam"], "argument --method: invalid choice: 'adam'"),
+        (["--methods", "mezo,adam"], "argument --methods: invalid choice: 'adam' (did you mean"),
+        (["--methods", "MeZO:queries=2,mezo:queries=2"], "--methods has 'mezo:queries=2' twice"),
         (["--methods", "mezo:steps=3"], "--methods: 'steps' in 'mezo:steps=3' is no option of a"),
         (["--methods", "mezo:rank=3"], "--rank is no option of the method mezo"),
         (["--methods", "mezo:lr=x"], "argument --lr: invalid float value: 'x'"),
@@ -231,6 +266,56 @@ def test_unexpected_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(doctor, "run", broken)
     with pytest.raises(ZeroDivisionError):
         main(["doctor"])
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device", "out/x"), "out/x: No space left on device"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (OSError("The log was changed."), "The log was changed"),
+        (PermissionError(13, "Permission denied", b"x"), "b'x': Permission denied"),
+    ],
+)
+def test_what_the_system_refuses_is_a_sentence(monkeypatch, capsys, error, message):
+    def refused(*_):
+        raise error
+
+    monkeypatch.setattr(doctor, "run", refused)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == f"zo-fused: {message}\n"
+
+
+def test_nobody_reads_the_output():
+    """As in ``zo-fused doctor | head``: no word of it, neither from here nor when Python ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "zo_fused.cli.main", "doctor"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_output_that_has_no_letters_for_a_path(monkeypatch):
+    monkeypatch.setattr(doctor, "run", lambda *_: print("é \udcff"))
+    raw = io.BytesIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+        main(["doctor"])
+        assert raw.getvalue() == b"\\xe9 \\udcff\n"
+
+
+def test_errors_of_libraries_that_hide_what_the_system_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(OSError, match="No space left") as caught, writing(path):
+        raise RuntimeError("Error while serializing: I/O error (os error 28)")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+    hidden = RuntimeError("unexpected pos 704 vs 598")  # as of torch.save
+    hidden.__context__ = OSError(errno.ENOSPC, "No space")
+    with pytest.raises(OSError, match="No space left"), writing(path):
+        raise hidden
+    with pytest.raises(RuntimeError, match="a bug"), writing(path):
+        raise RuntimeError("a bug")
 
 
 def test_ctrl_c_outside_the_loop(monkeypatch, capsys):

@@ -301,14 +301,15 @@ def check_lowrank(
 
 def test_backend_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "NVIDIA" in str(dispatch.why_not("cuda", "cpu"))
-    monkeypatch.setattr(cuda, "_import_error", "it is missing")
+    missing = ModuleNotFoundError("it is missing", name="zo_fused._CUDA")
+    monkeypatch.setattr(cuda, "import_error", missing)
     assert "_CUDA is not built (it is missing)" in str(cuda.why_not("cuda"))
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert "NVIDIA" in str(cuda.why_not("cuda"))
 
 
 def test_backend_says_that_a_gpu_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_import_error", None)
+    monkeypatch.setattr(cuda, "import_error", None)
     monkeypatch.setattr(cuda, "architectures", lambda: [(8, 0), (9, 0)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, expected in (((7, 5), "this one has 7.5"), ((12, 0), None)):

@@ -1,5 +1,6 @@
 """``zo-fused finetune`` and ``zo-fused replay`` end to end on a tiny random model, offline."""
 
+import errno
 import importlib
 import json
 import os
@@ -16,9 +17,11 @@ tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("datasets")
 
+import tqdm  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import zo_fused  # noqa: E402
+from zo_fused.backends import cpu  # noqa: E402
 from zo_fused.cli import compare, defaults, runs  # noqa: E402
 from zo_fused.cli.main import main  # noqa: E402
 from zo_fused.task.adapters import load_adapted  # noqa: E402
@@ -500,6 +503,149 @@ def test_skipped_steps_are_reported(arguments, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["skipped_steps"] == 1
 
 
+def test_the_first_lines_say_what_runs_where(arguments, capsys):
+    assert main(arguments("--dtype", "bf16", "--steps", "1")) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("device cpu, 1 threads, backend ")
+    backend = zo_fused.backend_of("cpu")
+    assert f"backend {backend}{f' ({cpu.isa()})' if backend == 'cpu' else ''}," in first
+    assert first.endswith("weights in bfloat16")
+    assert second == "examples: 12 train, 12 dev, 12 test"
+
+
+def test_prompts_that_are_cut_are_reported(arguments, tmp_path, capsys):
+    assert main(arguments("--steps", "1", "--max-length", "14")) == 0
+    printed = capsys.readouterr().out
+    # half of the prompts have 14 tokens, the others 11, and an answer has one
+    assert "prompts cut on the left to 14 tokens: 6 train, 6 dev, 6 test" in printed
+    assert "prompts cut     6 train, 6 dev, 6 test" in printed
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["cut_prompts"] == {"train": 6, "dev": 6, "test": 6}
+    assert summary["max_length"] == 14
+    assert main(arguments("--steps", "1", "--overwrite")) == 0
+    assert "prompts cut" not in capsys.readouterr().out
+    for length, message in (("65", "the model takes 64 tokens at most, not 65"), ("2", "no room")):
+        assert main(arguments("--overwrite", "--max-length", length)) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_one_label_is_told_once(arguments, data, tmp_path, capsys):
+    lines = (data / "train.jsonl").read_text().splitlines()[:3]
+    alone = tmp_path / "alone.jsonl"
+    alone.write_text("\n".join(lines))
+    assert main(arguments("--dev", str(alone), "--steps", "1")) == 0
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "zo-fused: warning: only one label in dev ('negative'): nothing to tell"
+    )
+    assert error.count("\n") == 1
+
+
+# ---- what the system refuses ---------------------------------------------------------------------
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def of_rust(*_, **__):
+    raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("target", "fault", "file"),
+    [
+        ("transformers.PreTrainedModel.save_pretrained", of_rust, "checkpoint-3.tmp"),
+        ("torch.serialization._save", full, "checkpoint-3.tmp"),
+        ("matplotlib.figure.Figure.savefig", full, "out"),
+        ("os.write", full, "replay.jsonl"),
+    ],
+)
+def test_a_full_disk_is_told_with_its_file(arguments, monkeypatch, capsys, target, fault, file):
+    monkeypatch.setattr(target, fault)
+    assert main(arguments()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("zo-fused: ")
+    assert error.endswith(f"{file}: No space left on device\n")
+    assert error.count("\n") == 1
+
+
+def test_a_log_that_is_removed_under_the_run_stops_it(arguments, tmp_path, monkeypatch, capsys):
+    log = tmp_path / "out" / "replay.jsonl"
+    Stop(monkeypatch, 8, log.unlink)
+    assert main(arguments()) == 2
+    assert capsys.readouterr().err == f"zo-fused: {log}: No such file or directory\n"
+    assert not log.exists()
+    assert main(arguments("--resume")) == 2
+    assert capsys.readouterr().err == f"zo-fused: can't resume: {log} is missing\n"
+
+
+def test_a_closed_pipe_saves_and_goes_on(arguments, tmp_path, monkeypatch, capsys):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main(arguments(output=whole)) == 0
+    original = tqdm.tqdm.write
+
+    def write(bar, text):
+        if text.startswith("step 3"):
+            raise BrokenPipeError
+        original(text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tqdm.tqdm, "write", write)
+        assert main(arguments()) == 141
+    assert main(arguments("--resume")) == 0
+    assert_equal(weights(out), weights(whole))
+
+
+def test_what_is_damaged_is_told_when_a_run_is_resumed(arguments, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        Stop(patch, 9, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert main(arguments()) == 130
+    out = tmp_path / "out"
+    history, state = out / "history.jsonl", out / "checkpoint-4" / "checkpoint.pt"
+    lines = history.read_bytes()
+    content = torch.load(state, weights_only=True)
+    no_groups = {**content, "optimizer": {**content["optimizer"], "param_groups": []}}
+    for change, message in (
+        (lambda: history.write_bytes(lines + b"\xff\n"), "history.jsonl:8: not JSON"),
+        (lambda: history.write_bytes(lines + b'{"loss": 1}\n'), "history.jsonl:8: not a line of"),
+        (history.unlink, "can't read the history"),
+        (lambda: torch.save({"step": 4}, state), "checkpoint.pt is no checkpoint of zo-fused"),
+        (lambda: torch.save(no_groups, state), "can't resume from"),
+    ):
+        change()
+        capsys.readouterr()
+        assert main(arguments("--resume")) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_a_folder_that_can_not_be_written(arguments, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    assert main(arguments()) == 2
+    assert f"the directory {tmp_path / 'out'} can't be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: x")],
+)
+def test_no_memory_is_told_with_what_takes_less(arguments, monkeypatch, capsys, error):
+    def loss(*_):
+        raise error
+
+    monkeypatch.setattr(Scorer, "loss", loss)
+    assert main(arguments()) == 2
+    message = capsys.readouterr().err
+    assert f"there is not enough memory ({error}); --micro-batch-size, --max-length" in message
+    assert message.count("\n") == 1
+    monkeypatch.setattr(Scorer, "loss", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(arguments("--overwrite"))
+
+
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
 def test_schedules_are_a_function_of_the_step(name):
     def rates(start, optimizer):
@@ -551,7 +697,7 @@ def test_no_arguments_use_the_embedded_defaults(base, data, tmp_path, monkeypatc
         (["--train", "no/set", "--task", "DATA/task.json"], "'no/set' is neither a data file nor"),
         (["--dev", "missing.jsonl"], "there is no data file missing.jsonl"),
         (["--model", "./missing"], "there is no model directory ./missing"),
-        (["--model", "no/such-model"], "can't load the tokenizer of 'no/such-model'"),
+        (["--model", "no/such-model"], "can't load the configuration of 'no/such-model'"),
         (["--model", "DATA"], "is no model directory: it has no config.json"),
         (["--model", "DATA/task.json"], "is a file, not a model directory"),
         (["--output", "DATA/task.json"], "is a file, not a directory"),
@@ -562,9 +708,10 @@ def test_no_arguments_use_the_embedded_defaults(base, data, tmp_path, monkeypatc
         (["--template", "{title}", "--verbalizer", "a=x", "b=y"], "train.jsonl:1: no field"),
         (["--template", "{text}", "--verbalizer", "a=x", "b=y"], "label 'negative' has no answer"),
         (["--device", "quantum"], "'quantum' is no device"),
+        (["--device", "hpu"], "there is no device 'hpu'"),
         (["--eps", "0"], "eps must be a finite number > 0"),
         (["--lr", "-1"], "lr must be a finite number >= 0"),
-        (["--momentum", "1"], "momentum must lie in [0, 1)"),
+        (["--momentum", "1"], "momentum must be a number in [0, 1)"),
         (["--resume"], "nothing to resume"),
     ],
 )  # fmt: skip

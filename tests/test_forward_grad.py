@@ -145,3 +145,27 @@ def test_what_has_no_tangent_is_an_error_and_weights_stay() -> None:
     frozen = SmallTransformer().requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to tune"):
         zo_fused.ForwardGrad(frozen).step(lambda: frozen(tokens))
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, about its own models
+@pytest.mark.parametrize(
+    ("kind", "cure"),
+    [("qwen3_moe", "experts_implementation='eager'"), ("bloom", "no forward-mode derivative: ")],
+)
+def test_operators_without_a_tangent_are_named_with_their_cure(kind, cure):
+    pytest.importorskip("transformers")
+    import tiny_models
+
+    model = tiny_models.causal_model(kind)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    x = torch.randint(7, 100, (2, 5), generator=torch.Generator().manual_seed(0))
+    optimizer = zo_fused.ForwardGrad(model, lr=1e-6)
+    with pytest.raises(NotImplementedError) as refusal:
+        optimizer.step(lambda: model(input_ids=x, labels=x).loss)
+    assert str(refusal.value).startswith("ForwardGrad: the model uses an operator")
+    assert cure in str(refusal.value)
+    assert "attn_implementation" not in str(refusal.value)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    if kind == "qwen3_moe":
+        model.set_experts_implementation("eager")
+        assert torch.isfinite(optimizer.step(lambda: model(input_ids=x, labels=x).loss))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -335,3 +336,152 @@ def test_reader_gives_settings_to_every_event(log: Path) -> None:
     record = replay_log.read(log, 1)
     assert [e.step for e in record.events] == [0, 1]
     assert all(e.groups[0]["lr"] == 1e-2 and e.trainable == [0, 1, 2, 3] for e in record.events)
+
+
+def line(value: object) -> Callable[[Path], None]:
+    """The first event of the log is another."""
+    return lambda log: edit(log, 1, lambda _: value)
+
+
+def text_of_line(text: str) -> Callable[[Path], None]:
+    def change(log: Path) -> None:
+        lines = log.read_text().splitlines()
+        log.write_text("\n".join([lines[0], text, *lines[2:]]) + "\n")
+
+    return change
+
+
+def of_group(**values: object) -> Callable[[Path], None]:
+    return lambda log: edit(
+        log,
+        0,
+        lambda value: {**value, "groups": [{**value["groups"][0], **values}]},  # type: ignore
+    )
+
+
+def of_header(**values: object) -> Callable[[Path], None]:
+    return lambda log: edit(log, 0, header(**values))
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda log: edit(log, 0, lambda v: {k: v[k] for k in v if k != name})  # type: ignore
+
+
+EDITS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "step removed": (
+        lambda log: log.write_text("".join(log.read_text().splitlines(True)[::2])),
+        "line 2: not an event .step 1 comes where step 0 is due",
+    ),
+    "step twice": (lambda log: edit(log, 2, lambda _: [0, 1.0]), "step 0 comes where step 1 is"),
+    "step of another kind": (line([0.0, 1.0]), "step 0.0 comes where step 0 is due"),
+    "step before the first": (line([-1, 1.0]), "step -1 comes where"),
+    "first step": (of_header(first_step=-1), r"first_step must be a whole number in \[0, "),
+    "nan": (text_of_line("[0,NaN]"), "a projected gradient must be a finite number, got nan"),
+    "too large for float32": (line([0, 3.5e38]), "a finite number, got 3.5e\\+38"),
+    "infinite": (text_of_line("[0,1e999]"), "a finite number, got inf"),
+    "a number of 400 digits": (text_of_line(f"[0,1,[1{'0' * 400}]]"), "a finite number, got 1000"),
+    "text for a number": (line([0, "1.5"]), "a finite number, got '1.5'"),
+    "true for a number": (line([0, True]), "a finite number, got True"),
+    "two gradients": (line([0, [1.0, 1.0]]), "it has 2 projected gradients, not 1"),
+    "a query that the run lacks": (line([0, 1.0, [[1, 7]]]), "a query must be a whole number in"),
+    "a block that the run lacks": (line([0, 1.0, [[1, 0, 3]]]), "there is no block 3"),
+    "coefficients": (line([0, 1.0, [{"at": [1, 2]}]]), "at has 2 values, not 1"),
+    "no path": (line([0, "restore"]), "a restore has no path"),
+    "no event": (line([0]), "it has 1 values, not two or three"),
+    "position": (line({"trainable": [4]}), r"a position in trainable must .* \[0, 4\), got 4"),
+    "position twice": (line({"trainable": [1, 1]}), "trainable has a position twice"),
+    "settings": (line({"seed": 1}), "there is no setting 'seed'"),
+    "groups": (line({"groups": []}), "there are 0 groups, not 1"),
+    "lr": (of_group(lr=-1.0), "lr is -1.0"),
+    "eps": (of_group(eps=0), "eps is 0"),
+    "lr that is no number": (of_group(lr=math.nan), "lr must be a finite number, got nan"),
+    "block": (of_group(block=0.5), "block must be a whole number, got 0.5"),
+    "hyper-parameter": (of_group(momentum=[0.9]), "momentum must be a finite number, got "),
+    "hyper-parameters": (line({"groups": [{"lr": 1.0}]}), "a group lacks one of"),
+    "nothing that moves": (line({"trainable": []}), "nothing is trainable"),
+    "seed": (of_header(seed="3"), "line 1: not a header .seed must be a whole number in"),
+    "no groups": (without("groups"), "line 1: not a header .groups is missing"),
+    "no parameters": (of_header(parameters=[]), "parameters must not be empty"),
+    "parameters": (of_header(parameters=[["a", [1], "float32", 1]]), "the group of a parameter"),
+    "queries": (of_header(options={"queries": 10**9}), r"queries must .* \[0, 1048576\)"),
+    "brackets": (text_of_line("[" * 100_000), "line 2: not JSON"),
+    "encoding": (lambda log: log.write_bytes(log.read_bytes() + b"\xff\n"), "line 4: not JSON"),
+    "number of digits": (text_of_line(f"[{'1' * 9999},1]"), "line 2: not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edited_logs_are_refused_and_weights_stay(log: Path, name: str) -> None:
+    change, message = EDITS[name]
+    change(log)
+    base = network()
+    with pytest.raises(ValueError, match=message) as refused:
+        zo_fused.replay(base, log)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 300 + len(str(log))
+    assert same(base, network())
+
+
+# ---- a log that is gone or changed under the run ------------------------------------------------
+
+
+def removed(log: Path) -> None:
+    log.unlink()
+
+
+def replaced(log: Path) -> None:
+    log.unlink()
+    METHODS["MeZO"](network()).start_log(log)
+
+
+def shortened(log: Path) -> None:
+    """By a line as long as the next."""
+    log.write_text("".join(log.read_text().splitlines(True)[:-1]))
+
+
+@pytest.mark.parametrize("change", [removed, replaced, shortened])
+def test_nothing_is_written_after_lines_that_are_gone(
+    log: Path, change: Callable[[Path], None]
+) -> None:
+    opt = METHODS["MeZO"](network())
+    opt.start_log(log)
+    for _ in range(2):
+        opt.step(lambda: 0.0)  # lines of one length
+    change(log)
+    left = log.read_text() if log.exists() else None
+    for _ in range(2):
+        with pytest.raises(OSError, match="jsonl"):
+            opt.step(lambda: 0.0)
+    assert (log.read_text() if log.exists() else None) == left
+
+
+def test_nothing_is_written_after_a_line_that_found_no_room(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opt = METHODS["MeZO"](network())
+    opt.start_log(log)
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda file, text: write(file, text[:3]))
+        with pytest.raises(OSError, match="could not be written whole"):
+            opt.step(lambda: 0.0)
+    with pytest.raises(OSError, match="could not be written whole"):
+        opt.step(lambda: 0.0)
+
+
+def test_a_line_that_can_t_be_written_leaves_a_whole_step(tmp_path: Path) -> None:
+    """The weights have made the step, and so has the optimizer's count; the log is closed by hand."""
+    model, twin = network(), network()
+    opt, alike = zo_fused.MeZO(model, lr=1e-2), zo_fused.MeZO(twin, lr=1e-2)
+    opt.start_log(tmp_path / "log.jsonl")
+    opt.step(loss_of(model))
+    (tmp_path / "log.jsonl").unlink()
+    with pytest.raises(OSError, match=r"log\.jsonl"):
+        opt.step(loss_of(model))
+    opt.close_log()
+    opt.step(loss_of(model))
+    for _ in range(3):
+        alike.step(loss_of(twin))
+    assert opt.step_count == 3
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)

@@ -1,5 +1,6 @@
 """Data, prompts, encoding, scores, batch order and report of `zo_fused.task`."""
 
+import csv
 import json
 import math
 
@@ -123,7 +124,13 @@ def test_examples_keep_every_field_and_blank_lines_are_skipped(tmp_path):
         (b'{"text": ["x"], "label": "positive"}', "field 'text' is not text but a list"),
         (b'{"text": "x", "label": "odd"}', "label 'odd' has no answer in the verbalizer, which has 'negative', 'positive'"),  # noqa: E501
         (b'{"text": "x", "label": 1.5}', "field 'label' is no label but a number"),
-        (b'{"text": "x", "label": true}', "field 'label' is no label but true or false"),
+        (b'{"text": "x", "label": true}', "label 'true' has no answer in the verbalizer, which"),
+        (b'{"text": "x", "label": {}}', "field 'label' is no label but an object"),
+        (b'{"text": NaN, "label": "positive"}', "field 'text' is not text but nan"),
+        (b'{"text": "\\ud83d", "label": "positive"}', "field 'text' is not text but half a char"),
+        (b'{"text": "a\x00", "label": "positive"}', "not JSON (Invalid control character at"),
+        (b"[" * 100_000, "not JSON ("),
+        (b'{"text": ' + b"1" * 9999 + b"}", "not JSON (Exceeds the limit"),
     ],
 )  # fmt: skip
 def test_a_bad_line_is_told_with_its_number(tmp_path, line, message):
@@ -145,6 +152,109 @@ def test_bad_sources_are_refused(tmp_path):
         read_examples(str(tmp_path), SENTIMENT, "dev")
     with pytest.raises(UserError, match="shows the answer"):
         read_examples(str(tmp_path), SENTIMENT, "dev", label_field="text")
+
+
+RECORDS = [{"text": 'Fine, "so"\nfine.', "label": "positive"}, {"text": "", "label": "negative"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.json", json.dumps(RECORDS)),
+        ("x.jsonl", json.dumps(RECORDS, indent=1)),
+        ("x.json", json.dumps({"version": 1, "data": RECORDS})),
+        ("x.json", json.dumps({"version": [], "data": RECORDS}["data"], indent=2)),
+        ("x.json", "\n".join(map(json.dumps, RECORDS))),
+        ("x.csv", 'label,text\npositive,"Fine, ""so""\nfine."\n\nnegative,\n'),
+        ("x.csv", '\ufefftext,label\r\n"Fine, ""so""\nfine.",positive\r\n"",negative'),
+        ("x.TSV", 'label\ttext\npositive\t"Fine, ""so""\nfine."\nnegative\t\n'),
+    ],
+)
+def test_arrays_and_tables_are_the_same_records(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content.encode())
+    examples = read_examples(str(path), SENTIMENT)
+    assert [(example.fields, example.label) for example in examples] == [
+        (record, record["label"]) for record in RECORDS
+    ]
+
+
+def test_a_file_of_one_record(tmp_path):
+    path = tmp_path / "x.json"
+    for text in (GOOD, json.dumps(json.loads(GOOD), indent=1)):
+        path.write_text(text)
+        (example,) = read_examples(str(path), SENTIMENT)
+        assert example.fields["id"] == 7
+
+
+def test_parquet(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=["negative", "positive"])
+    )
+    rows = {"text": ["Bad.", "Good."], "label": [0, 1]}
+    path = tmp_path / "train.parquet"
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    assert [e.label for e in read_examples(str(tmp_path), SENTIMENT)] == list(ANSWERS)
+    datasets.Dataset.from_dict({"text": ["x"], "label": [b"x"]}).to_parquet(path)
+    with pytest.raises(UserError, match=r"parquet row 1: field 'label' is no label but a bytes"):
+        read_examples(str(path), SENTIMENT)
+    path.write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"can't read .*train.parquet: "):
+        read_examples(str(path), SENTIMENT)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.json", b'[\n{"text": "a",\n"label" 1}]', ":3: not JSON (Expecting ':' delim"),
+        ("x.json", b'[{"text": "a", "label": "positive"}, 3]', " record 2: not a JSON object but"),
+        ("x.json", b"[]", " holds no examples"),
+        ("x.json", b"", " holds no examples"),
+        ("x.json", b'{"train": [], "test": []}', ":1: no field 'text' (the template uses it); its"),
+        ("x.txt", b"It was good", ":1: not JSON (Expecting value: column 1); data files end in"),
+        ("x.csv", b"", " holds no examples"),
+        ("x.csv", b"Good.,positive\nBad,negative", ":2: no field 'text' (the template uses it); "
+            "its fields are: 'Good.', 'positive' (the first line of a table must name them)"),
+        ("x.csv", b"text,label,text\n", ":1: two columns have the name 'text'"),
+        ("x.csv", b"text,label,\n", ":1: a column has no name"),
+        ("x.csv", b"text,label\n\nfine\n", ":3: 1 values, but the first line names 2 columns"),
+        ("x.csv", b'text,label\n"a\nb",positive\na,b,c', ":4: 3 values, but"),
+        ("x.csv", b'text,label\n"a,positive\nb,positive\n', ":2: not a row of a table (unexp"),
+        ("x.csv", b"text,label\na,\xff", ":2: not UTF-8 text"),
+        ("x.csv", b"text,label\nfine,", ":2: label '' has no answer in the verbalizer"),
+    ],
+)  # fmt: skip
+def test_bad_arrays_and_tables_are_told_with_their_place(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read_examples(str(path), SENTIMENT)
+    assert str(error.value).startswith(f"{path}{message}")
+    assert "\n" not in str(error.value)
+
+
+def test_long_values_and_nul_bytes_of_tables_are_text(tmp_path):
+    limit = csv.field_size_limit()
+    (tmp_path / "train.csv").write_text("text,label\n" + "long " * 99_999 + "\0,positive\n")
+    (example,) = read_examples(str(tmp_path), SENTIMENT)
+    assert example.fields["text"] == "long " * 99_999 + "\0"
+    assert csv.field_size_limit() == limit
+    (tmp_path / "train.json").write_text("[]")
+    with pytest.raises(UserError, match=r"has both train\.json and train\.csv"):
+        read_examples(str(tmp_path), SENTIMENT)
+
+
+@pytest.mark.parametrize("keys", [("false", "true"), ("False", "TRUE"), ("0", "1"), ("0.0", "1.0")])
+def test_labels_are_the_same_however_they_are_written(tmp_path, keys):
+    task = Task("{text} It was", dict(zip(keys, (" bad", " good"), strict=True)))
+    written = [True, "true", "True"] if keys[1].isalpha() else [1, 1.0, "1", "1.0"]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "a", "label": label}) for label in written))
+    assert {example.label for example in read_examples(str(path), task)} == {keys[1]}
+    twice = Task("{text}", {"1": "a", "1.0": "b", "true": "c"})
+    with pytest.raises(UserError, match=r"labels '1' and '1\.0' of the verbalizer are the same"):
+        read_examples(str(path), twice)
 
 
 @pytest.fixture
@@ -296,10 +406,13 @@ def test_long_prompts_are_cut_on_the_left():
     cut = made.prompt_ids("good " * 50 + "It was")
     assert len(cut) + max(map(len, made.answers)) == 20
     assert cut == full[:1] + full[-17:]
+    assert made.cut == 1
+    assert len(made.prompt_ids("It was")) < made.room
+    assert made.cut == 1
 
 
 def test_encoding_errors():
-    with pytest.raises(UserError, match="no room for a prompt: the model takes 3 tokens"):
+    with pytest.raises(UserError, match="no room for a prompt: there are 3 tokens for both"):
         encoder("{text} It was", [" great", " good good"], max_length=3)
     tokenizer = sentencepiece_like_tokenizer()
     with pytest.raises(UserError, match=r"same tokens of the answers ' odd' and ' even'"):
@@ -588,19 +701,39 @@ def test_history_survives_a_kill_and_drops_later_steps(tmp_path):
     path = tmp_path / "history.jsonl"
     history = History(path)
     history.add(step=0, dev_accuracy=0.5)
-    history.add(step=1, loss=math.nan, projected_grad=math.nan, seconds=0.1)
-    history.add(step=2, loss=0.5, projected_grad=1.0, seconds=0.1)
+    history.add(step=1, loss=math.nan, projected_grad=math.nan, forwards=2, seconds=0.1)
+    history.add(step=2, loss=0.5, projected_grad=1.0, forwards=2, seconds=0.1)
     history.close()
     with path.open("a") as file:
         file.write('{"step": 3, "lo')
     assert [json.loads(line) for line in path.read_text().splitlines()[:3]] == read_history(path)
     resumed = History(path, step=1)
-    resumed.add(step=2, loss=0.25, projected_grad=1.0, seconds=0.1)
+    resumed.add(step=2, loss=0.25, projected_grad=1.0, forwards=2, seconds=0.1)
     resumed.close()
     assert resumed.losses() == [(1, None), (2, 0.25)]
     assert resumed.accuracies("dev") == [(0, 0.5)]
     assert read_history(path) == resumed.entries
     assert [p.name for p in tmp_path.iterdir()] == ["history.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"\xff", "not JSON ('utf-8' codec can't decode"),
+        (b"{", "not JSON (Expecting"),
+        (b"[1]", "not a line of a history"),
+        (b'{"dev_accuracy": 0.5}', "not a line of a history"),
+        (b'{"step": 2, "dev_accuracy": "0.5"}', "not a line of a history"),
+        (b'{"step": 2, "loss": 0.5}', "not a line of a history"),
+        (b'{"step": 2, "loss": 0.5, "projected_grad": 1, "forwards": "2", "seconds": 1}', "not a "),
+    ],
+)
+def test_a_damaged_history_is_told_with_its_line(tmp_path, line, message):
+    path = tmp_path / "history.jsonl"
+    path.write_bytes(b'{"step": 0, "dev_accuracy": 0.5}\n' + line + b"\n")
+    with pytest.raises(UserError) as error:
+        read_history(path)
+    assert str(error.value).startswith(f"{path}:2: {message}")
 
 
 def test_json_is_strict():

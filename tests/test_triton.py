@@ -25,6 +25,9 @@ from zo_fused_kernels import table as tables  # noqa: E402
 
 from zo_fused.backends import triton as backend  # noqa: E402
 
+UNFIT = backend.interpreter_fails()
+pytestmark = pytest.mark.skipif(UNFIT is not None, reason=str(UNFIT))
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCK = launch.NOISE_BLOCK
 ID = as_int64(0xFEDC_BA98_7654_3210)

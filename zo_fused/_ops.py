@@ -26,6 +26,7 @@ What each computes, to the bit, is in `zo_fused.reference`.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -116,6 +117,8 @@ def _route(name: str, args: tuple[Any, ...]) -> None:
         for tensor, copy in zip(tensors, copies, strict=True):
             if copy is not tensor:
                 tensor.copy_(copy)
+    versioned = [tensor for tensor in chain.from_iterable(written) if not tensor.is_inference()]
+    torch.autograd.graph.increment_version(versioned)  # for graphs that saved them
 
 
 def _define(name: str) -> None:

@@ -1,14 +1,15 @@
 """Which backend serves which device. Floor 3.
 
 A backend that was asked for works or raises its reason; one chosen automatically is visible
-through `backend_of` and ``zo-fused doctor``. A new backend is a module in ``zo_fused/backends``
-and a name here.
+through `backend_of` and ``zo-fused doctor``, and where only the slow reference is left a warning
+says why. A new backend is a module in ``zo_fused/backends`` and a name here.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from types import ModuleType
 
 import torch
@@ -19,6 +20,7 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 _forced: str | None = _env.forced_backend()
+_said: set[str] = set()  # warnings, so that none comes twice in a process
 
 
 def set_backend(name: str | None) -> str | None:
@@ -47,6 +49,46 @@ def why_not(name: str, device_type: str) -> str | None:
     return load(name).why_not(device_type)
 
 
+def why_slow(device_type: str) -> str | None:
+    """Why nothing faster than the reference serves the device type, with the cures; None if
+    something does, or nothing could."""
+    reasons = []
+    for name in _PREFERENCE.get(device_type, ()):
+        if name == "reference":
+            break
+        reason = why_not(name, device_type)
+        if reason is None:
+            return None
+        reasons.append(reason)
+    return ". Or: ".join(reasons) or None
+
+
+def doubt(name: str) -> str | None:
+    """What may go wrong with a backend although it serves, in one sentence."""
+    find = getattr(load(name), "doubt", None)
+    return None if find is None else find()
+
+
+def _warn(sentence: str) -> None:
+    if sentence not in _said:
+        _said.add(sentence)
+        warnings.warn(sentence, RuntimeWarning, stacklevel=3)
+
+
+def _chosen(name: str, device_type: str) -> ModuleType:
+    """The backend's module, after a warning if there is a reason for one."""
+    slow = why_slow(device_type) if name == "reference" and _forced is None else None
+    if slow is not None:
+        _warn(
+            f"the slow reference serves {device_type!r} tensors: {slow}. "
+            'ZO_FUSED_BACKEND=reference or zo_fused.set_backend("reference") chooses it silently'
+        )
+    doubtful = doubt(name)
+    if doubtful is not None:
+        _warn(doubtful)
+    return load(name)
+
+
 @functools.lru_cache(maxsize=None)
 def select(device_type: str) -> ModuleType:
     """The backend for a device type.
@@ -64,7 +106,7 @@ def select(device_type: str) -> ModuleType:
     for name in names:
         reason = why_not(name, device_type)
         if reason is None:
-            return load(name)
+            return _chosen(name, device_type)
         reasons.append(f"{name}: {reason}")
     raise RuntimeError(f"no backend for {device_type!r} tensors. " + "; ".join(reasons))
 

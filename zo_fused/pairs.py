@@ -53,8 +53,10 @@ def run_pair(function: Callable[..., Any], stacks: Sequence[Sequence[Tensor]]) -
                 "paired=True needs a closure that returns the loss as a tensor: "
                 f".item() and float() cannot be batched ({reason})"
             ) from error
-        if "vmap" in reason or "atching rule" in reason:
-            raise RuntimeError(f"{_NEEDS}: {reason}; use paired=False") from error
+        if any(part in reason for part in ("vmap", "atching rule", "doesn't have storage")):
+            experts = "nonzero" in reason or "grouped_mm" in reason
+            cure = "experts_implementation='batched_mm', or " if experts else ""
+            raise RuntimeError(f"{_NEEDS}: {reason}; use {cure}paired=False") from error
         raise
 
 

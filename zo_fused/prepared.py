@@ -44,6 +44,7 @@ class Prepared:
 
     _checked: Checked
     _seen: tuple[int, ...]  # addresses of what is written
+    _versioned: list[Tensor]  # what autograd must be told of
     _freed: list[Any]  # dead references to storages; not empty: memory was freed
     _backend: Any  # whose sweep it is; None: not made yet
     _sweep: Callable[..., None]
@@ -72,10 +73,12 @@ class Prepared:
         """
         self.look_again()
         self._swept(check_rows(self._checked, *rows, **options), rows, options)
+        torch.autograd.graph.increment_version(self._versioned)
 
     def run(self, *rows: Any, **options: Any) -> None:
-        """Sweep, for callers who know that the rows fit and call `look_again` when tensors may have
-        moved: here only freed memory is noticed. A transform is given by name."""
+        """Sweep, for callers who know that the rows fit, call `look_again` when tensors may have
+        moved and tell autograd what was written: here only freed memory is noticed. A transform is
+        given by name."""
         if self._freed:
             self._look()
             check_rows(self._checked, *rows, **options)
@@ -104,6 +107,7 @@ class Prepared:
         storages = (tensor.untyped_storage() for tensor in self._written)
         self._watched = [weakref.ref(storage, self._freed.append) for storage in storages]
         self._seen = _addresses(self._written)
+        self._versioned = [tensor for tensor in self._written if not tensor.is_inference()]
 
     def _made_by(self, backend: Any) -> Callable[..., None]:
         arguments = (self._name, self._lists, self._ids, self._offsets)

@@ -17,14 +17,35 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 FORMAT = "zo_fused replay log"
 VERSION = 1
 USUAL_PATH = [1.0, -1.0]  # where a header has none
+
+
+Settings = dict[str, Any]  # the values of these names, as the log has them
+_SETTINGS = ("groups", "trainable", "in_place")
+_FORMS = {
+    "method": str,
+    "base": str,
+    "options": dict,
+    "parameters": list,
+    "groups": list,
+    "trainable": list,
+    "in_place": list,
+}
+_UNSIGNED = {"seed": 64, "first_step": 63}  # bits
+_NUMBERS = {"lr", "eps", "weight_decay", "momentum", "dampening", "adam_eps"}  # none below 0
+_PAIRS = {"betas"}
+_WHOLE = {"block", "rank", "interval"}
+# No run has so many directions a step: a damaged header must not fill the memory.
+_MOST_QUERIES = 1 << 20
+_FLOAT32_INFINITY = float((2**24 - 0.5) * 2.0**104)  # from here on a number rounds to it
 
 
 @dataclass
@@ -48,47 +69,216 @@ class Log:
     events: list[Event] = field(default_factory=list)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str, Any]]:
-    """Number, text and value of every complete line."""
-    with open(path, encoding="utf-8") as file:
-        for number, text in enumerate(file, 1):
-            if not text.endswith("\n"):
-                return  # cut off by a kill
-            try:
-                yield number, text, json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+# ---- reading ------------------------------------------------------------------------------------
 
 
-def _check_header(path: Path, header: Any, contract: int) -> None:
+def _must(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _whole(value: Any, what: str, below: int) -> int:
+    # not isinstance: True is no number here
+    inside = type(value) is int and 0 <= value < below
+    _must(inside, f"{what} must be a whole number in [0, {below}), got {_short(value)}")
+    return int(value)
+
+
+def _number(value: Any, what: str, below: float = sys.float_info.max) -> float:
+    finite = type(value) in (int, float) and abs(value) < below
+    _must(finite, f"{what} must be a finite number, got {_short(value)}")
+    return float(value)
+
+
+def _list(value: Any, what: str) -> list[Any]:
+    _must(isinstance(value, list), f"{what} must be a list, got {_short(value)}")
+    return list(value)
+
+
+class _Reader:
+    """What the lines after a header must be."""
+
+    def __init__(self, header: dict[str, Any]) -> None:
+        for name, form in _FORMS.items():
+            _must(name in header, f"{name} is missing")
+            right = isinstance(header[name], form)
+            _must(right, f"{name} must be a {form.__name__}, got {_short(header[name])}")
+        for name, bits in _UNSIGNED.items():
+            _whole(header.get(name), name, 1 << bits)
+        self._groups = len(header["groups"])
+        _must(self._groups > 0, "groups must not be empty")
+        self._owners = [self._owner(row) for row in header["parameters"]]
+        _must(bool(self._owners), "parameters must not be empty")
+        options = header["options"]
+        for name, value in options.items():
+            _scalar(value, name)
+        self._queries = _whole(options.get("queries", 1), "queries", _MOST_QUERIES)
+        self._simultaneous = options.get("block_order") == "simultaneous"
+        self.settings = self._changed({name: header[name] for name in _SETTINGS}, {})
+        self.usual_path = self._path(header.get("path", USUAL_PATH))
+        self._next_step: int = header["first_step"]
+
+    def _owner(self, row: Any) -> int:
+        """The group of a parameter."""
+        right = (
+            isinstance(row, list)
+            and len(row) == 4
+            and isinstance(row[0], str | None)
+            and isinstance(row[1], list)
+            and isinstance(row[2], str)
+        )
+        _must(right, f"a parameter must be [name, shape, dtype, group], got {_short(row)}")
+        for length in row[1]:
+            _whole(length, "a length in a shape", 1 << 63)
+        return _whole(row[3], "the group of a parameter", self._groups)
+
+    def line(self, value: Any) -> Event | None:
+        """The event of a line; None: from here on the settings are others."""
+        if isinstance(value, dict):
+            self.settings = self._changed(value, self.settings)
+            return None
+        fields = _list(value, "a line")
+        _must(len(fields) in (2, 3), f"it has {len(fields)} values, not two or three")
+        step, what, *rest = fields
+        restored = what == "restore"
+        _must(bool(rest) or not restored, "a restore has no path")
+        right = type(step) is int and step == self._next_step
+        _must(right, f"step {_short(step)} comes where step {self._next_step} is due")
+        path = self._path(rest[0]) if rest else self.usual_path
+        grads = None if restored or what is None else self._grads(what)
+        self._next_step += not restored
+        return Event(step, path, grads, restored, **self.settings)
+
+    def _changed(self, changes: dict[str, Any], settings: Settings) -> Settings:
+        _must(bool(changes), "it changes nothing")
+        for name, value in changes.items():
+            _must(name in _SETTINGS, f"there is no setting {_short(name)}")
+            _list(value, name)
+            if name == "groups":
+                count = f"there are {len(value)} groups, not {self._groups}"
+                _must(len(value) == self._groups, count)
+                for group in value:
+                    _check_group(group, settings["groups"][0] if settings else {})
+            else:
+                places = [
+                    _whole(place, f"a position in {name}", len(self._owners)) for place in value
+                ]
+                _must(len(set(places)) == len(places), f"{name} has a position twice")
+                _must(bool(places) or name != "trainable", "nothing is trainable")
+        return settings | changes
+
+    def _path(self, value: Any) -> list[Any]:
+        return [self._perturbation(entry) for entry in _list(value, "the path")]
+
+    def _perturbation(self, entry: Any) -> Any:
+        if isinstance(entry, dict):
+            _must(entry.keys() == {"at"}, f"{_short(entry)} is no perturbation")
+            at = [_number(x, "a coefficient") for x in _list(entry["at"], "at")]
+            _must(len(at) == self._groups, f"at has {len(at)} values, not {self._groups}")
+            return {"at": at}
+        if not isinstance(entry, list):
+            return [_number(entry, "a sign")]
+        _must(len(entry) in (2, 3), f"{_short(entry)} is no perturbation")
+        sign, query = _number(entry[0], "a sign"), _whole(entry[1], "a query", self._queries)
+        if len(entry) == 2:
+            return [sign, query]
+        known = type(entry[2]) is int and entry[2] in self._blocks()
+        _must(known, f"there is no block {_short(entry[2])}")
+        return [sign, query, entry[2]]
+
+    def _blocks(self) -> set[int]:
+        """Of the parameters that move."""
+        groups = self.settings["groups"]
+        return {groups[self._owners[p]].get("block", 0) for p in self.settings["trainable"]}
+
+    def _grads(self, value: Any) -> list[float]:
+        values = value if isinstance(value, list) else [value]
+        wanted = self._queries * (len(self._blocks()) if self._simultaneous else 1)
+        _must(len(values) == wanted, f"it has {len(values)} projected gradients, not {wanted}")
+        return [_number(x, "a projected gradient", _FLOAT32_INFINITY) for x in values]
+
+
+def _check_group(group: Any, example: dict[str, Any]) -> None:
+    """Refuses hyper-parameters with which a step would fail or destroy the weights."""
+    _must(isinstance(group, dict), f"a group must be an object, got {_short(group)}")
+    _must(group.keys() >= example.keys() | {"lr"}, f"a group lacks one of {list(example)}")
+    for name, value in group.items():
+        if name in _WHOLE:
+            whole = type(value) is int and (value > 0 or name == "block")
+            _must(whole, f"{name} must be a whole number, got {_short(value)}")
+        elif name in _PAIRS:
+            _must(len(_list(value, name)) == 2, f"{name} must be two numbers, got {_short(value)}")
+            for one in value:
+                _number(one, name)
+        elif name in _NUMBERS:
+            # an eps of 0 would be divided by
+            right = _number(value, name) > 0 or (value == 0 and name != "eps")
+            _must(right, f"{name} is {_short(value)}")
+        else:
+            _scalar(value, name)
+
+
+def _scalar(value: Any, what: str) -> None:
+    if not isinstance(value, str | bool | None):
+        _number(value, what)
+
+
+def _check_format(path: Path, header: Any, contract: int) -> None:
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"{path} is not a zo_fused replay log")
     for name, known in (("version", VERSION), ("contract", contract)):
         if header.get(name) != known:
             raise ValueError(
-                f"{path} was written with {name} {header.get(name)}; "
+                f"{path} was written with {name} {_short(header.get(name))}; "
                 f"this zo_fused reads {name} {known}"
             )
 
 
-Settings = dict[str, Any]  # the values of these names, as the log has them
-_SETTINGS = ("groups", "trainable", "in_place")
+class Line(NamedTuple):
+    """A complete line of a log."""
+
+    text: bytes
+    header: dict[str, Any]
+    settings: Settings  # from here on
+    event: Event | None  # None: the header, or a change of settings
 
 
-def _numbers(value: Any) -> list[float]:
-    return [float(x) for x in (value if isinstance(value, list) else [value])]
+def _lines(path: Path, contract: int) -> Iterator[Line]:
+    """The lines one after the other, as far as they are looked at.
 
-
-def _perturbation(value: Any) -> Any:
-    return {"at": _numbers(value["at"])} if isinstance(value, dict) else _numbers(value)
-
-
-def _event(value: Any, settings: Settings, usual_path: list[Any]) -> Event:
-    step, what, *rest = value
-    path = [_perturbation(x) for x in (rest[0] if rest else usual_path)]
-    restored = what == "restore"
-    grads = None if restored or what is None else _numbers(what)
-    return Event(int(step), path, grads, restored, **settings)
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a log, of another version, or damaged (with the line number).
+    """
+    reader: _Reader | None = None
+    header: dict[str, Any] = {}
+    with open(path, "rb") as file:
+        for number, text in enumerate(file, 1):
+            if not text.endswith(b"\n"):
+                break  # cut off by a kill
+            try:
+                value = json.loads(text.decode())
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+            if reader is None:
+                _check_format(path, value, contract)
+            event = None
+            try:
+                if reader is None:
+                    header, reader = value, _Reader(value)
+                else:
+                    event = reader.line(value)
+            except (ValueError, RecursionError) as error:
+                what = "a header" if reader is None else "an event"
+                raise ValueError(f"{path}, line {number}: not {what} ({error})") from None
+            yield Line(text, header, reader.settings, event)
+    if reader is None:
+        raise ValueError(f"{path} is not a zo_fused replay log: it has no complete header line")
 
 
 def read(path: str | os.PathLike[str], contract: int) -> Log:
@@ -98,35 +288,28 @@ def read(path: str | os.PathLike[str], contract: int) -> Log:
         FileNotFoundError: no such file.
         ValueError: not a log, of another version, or damaged (with the line number).
     """
-    path = Path(path)
-    log: Log | None = None
-    settings: Settings = {}
-    for number, _, value in _lines(path):
-        if log is None:
-            _check_header(path, value, contract)
-            log = Log(value)
-            settings = {name: value[name] for name in _SETTINGS}
-            log.header.setdefault("path", USUAL_PATH)
-            continue
-        try:
-            if isinstance(value, dict):
-                settings = settings | {name: value[name] for name in _SETTINGS if name in value}
-            else:
-                log.events.append(_event(value, settings, log.header["path"]))
-        except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(f"{path}, line {number}: not an event ({error})") from None
-    if log is None:
-        raise ValueError(f"{path} is not a zo_fused replay log: it has no complete header line")
+    lines = _lines(Path(path), contract)
+    log = Log({"path": USUAL_PATH} | next(lines).header)
+    log.events += [line.event for line in lines if line.event is not None]
     return log
 
 
+# ---- writing ------------------------------------------------------------------------------------
+
+
 class Writer:
-    """Writes a log as the run goes. The file is closed between lines, so nothing is left behind."""
+    """Writes a log as the run goes. The file is closed between lines, so nothing is left behind;
+    but it must stay the file that it was: another would lack the header.
+
+    Raises:
+        OSError: from a method, a line can't be written, or the file is gone or was changed.
+    """
 
     def __init__(self, path: Path, settings: Settings, usual_path: list[Any]) -> None:
         self._path = path
         self._settings = settings
         self._usual_path = usual_path
+        self._size = path.stat().st_size  # a cheap sign of whether it is still the same file
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> Writer:
@@ -151,40 +334,39 @@ class Writer:
             restores: restores since the last of them, which the weights have seen as well.
 
         Raises:
-            ValueError: the log is of another run, or misses steps.
+            FileNotFoundError: no such file.
+            ValueError: the log is damaged, of another run, or misses steps.
         """
         path = Path(path)
-        kept: list[str] = []
+        kept: list[bytes] = []
         settings: Settings = {}
         usual_path: list[Any] = []  # the file's, whatever the present one is
         next_step = -1
-        for number, text, value in _lines(path):
-            if number == 1:
-                _check_header(path, value, header["contract"])
+        for line in _lines(path, header["contract"]):
+            event = line.event
+            if not kept:
                 for name in ("method", "seed", "options", "parameters"):
-                    if value[name] != header[name]:
+                    if line.header[name] != header[name]:
                         raise ValueError(f"{path} is the log of another run: {name} differs")
-                settings = {name: value[name] for name in _SETTINGS}
-                usual_path = value.get("path", USUAL_PATH)
-                next_step = value["first_step"]
-            elif isinstance(value, dict):
-                settings |= {name: value[name] for name in _SETTINGS if name in value}
-            elif value[0] > step or (value[0] == step and value[1] != "restore"):
-                break
-            elif value[0] == step:
-                if restores == 0:
+                usual_path = line.header.get("path", USUAL_PATH)
+                next_step = line.header["first_step"]
+            elif event is not None and not event.restored:
+                if event.step >= step:
+                    break
+                next_step = event.step + 1
+            elif event is not None and event.step >= step:
+                if event.step > step or restores == 0:
                     break
                 restores -= 1
-            elif value[1] != "restore":
-                next_step = value[0] + 1
-            kept.append(text)
+            settings = line.settings
+            kept.append(line.text)
         if next_step != step:
             raise ValueError(
                 f"{path} can't be continued at step {step}: its last complete step before that "
                 f"leads to step {next_step}"
             )
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.write_bytes(b"".join(kept))
         os.replace(temporary, path)
         return cls(path, settings, usual_path)
 
@@ -215,5 +397,20 @@ class Writer:
         self._settings = settings
 
     def _write(self, value: Any) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(value, separators=(",", ":")) + "\n")
+        text = (json.dumps(value, separators=(",", ":")) + "\n").encode()
+        size, self._size = self._size, -1  # no line may follow one that is not there
+        try:
+            file = os.open(self._path, os.O_WRONLY | os.O_APPEND)  # makes none where it is gone
+            try:
+                whole = os.fstat(file).st_size == size and os.write(file, text) == len(text)
+            finally:
+                os.close(file)
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
+        if not whole:  # the disk is full, another run's file lies there, or it was edited
+            raise OSError(
+                f"{self._path}: a line of the replay log could not be written whole, or something "
+                "else wrote there"
+            )
+        self._size = size + len(text)

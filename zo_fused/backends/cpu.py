@@ -7,7 +7,6 @@ makes the table. The functions on lists do it at every call, `zo_fused.prepared`
 
 from __future__ import annotations
 
-import importlib
 from array import array
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -17,27 +16,24 @@ import torch
 from torch import Tensor
 
 from zo_fused.arguments import Lists, split
+from zo_fused.backends import extension
 
 TRANSFORMS = ("portable", "rademacher")  # as in `Transform` of csrc/element.h
 RULES = ("momentum", "sign", "adam")  # as in `Rule` there
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # as in csrc/cpu/sweeps.h
 
-_import_error: str | None = None
-try:
-    importlib.import_module("zo_fused._C")  # registers zo_fused_C::*
-except ImportError as error:
-    _import_error = str(error)
+EXTENSION = "zo_fused._C"
+_BUILD = "`pip install --no-build-isolation .` in a clean source tree, with a C++ compiler"
+
+import_error = extension.load(EXTENSION)  # registers zo_fused_C::*
 
 
 def why_not(device_type: str) -> str | None:
     """None if this backend serves the device, else the reason."""
     if device_type != "cpu":
         return f"the cpu backend serves CPU tensors, not {device_type!r}"
-    if _import_error is not None:
-        return (
-            f"the C++ extension zo_fused._C is not built ({_import_error}); build it with "
-            "`pip install --no-build-isolation -e .` in a checkout with a C++ compiler"
-        )
+    if import_error is not None:
+        return extension.why_not("the C++ extension", EXTENSION, import_error, _BUILD)
     return None
 
 

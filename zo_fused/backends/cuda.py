@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zo_fused.backends import extension
 from zo_fused.multi_tensor import MultiTensor
 from zo_fused.table import Launch
 
@@ -18,23 +18,21 @@ _RULES = {"momentum": 0, "sign": 1, "adam": 2}
 TRANSFORMS = ("portable", "rademacher", "fast")
 _NOTHING, _FLOAT32, _LIKE_WEIGHTS = range(3)
 
-_import_error: str | None = None
-try:
-    importlib.import_module("zo_fused._CUDA")  # registers zo_fused_CUDA::*
-except ImportError as error:
-    _import_error = str(error)
+EXTENSION = "zo_fused._CUDA"
+_BUILD = (
+    "`ZO_FUSED_NATIVE=cuda pip install --no-build-isolation .` in a clean source tree, with nvcc "
+    "on the PATH"
+)
+
+import_error = extension.load(EXTENSION)  # registers zo_fused_CUDA::*
 
 
 def why_not(device_type: str) -> str | None:
     """None if this backend serves the device, else the reason."""
     if device_type != "cuda" or torch.version.hip is not None:
         return "the cuda backend serves tensors on NVIDIA GPUs"
-    if _import_error is not None:
-        return (
-            f"the CUDA extension zo_fused._CUDA is not built ({_import_error}); build it with "
-            "`ZO_FUSED_NATIVE=cuda pip install --no-build-isolation -e .` in a checkout, with "
-            "nvcc on the PATH"
-        )
+    if import_error is not None:
+        return extension.why_not("the CUDA extension", EXTENSION, import_error, _BUILD)
     if torch.cuda.is_available():
         here, oldest = torch.cuda.get_device_capability(), min(architectures())
         if here < oldest:
@@ -47,7 +45,7 @@ def why_not(device_type: str) -> str | None:
 
 def architectures() -> list[tuple[int, int]]:
     """Compute capabilities that the extension was compiled for; empty if it is not built."""
-    numbers = [] if _import_error else torch.ops.zo_fused_CUDA.architectures()
+    numbers = [] if import_error else torch.ops.zo_fused_CUDA.architectures()
     return [(number // 100, number % 100 // 10) for number in numbers]
 
 

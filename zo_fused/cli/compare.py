@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_fused.cli import defaults, finetune
-from zo_fused.cli.parser import Parser
+from zo_fused.cli.parser import Parser, folder
 from zo_fused.cli.runs import Run, run_all
 from zo_fused.task.errors import Interrupted, UserError, first_line
 
@@ -34,12 +34,22 @@ def _seeds(text: str) -> list[int]:
     return [finetune.seed(word) for word in text.split(",")]
 
 
+def _methods(text: str) -> list[str]:
+    """The methods under their own names: each has a directory, and none comes twice."""
+    methods = []
+    for word in text.split(","):
+        name, *given = word.split(":")
+        methods.append(":".join([finetune.METHOD["type"](name), *given]))
+    return methods
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     group = parser.add_argument_group("comparison")
     group.add_argument(
         "--methods",
-        default=METHODS,
+        type=_methods,
+        default=_methods(METHODS),
         help="names as of `zo-fused finetune --method`, with commas between them; options of a "
         f"method follow after colons, as in mezo:queries=4:one-sided (default: {METHODS})",
     )
@@ -47,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--output",
         metavar="DIR",
-        type=Path,
+        type=folder,
         default=Path("zo-fused-runs") / "compare",
         help="directory to write (default: zo-fused-runs/compare)",
     )
@@ -129,7 +139,9 @@ def _claim(output: Path, shared: list[str]) -> None:
             raise UserError(f"the output {output} is not an empty directory")
         output.mkdir(parents=True, exist_ok=True)
         write_text(file, to_json(shared) + "\n")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"can't use the directory {output}: {error.strerror}") from error
+    except ValueError as error:
         raise UserError(f"can't use the directory {output}: {first_line(error)}") from error
 
 
@@ -170,7 +182,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     table = defaults.defaults(defaults.METHOD, embedded=args.model is None)
     forwards = args.forwards or 2 * table["steps"]
     shared = [*_shared_words(args), f"--forwards={forwards}"]
-    runs = make_runs(args.methods.split(","), args.seeds, shared, args.output)
+    runs = make_runs(args.methods, args.seeds, shared, args.output)
     try:
         failures = run_all(runs)
     except Interrupted as stop:

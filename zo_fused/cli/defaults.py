@@ -23,6 +23,8 @@ COMMON: dict[str, Any] = {
     "seed": 0,
     "label_field": "label",
     "peft": None,  # all weights
+    "trust_remote_code": False,
+    "max_length": None,  # as many tokens as the model takes
 }
 
 # The options that a method takes are those that it has a default for.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import warnings
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -37,11 +39,10 @@ def _devices() -> dict[str, str]:
     return devices
 
 
-def _why_not(backend: str, device_type: str) -> str | None:
-    from zo_fused import dispatch
-
+def _asked(question: Callable[..., str | None], *about: str) -> str | None:
+    """The answer of a question of `zo_fused.dispatch`, or the error that it met."""
     try:
-        return dispatch.why_not(backend, device_type)
+        return question(*about)
     except Exception as error:  # a broken backend is a finding, not a crash
         return f"{type(error).__name__}: {error}"
 
@@ -50,7 +51,8 @@ def _chosen(device: str) -> str | None:
     import zo_fused
 
     try:
-        return zo_fused.backend_of(device)
+        with warnings.catch_warnings(action="ignore"):  # their text is among the findings
+            return zo_fused.backend_of(device)
     except (RuntimeError, ValueError, ImportError):
         return None
 
@@ -59,7 +61,7 @@ def examine() -> dict[str, Any]:
     """Everything the command reports, as JSON types."""
     import zo_fused
     from zo_fused import _env, dispatch
-    from zo_fused.backends import cpu, cuda
+    from zo_fused.backends import cpu, cuda, extension, triton
 
     versions: dict[str, str | None] = {
         "python": platform.python_version(),
@@ -68,32 +70,46 @@ def examine() -> dict[str, Any]:
     versions |= {package: _version(package) for package in PACKAGES}
     devices = _devices()
     types = list(dict.fromkeys(name.partition(":")[0] for name in devices))
-    built = _why_not("cpu", "cpu") is None
+    why_not = {
+        backend: {
+            device_type: _asked(dispatch.why_not, backend, device_type) for device_type in types
+        }
+        for backend in dispatch.BACKENDS
+    }
     found: dict[str, Any] = {
         "versions": versions,
         "devices": {
             name: {"description": text, "backend": _chosen(name)} for name, text in devices.items()
         },
-        "backends": {
-            backend: {device_type: _why_not(backend, device_type) for device_type in types}
-            for backend in dispatch.BACKENDS
-        },
+        "backends": why_not,
+        "slow": {device_type: _asked(dispatch.why_slow, device_type) for device_type in types},
         "forced_backend": _env.forced_backend(),
-        "cpp_extension": cpu.isa() if built else None,
+        "cpp_extension": cpu.isa() if why_not["cpu"]["cpu"] is None else None,
         "cuda_extension": [f"{major}.{minor}" for major, minor in cuda.architectures()] or None,
+        "broken_extensions": [
+            backend.EXTENSION
+            for backend in (cpu, cuda)
+            if extension.is_broken(backend.EXTENSION, backend.import_error)
+        ],
         "triton_interprets": _env.triton_interprets(),
+        "triton_for_this_torch": triton.fitting(),
+        "triton_doubt": _asked(dispatch.doubt, "triton")
+        if None in why_not["triton"].values()
+        else None,
     }
     return found | {"advice": _advice(found)}
 
 
 def _advice(found: dict[str, Any]) -> list[str]:
-    versions, backends = found["versions"], found["backends"]
-    advice = []
-    if found["cpp_extension"] is None:
-        advice.append(f"on CPUs the slow reference serves: {backends['cpu']['cpu']}")
-    if any(name.startswith("cuda") for name in found["devices"]):
-        if versions["triton"] is None and backends["cuda"]["cuda"] is not None:
-            advice.append("on GPUs the slow reference serves: `pip install triton`")
+    versions, names = found["versions"], {"cpu": "CPUs", "cuda": "GPUs"}
+    advice = [
+        f"on {names[device_type]} the slow reference serves: {reason}"
+        for device_type, reason in found["slow"].items()
+        if reason is not None
+    ]
+    if found["triton_doubt"] is not None:
+        advice.append(found["triton_doubt"])
+    if "cuda" in found["slow"]:
         if found["triton_interprets"]:
             advice.append("Triton kernels run in Python: unset TRITON_INTERPRET")
     else:
@@ -127,14 +143,22 @@ def _text(found: dict[str, Any]) -> str:
         reasons += [f"  {name} on {t}: {row[t]}" for t in types if row[t]]
     if reasons:
         lines += ["why not", *reasons]
-    isa = found["cpp_extension"]
-    lines.append(f"C++ extension   {'not built' if isa is None else f'built, uses {isa}'}")
-    architectures = found["cuda_extension"]
-    what = "not built" if architectures is None else f"built for {', '.join(architectures)}"
-    lines.append(f"CUDA extension  {what}")
+    isa, architectures = found["cpp_extension"], found["cuda_extension"]
+    for title, name, what in (
+        ("C++", "zo_fused._C", None if isa is None else f"built, uses {isa}"),
+        (
+            "CUDA",
+            "zo_fused._CUDA",
+            None if architectures is None else f"built for {', '.join(architectures)}",
+        ),
+    ):
+        absent = "does not load" if name in found["broken_extensions"] else "not built"
+        lines.append(f"{f'{title} extension':<16}{what or absent}")
     how = "in its interpreter (TRITON_INTERPRET)" if found["triton_interprets"] else "compiled"
     how = how if found["versions"]["triton"] else "not installed"
-    lines.append(f"Triton kernels  {how}")
+    fitting = found["triton_for_this_torch"]
+    pair = f"; PyTorch {found['versions']['torch']} goes with Triton {fitting}" if fitting else ""
+    lines.append(f"Triton kernels  {how}{pair}")
     if found["advice"]:
         lines += ["what to do", *(f"  - {item}" for item in found["advice"])]
     return "\n".join(lines)

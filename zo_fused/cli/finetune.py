@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zo_fused.cli import defaults
-from zo_fused.task.errors import Interrupted, UserError
+from zo_fused.cli.parser import add_trust_option, choice, folder
+from zo_fused.interrupts import uninterrupted
+from zo_fused.task.errors import Interrupted, UserError, first_line, out_of_memory
 
 if TYPE_CHECKING:
     from zo_fused.task.prompt import Task
     from zo_fused.task.run import Options
 
-HELP = "fine-tune a causal language model with forward passes only"
+HELP = "fine-tune a language model with forward passes only"
 
 DESCRIPTION = """\
-Fine-tune a causal language model on a classification task with forward passes only.
+Fine-tune a language model, causal or masked, on a classification task with forward passes only.
 
 With no arguments, the embedded model on the embedded data set: a run of a minute or two on a CPU.
 With your own model and data, the same, with your options. The output directory becomes a model
@@ -50,15 +52,30 @@ _PLAN = (
 )
 
 
+_DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+} | {f"torch.{name}": name for name in ("float32", "float16", "bfloat16")}
+
+
+METHOD = choice(defaults.BY_METHOD, {"zosignsgd": "zo-sign"})
+
+
 def whole(text: str) -> int:
-    value = int(text) if re.fullmatch(r"\d+", text) else 0
+    """A count; of more than 2**31 there is no memory and no time for."""
+    value = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
+    if value >= 1 << 31:
+        raise argparse.ArgumentTypeError(f"must be below 2**31, got {text!r}")
     return value
 
 
 def seed(text: str) -> int:
-    if not re.fullmatch(r"\d+", text) or int(text) >= 1 << 64:
+    if not re.fullmatch(r"[0-9]{1,20}", text) or int(text) >= 1 << 64:
         raise argparse.ArgumentTypeError(f"must be a whole number below 2**64, got {text!r}")
     return int(text)
 
@@ -93,7 +110,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     method = parser.add_argument_group("method")
     method.add_argument(
         "--method",
-        choices=list(defaults.BY_METHOD),
+        **METHOD,
         help=f"optimizer (default: {defaults.METHOD})",
     )
     add_method_options(method)
@@ -103,7 +120,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--output",
         metavar="DIR",
-        type=Path,
+        type=folder,
         help="directory to write (default: one in ./zo-fused-runs)",
     )
     run.add_argument(
@@ -120,24 +137,29 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say what is tuned on what."""
     data = parser.add_argument_group("model and data")
     data.add_argument("--model", metavar="DIR_OR_ID", help="model directory or Hub id")
+    add_trust_option(data)
     data.add_argument(
         "--peft",
-        choices=list(defaults.BY_PEFT),
+        **choice(defaults.BY_PEFT),
         help="tune an adapter of peft instead of the weights: lora (r 8, alpha 16), prefix (5 "
         "tokens) or prompt (10 tokens); the output directory then holds the adapter",
     )
     for split, what in (
         (
             "train",
-            "JSONL file, directory with {train,dev,test}.jsonl and task.json, or data set "
-            "of the Hub as id[:config[:split]]",
+            "JSON lines or array, CSV, TSV or Parquet file, directory with such files "
+            "{train,dev,test}.* and task.json, or data set of the Hub as id[:config[:split]]",
         ),
         ("dev", "same, for evaluation while training"),
         ("test", "same, for evaluation before and after"),
     ):
         data.add_argument(f"--{split}", metavar="DATA", help=what)
     data.add_argument("--task", metavar="FILE", help="JSON file with template and verbalizer")
-    data.add_argument("--template", metavar="TEXT", help='prompt, e.g. "{text} It was"')
+    data.add_argument(
+        "--template",
+        metavar="TEXT",
+        help='prompt, e.g. "{text} It was"; for BERT and RoBERTa "{text} It was {mask}."',
+    )
     data.add_argument(
         "--verbalizer",
         metavar="LABEL=ANSWER",
@@ -151,6 +173,13 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="without task alignment: the prompt is the template's fields, joined by a space, and "
         "none of its words; the answers stay",
+    )
+    data.add_argument(
+        "--max-length",
+        metavar="TOKENS",
+        type=whole,
+        help="of prompt and answer; longer prompts lose tokens on their left, and the summary "
+        "says how many did (default: as many as the model takes)",
     )
     data.add_argument("--label-field", metavar="NAME", help=f"({_default('label_field')})")
 
@@ -172,7 +201,7 @@ def add_method_options(method: Any) -> None:
     )
     method.add_argument(
         "--distribution",
-        choices=("gaussian", "rademacher"),
+        **choice(("gaussian", "rademacher")),
         help=f"of z, all but lozo ({_default('distribution')})",
     )
     method.add_argument(
@@ -196,20 +225,20 @@ def add_method_options(method: Any) -> None:
     )
     method.add_argument(
         "--blocks",
-        choices=("sequential", "simultaneous"),
+        **choice(("sequential", "simultaneous")),
         help="perturb layer by layer: one block of the model a step, in turn, or every block in "
         "each step, two forward passes a block; takes the schedule plain",
     )
     method.add_argument("--weight-decay", type=float, help=f"({_default('weight_decay')})")
     method.add_argument(
         "--rounding",
-        choices=("nearest", "stochastic"),
+        **choice(("nearest", "stochastic")),
         help="of updates in 16-bit weights (default: stochastic where the schedule is factored or "
         "paired and with forward-grad, else nearest)",
     )
     method.add_argument(
         "--schedule",
-        choices=("plain", "deferred", "factored", "paired"),
+        **choice(("plain", "deferred", "factored", "paired")),
         help="sweeps over the weights a step: 3, 2, or (lozo) one a window; paired: the same, with "
         "both signs in one forward pass, for batches of few tokens (default: factored for lozo "
         "and lozo-m, deferred for the others that have it)",
@@ -240,18 +269,18 @@ def add_run_options(parser: argparse.ArgumentParser) -> Any:
     )
     run.add_argument(
         "--lr-scheduler",
-        choices=("constant", "linear", "cosine"),
+        **choice(("constant", "linear", "cosine")),
         help=f"({_default('lr_scheduler')})",
     )
     run.add_argument(
         "--loss",
-        choices=("classification", "lm", "accuracy"),
+        **choice(("classification", "lm", "accuracy")),
         help="cross entropy over the answers, likelihood of the right one, or the negative share "
         f"of right predictions ({_default('loss')})",
     )
     run.add_argument(
         "--dtype",
-        choices=("float32", "float16", "bfloat16"),
+        **choice(("float32", "float16", "bfloat16"), _DTYPES),
         help=f"of the weights ({_default('dtype')})",
     )
     run.add_argument("--device", help=f"cpu, cuda, cuda:1, ... ({_default('device')})")
@@ -264,8 +293,9 @@ def options(args: argparse.Namespace) -> Options:
     Raises:
         UserError: arguments that don't go together.
     """
-    from zo_fused.task.loop import Plan
-    from zo_fused.task.run import METHODS, Options
+    with uninterrupted():  # Ctrl-C in the middle would leave torch with half a NumPy
+        from zo_fused.task.loop import Plan
+        from zo_fused.task.run import METHODS, Options
 
     embedded = args.model is None
     demo = embedded and args.train is None
@@ -309,10 +339,12 @@ def options(args: argparse.Namespace) -> Options:
         plan=Plan(**{name: value(name) for name in _PLAN}),
         forwards=args.forwards,
         peft=args.peft,
+        max_length=value("max_length"),
         output=args.output or Path("zo-fused-runs") / short,
         label_field=value("label_field"),
         dtype=value("dtype"),
         device=value("device"),
+        trust_remote_code=value("trust_remote_code"),
         resume=args.resume,
         overwrite=args.overwrite or (demo and args.output is None and not args.resume),
         title=f"{METHODS[method].title} fine-tuning of {name}",
@@ -372,6 +404,13 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         again = [word for word in argv if word not in ("--overwrite", "--resume")]
         command = shlex.join(["zo-fused", *again, "--resume"])
         raise Interrupted(f"{stop}; go on with `{command}`") from None
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(
+            f"there is not enough memory ({first_line(error)}); --micro-batch-size, --max-length, "
+            "--dtype bfloat16, fewer --queries or a smaller --rank take less"
+        ) from error
     print(table(summary))
     what = "adapter" if args.peft else "model"
     files = "replay.jsonl, history.jsonl, curve.png and summary.json"

@@ -1,19 +1,22 @@
 """``zo-fused``: the commands, and how their errors are told.
 
 Exit codes: 0 done, 1 a comparison or check failed, 2 a mistake in what was asked (one sentence on
-stderr), 130 interrupted. Anything unexpected keeps its traceback.
+stderr) or in the system (a full disk, a folder that can't be written), 130 interrupted, 141 nobody
+reads the output. Anything unexpected keeps its traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 
 from zo_fused import __version__
 from zo_fused.cli import compare, doctor, finetune, replay
 from zo_fused.cli.parser import Parser
-from zo_fused.task.errors import Interrupted, UserError
+from zo_fused.task.errors import Interrupted, UserError, first_line
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -46,9 +49,13 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have letters that it can't show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = make_parser().parse_args(words)
         code: int = args.command.run(args, words)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except UserError as error:
         print(f"zo-fused: {error}", file=sys.stderr)
         return 2
@@ -58,7 +65,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("zo-fused: interrupted", file=sys.stderr)
         return 130
+    except OSError as error:
+        return _refused(error)
     return code
+
+
+def _refused(error: OSError) -> int:
+    """Tells what the system refused; the exit code."""
+    try:
+        print(end="", flush=True)
+    except OSError:  # it is the output; no more of it, also when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):  # of `| head`: in silence, as others do
+        return 141
+    print(f"zo-fused: {_of_the_system(error)}", file=sys.stderr)
+    return 2
+
+
+def _of_the_system(error: OSError) -> str:
+    """What the system refused, and of which file."""
+    if error.strerror is None:
+        return first_line(error)
+    where = "" if error.filename is None else f"{error.filename}: "
+    return f"{where}{error.strerror}"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
 
 from zo_fused.task.errors import UserError
 
@@ -13,3 +17,49 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def add_trust_option(parser: Any) -> None:
+    """Adds the option without which no code of a model's own is run."""
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        default=None,
+        help="run the Python code that comes with the model, as some models need",
+    )
+
+
+def choice(names: Iterable[str], others: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Arguments of ``add_argument`` for an option that is one of `names`, however it is written:
+    letters may be large, and dashes missing.
+
+    Args:
+        others: further names, in small letters without dashes, of some of these.
+    """
+    names = list(names)
+    known = {_squashed(name): name for name in names} | dict(others or {})
+
+    def read(text: str) -> str:
+        key = _squashed(text)
+        if key in known:
+            return known[key]
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {known[close[0]]}?" if close else f"choose from {', '.join(names)}"
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} ({hint})")
+
+    return {"type": read, "metavar": f"{{{','.join(names)}}}"}
+
+
+def folder(text: str) -> Path:
+    """A folder to write; libraries in Rust take no name that is not UTF-8."""
+    if not text:  # of a variable that is not set; it would be the present folder
+        raise argparse.ArgumentTypeError("the name is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"the name {text!r} is not UTF-8 text") from error
+    return Path(text)
+
+
+def _squashed(text: str) -> str:
+    return re.sub(r"[-_ ]", "", text).lower()

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zo_fused.cli import defaults
+from zo_fused.cli.parser import add_trust_option, choice, folder
+from zo_fused.interrupts import uninterrupted
 from zo_fused.task.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -25,12 +27,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--peft",
-        choices=list(defaults.BY_PEFT),
+        **choice(defaults.BY_PEFT),
         help="the run tuned such an adapter; it starts anew from the log's seed (a prefix starts "
         "from a forward pass, which another kind of CPU may round differently)",
     )
+    add_trust_option(parser)
     parser.add_argument("--log", metavar="FILE", type=Path, required=True, help="replay.jsonl")
-    parser.add_argument("--output", metavar="DIR", type=Path, help="directory to write")
+    parser.add_argument("--output", metavar="DIR", type=folder, help="directory to write")
     parser.add_argument(
         "--verify",
         metavar="DIR",
@@ -45,8 +48,10 @@ def logged(path: Path) -> tuple[str, int]:
     Raises:
         UserError: the file is missing or no log.
     """
-    from zo_fused import replay_log
-    from zo_fused.streams import CONTRACT_VERSION
+    with uninterrupted():
+        from zo_fused import replay_log
+        from zo_fused.streams import CONTRACT_VERSION
+        from zo_fused.task.models import DTYPES
 
     try:
         header = replay_log.read(path, CONTRACT_VERSION).header
@@ -55,7 +60,10 @@ def logged(path: Path) -> tuple[str, int]:
     except ValueError as error:
         raise UserError(first_line(error)) from error
     dtypes = Counter(dtype for _, _, dtype, _ in header["parameters"])
-    return dtypes.most_common(1)[0][0], header["seed"]
+    ((dtype, _),) = dtypes.most_common(1)
+    if dtype not in DTYPES:
+        raise UserError(f"{path} is of weights of dtype {dtype!r}, which no run has")
+    return dtype, header["seed"]
 
 
 def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
@@ -92,32 +100,34 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         raise UserError(f"the output {args.output} is not an empty directory")
     dtype, seed = logged(args.log)
 
+    import torch
+
     import zo_fused
     from zo_fused.task.adapters import load_adapted
+    from zo_fused.task.files import writing
     from zo_fused.task.models import choose_device, load_model, load_tokenizer, save_model
 
-    base = str(args.model or defaults.EMBEDDED_MODEL)
-    if args.peft is None:
-        model: Any = load_model(base, dtype, choose_device())
-    else:
-        model = load_adapted(base, dtype, choose_device(), args.peft, seed)
+    base, trust = str(args.model or defaults.EMBEDDED_MODEL), bool(args.trust_remote_code)
+
+    def load(dtype: str, device: torch.device, saved: Path | None = None) -> Any:
+        if args.peft is None:
+            return load_model(str(saved or base), dtype, device, trust)
+        return load_adapted(base, dtype, device, args.peft, seed, saved, trust_remote_code=trust)
+
+    model = load(dtype, choose_device())
     try:
         steps = zo_fused.replay(model, args.log, progress=sys.stderr.isatty())
     except ValueError as error:
         raise UserError(f"can't replay {args.log} on {base}: {first_line(error)}") from error
     if args.output is not None:
-        save_model(model, load_tokenizer(base), args.output)
+        with writing(args.output):
+            save_model(model, load_tokenizer(base, trust), args.output)
         what = "adapter" if args.peft else "model"
         print(f"replayed {steps} steps; the {what} is in {args.output}")
     if args.verify is None:
         return 0
-    import torch
-
     cpu = torch.device("cpu")
-    if args.peft is None:
-        saved = load_model(str(args.verify), "auto", cpu).state_dict()
-    else:
-        saved = load_adapted(base, dtype, cpu, args.peft, seed, args.verify).state_dict()
+    saved = load("auto" if args.peft is None else dtype, cpu, args.verify).state_dict()
     lines = differences(model.state_dict(), saved)
     if not lines:
         print(f"equal: all {len(saved)} tensors of {args.verify}, bit for bit")

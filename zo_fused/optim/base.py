@@ -10,10 +10,10 @@ import logging
 import math
 import operator
 import os
+import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from numbers import Real
@@ -27,6 +27,7 @@ from zo_fused import replay_log
 from zo_fused.checks import check_group, hyper, names_of, whole
 from zo_fused.directions import Direction, Term
 from zo_fused.generators import GeneratorStates, capturing
+from zo_fused.guard import DISPLACED, Guard
 from zo_fused.interrupts import uninterrupted
 from zo_fused.keys import Clock, Stream, clock, running, stream_keys
 from zo_fused.parameters import Bucket, fingerprint, make_buckets, parameter_ids, signature
@@ -64,8 +65,29 @@ def _plain_tensors(method: Method) -> Method:
     return decorated
 
 
+_NEEDS_LOSSES = (
+    "step() needs a closure, step(lambda: model(**batch).loss), or loss_plus and loss_minus. There "
+    "is no backward pass: a loop that calls step() itself, such as the Trainer of transformers or "
+    "accelerate's, must call opt.estimate(closure) where it called loss.backward()"
+)
+_NO_BACKWARD = (
+    "zo_fused: a zeroth-order closure returns the loss and calls no backward(): step() evaluates "
+    "it without gradients"
+)
+
 # Kept in every param group, where `state_dict` leaves integers as they are.
-_COUNTERS = ("seed", "step", "restores", "contract", "in_place")
+_COUNTERS = ("seed", "step", "restores", "contract", "in_place", "method")
+
+# A loss that doesn't change in so many steps in a row is worth a word.
+_IDLE_STEPS = 20
+
+
+def _check_closure(closure: Any) -> None:
+    if not callable(closure):
+        raise TypeError(
+            f"a function that computes the loss is needed, got {type(closure).__name__}: "
+            "opt.step(lambda: model(**batch).loss)"
+        )
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
@@ -86,9 +108,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     The sweeps of a step are ``+eps``, ``-2 eps``, and restore together with the update; with
     ``deferred=True`` the last one also moves to ``+eps`` of the next step, so that there are two,
-    and weights rest perturbed between steps. `flush` puts them at theta; the optimizer does so
-    itself before its `state_dict` and on exceptions, and before ``model.state_dict()`` if it was
-    given the module. Evaluate the model under ``with opt.unperturbed():``.
+    and weights rest perturbed between steps. Whoever looks at a parameter then finds it at theta
+    all the same (`zo_fused.guard`), at the price of one more sweep: saves, copies, merges of an
+    adapter, forward passes between steps, other optimizers. `flush` or `eval` put them there
+    beforehand. Memory that was taken out of a parameter earlier (``p.data``) shows what is there.
 
     In 16 bits a restore is exact only up to the rounding of the dtype (docs/noise.md, "Rounding").
     With ``rounding="stochastic"`` the update is rounded at random, without bias, so that updates
@@ -128,9 +151,6 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         seed = whole("seed", seed, 0, bits=64)
         defaults = {name: hyper(name, value) for name, value in defaults.items()}
         if isinstance(params, nn.Module):
-            hook = _FlushBefore(self)  # other weights come, or these go
-            params.register_state_dict_pre_hook(hook)
-            params.register_load_state_dict_pre_hook(hook)
             params = params.named_parameters()
         self._direction = direction
         self._rule = rule
@@ -140,6 +160,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         counters: dict[str, Any] = dict.fromkeys(_COUNTERS, 0)
         # in_place: positions of the matrices that a direction can't keep its changes beside
         counters |= {"seed": seed, "contract": CONTRACT_VERSION, "in_place": ()}
+        counters["method"] = self._kind()
         super().__init__(params, {"block": 0, **defaults, **counters})
 
     def _reset(self) -> None:
@@ -159,6 +180,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._log: replay_log.Writer | None = None
         self._trainable_override: set[int] | None = None
         self._generators: GeneratorStates | None = None  # before the last evaluation
+        self._busy = threading.Lock()
+        self._guard = Guard(self.flush)
+        self._moved = False  # weights were written, which autograd has not been told
+        self._versioned: list[Tensor] = []  # those that have a version
+        self._pending: tuple[Tensor, Vector] | None = None  # an estimate that waits for `step`
+        self._idle = 0  # steps in a row whose losses were all equal
+        self._told: set[str] = set()  # warnings that were given
 
     # ---- param groups and state -----------------------------------------------------------------
 
@@ -231,10 +259,30 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group.update(counters)
 
+    def _kind(self) -> str:
+        """What a state must be of to be loaded here."""
+        words = [type(self._rule).__name__, *map(str, self._direction.options.values())]
+        return f"{type(self).__name__} ({', '.join(words)})"
+
+    def __repr__(self) -> str:
+        hidden = {"params", "param_names", *_COUNTERS} - {"seed"}
+        lines = [f"{type(self).__name__} ("]
+        for number, group in enumerate(self.param_groups):
+            lines.append(f"Parameter Group {number}")
+            lines += [f"    {name}: {group[name]}" for name in sorted(group.keys() - hidden)]
+        return "\n".join([*lines, ")"])
+
+    def __del__(self) -> None:
+        """An optimizer that goes away leaves its weights at theta, also after `perturb`."""
+        if getattr(self, "_at", None) and not self._ahead:  # else parameters keep it alive
+            with suppress(Exception):  # the interpreter may be going away, too
+                self.flush()
+
     def __getstate__(self) -> dict[str, Any]:
-        if self._at or any(map(self._direction.pending, self._buckets)):
+        if self._at and not self._ahead:
             # too late to do it here: the weights may have been copied already
-            raise RuntimeError("weights are not at theta: flush() before copying or pickling")
+            raise RuntimeError("weights are perturbed: flush() before copying or pickling")
+        self.flush()  # if weights were copied before, looking at them has done this already
         own = ("_direction", "_rule", "_schedule", "_options")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
@@ -252,9 +300,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     @_plain_tensors
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state. Unlike the base class, tensors keep the dtype in which they were saved.
+        Where parameters have names, each gets the state of its name, whatever the order.
 
         Raises:
-            ValueError: the state was written under another version of the noise contract.
+            ValueError: the state is of another method, of other parameters, or was written under
+                another version of the noise contract.
         """
         self.flush()
         for group in state_dict["param_groups"]:
@@ -263,6 +313,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                     f"the state was saved with noise contract {group.get('contract')}, "
                     f"this zo_fused has {CONTRACT_VERSION}"
                 )
+            if group.get("method", self._kind()) != self._kind():  # earlier versions: not said
+                raise ValueError(
+                    f"the state is of {group['method']}, this optimizer is {self._kind()}"
+                )
+        state_dict = {**state_dict, "param_groups": self._in_order(state_dict["param_groups"])}
         loaded: dict[str, Any] = {}
         # Registered last, so it sees what the user's own hooks made of the state.
         hook = self.register_load_state_dict_pre_hook(lambda _, state: loaded.update(state))
@@ -280,6 +335,70 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             group.setdefault("block", 0)
         self._signature = None
 
+    def _in_order(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Saved groups with their parameters in the order of these, by name. The names are those of
+        the state: an earlier version's may have what wrappers add, and the run's noise is theirs.
+        """
+        ordered = []
+        for number, (group, mine) in enumerate(zip(saved, self.param_groups, strict=False)):
+            names = group.get("param_names")
+            if names and mine.get("param_names"):
+                index = {plain_name(name): i for i, name in enumerate(names)}
+                wanted = [plain_name(name) for name in mine["param_names"]]
+                if index.keys() != set(wanted):
+                    other = sorted(index.keys() ^ set(wanted))[0]
+                    raise ValueError(
+                        f"the state is of other parameters: {other!r} of group {number} is on one "
+                        "side only"
+                    )
+                order = [index[name] for name in wanted]
+                group = {
+                    **group,
+                    "params": [group["params"][i] for i in order],
+                    "param_names": [names[i] for i in order],
+                }
+            ordered.append(group)
+        return [*ordered, *saved[len(ordered) :]]
+
+    # ---- who may look, and when -----------------------------------------------------------------
+
+    @contextmanager
+    def _alone(self, going_away: bool = True) -> Iterator[None]:
+        """Around all that moves weights: one thing at a time, over parameters without guard.
+
+        Args:
+            going_away: from theta, which nobody else's perturbation may be mixed with.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError(
+                f"this {type(self).__name__} is in the middle of a step (or perturb, or flush): "
+                "neither its closure nor another thread may use it meanwhile"
+            )
+        try:
+            self._guard.lift()
+            if going_away:
+                DISPLACED.enter(self)
+            yield
+        finally:
+            self._tell_autograd()
+            if self._resting():
+                self._guard.set()
+            if self._resting() or not self._at:
+                DISPLACED.leave(self)
+            self._busy.release()
+
+    def _resting(self) -> bool:
+        """Whether the weights are not at theta although no step has begun."""
+        if self._at:
+            return self._ahead or self._pending is not None
+        return any(map(self._direction.pending, self._buckets))
+
+    def _tell_autograd(self) -> None:
+        """A graph that was built over the weights before must not be differentiated now."""
+        if self._moved:
+            self._moved = False
+            torch.autograd.graph.increment_version(self._versioned)
+
     # ---- perturbations --------------------------------------------------------------------------
 
     @_plain_tensors
@@ -296,8 +415,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if not 0 <= query < self._schedule.queries:
             queries = self._schedule.queries
             raise ValueError(f"query must lie in [0, {queries}), got {query}; see queries=")
-        self._look_again()
-        self._perturb(Position(float(sign), query))
+        with self._alone():
+            self._drop_pending()
+            self._look_again()
+            self._perturb(Position(float(sign), query))
 
     def _look_again(self) -> None:
         """User code has run: parameters may have other memory."""
@@ -342,6 +463,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         for bucket in self._buckets:
             terms = self._way(bucket, at, to, query)
             if terms:
+                self._moved = True
                 self._direction.sweep(bucket, self.seed, terms, bucket.ones)
         self._at, self._query = (to, query) if any(to) else ([], 0)
         self._direction.attach(self._buckets if self._at else [])
@@ -366,6 +488,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
         One sweep, or none if they are there.
         """
+        with self._alone(going_away=False):
+            self._flush()
+
+    def _flush(self) -> None:
         with uninterrupted():
             self._look_again()
             moved = self._move([0.0] * len(self.param_groups)) if self._at else False
@@ -383,6 +509,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self._direction.settle(bucket, self._rounding_key(bucket.device, query))
             for bucket in self._buckets
         ]
+        self._moved |= any(done)
         return any(done)
 
     @contextmanager
@@ -404,6 +531,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.flush()
         yield
 
+    def eval(self) -> None:
+        """Put the weights at theta, as `flush`: the words of schedule-free optimizers, which
+        training loops call before they evaluate or save."""
+        self.flush()
+
+    def train(self) -> None:
+        """Nothing: the next step goes on from theta."""
+
     def _refresh(self) -> None:
         """Look again at the groups before a step: what requires gradients, where it lies."""
         self._check_changes()
@@ -413,17 +548,53 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         in_place = set(groups[0]["in_place"]) if self._direction.beside else None
         now = (signature(groups, names), trainable, in_place)
         if now != self._signature:
-            self.flush()  # over the parameters and in the windows that it began with
+            self._flush()  # over the parameters and in the windows that it began with
+            self._tell_autograd()
             self._buckets = make_buckets(groups, trainable, names, in_place, by_block)
             self._signature = now
             for p, reason in self._direction.out_of_reach(self._buckets):
                 self._perturb_in_place(p, reason)
             if in_place is not None and in_place != set(groups[0]["in_place"]):
                 self._refresh()
+            params = [p for bucket in self._buckets for p in bucket.params]
+            self._versioned = [p for p in params if not p.is_inference()]
+            self._guard.over(params)
         if not self._buckets:
             raise ValueError("zo_fused: no parameter requires gradients; there is nothing to tune")
 
     # ---- the step -------------------------------------------------------------------------------
+
+    @_plain_tensors
+    def estimate(self, closure: Closure) -> Tensor:
+        """The first half of a step: the losses and what they tell. `step` without arguments is the
+        second. For loops that call ``optimizer.step()`` themselves: this takes the place of their
+        ``loss.backward()``.
+
+        Args:
+            closure: as in `step`.
+
+        Returns:
+            The mean loss, as `step`.
+
+        Raises:
+            As `step`; also RuntimeError in a CUDA graph capture.
+
+        Whoever looks at the weights before `step` finds theta, at the price of a sweep. Another
+        estimate takes the place of one that waits.
+        """
+        _check_closure(closure)
+        if capturing():
+            raise RuntimeError("only step(closure) can be captured in a graph, not its halves")
+        with self._alone():
+            self._drop_pending()
+            self._pending = self._estimate(closure)
+            self._direction.attach([])  # who looks meets the guard, not what is beside the weights
+            return self._pending[0]
+
+    def _drop_pending(self) -> None:
+        if self._pending is not None:
+            self._pending = None
+            self._flush()
 
     @_plain_tensors
     def step(  # type: ignore[override]
@@ -433,7 +604,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         loss_plus: Loss | Sequence[Loss] | None = None,
         loss_minus: Loss | Sequence[Loss] | None = None,
     ) -> Tensor:
-        """One step, from a closure or from losses.
+        """One step, from a closure, from losses, or from what `estimate` found.
 
         Args:
             closure: computes the loss, any number that says how bad the weights are (also one
@@ -462,24 +633,45 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         replayed as often as you like: each replay is the next step, with its own noise. What the
         host gives (eps, a lr that is no tensor on the device) stays as it was when captured.
         """
-        if capturing():
-            return self._capture(closure)
         if closure is not None:
-            if loss_plus is not None or loss_minus is not None:
-                raise TypeError("step() takes a closure or two losses, not both")
-            return self._finish(*self._estimate(closure))
-        if loss_plus is None or loss_minus is None:
-            raise TypeError("step() needs a closure, or loss_plus and loss_minus")
-        self._look_again()
-        try:
-            if self.needs_closure:
-                raise TypeError(f"{type(self).__name__}.step() needs a closure")
-            self._check_changes()
-            plus, minus = self._given(loss_plus), self._given(loss_minus)
-        except BaseException:
-            self.flush()
-            raise
-        return self._finish(*self._from_losses(plus, minus))
+            _check_closure(closure)
+        with self._alone():
+            if capturing():
+                return self._capture(closure)
+            if closure is None and loss_plus is None and loss_minus is None and self._pending:
+                self._look_again()
+                pending, self._pending = self._pending, None
+                return self._finish(*pending)
+            self._drop_pending()
+            if closure is not None:
+                if loss_plus is not None or loss_minus is not None:
+                    raise TypeError("step() takes a closure or two losses, not both")
+                return self._finish(*self._estimate(closure))
+            self._look_again()
+            try:
+                if loss_plus is None and loss_minus is None and self._probed():
+                    return None  # type: ignore[return-value]
+                if loss_plus is None or loss_minus is None:
+                    raise TypeError(_NEEDS_LOSSES)
+                if self.needs_closure:
+                    raise TypeError(f"{type(self).__name__}.step() needs a closure")
+                self._check_changes()
+                plus, minus = self._given(loss_plus), self._given(loss_minus)
+            except BaseException:
+                self._flush()
+                raise
+            return self._finish(*self._from_losses(plus, minus))
+
+    def _probed(self) -> bool:
+        """Whether this is torch.distributed.checkpoint, which makes the state of optimizers by a
+        step with zero gradients and lr 0, and puts both back only if nothing is raised."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params if p.grad is not None]
+        return (
+            bool(grads)
+            and not any(float(group["lr"]) for group in self.param_groups)
+            and not any(bool(grad.any()) for grad in grads)
+        )
 
     def _given(self, losses: Loss | Sequence[Loss]) -> list[Any]:
         """The losses that a user gives, one a query."""
@@ -562,22 +754,28 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 self._generators = generators
                 return losses
             except UsedOtherwise as use:
-                self.flush()
+                self._flush()
                 if generators is not None:
                     generators.rewind()
                 self._perturb_in_place(use.param, f"is used by {use.function}")
             except BaseException:
                 if clock() is None:  # else nothing has been done that could be taken back
-                    self.flush()
+                    self._flush()
                 raise
 
     def _loss(self, closure: Closure) -> Any:
         """The loss where the weights are."""
         with self._timed("forward"), self._direction.watching():
-            return self._scalar(closure())
+            try:
+                return self._scalar(closure())
+            except RuntimeError as error:
+                if "does not require grad and does not have a grad_fn" in str(error):
+                    error.add_note(_NO_BACKWARD)
+                raise
 
     def _evaluate_pairs(self, closure: Closure) -> dict[Position, Any]:
-        self.perturb(0.0)
+        self._look_again()
+        self._perturb(Position(0.0))
         losses: dict[Position, Any] = {}
         generators = GeneratorStates(bucket.device for bucket in self._buckets)
         for query in range(self._schedule.queries):
@@ -609,6 +807,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             raise TypeError(f"the closure must return a scalar loss, got shape {tuple(loss.shape)}")
         if not self._buckets:
             self._refresh()
+        if isinstance(loss, Tensor) and loss.is_floating_point() and loss.element_size() < 4:
+            dtype = str(loss.dtype).removeprefix("torch.")
+            self._warn(
+                f"the loss has dtype {dtype}, whose grid is coarser than the difference of two "
+                "evaluations; compute it in float32 (logits.float() before the loss)"
+            )
         device = self._buckets[0].device
         if on_host(device):
             return float(loss)
@@ -620,7 +824,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         try:
             self._check_changes()
         except (TypeError, ValueError):
-            self.flush()
+            self._flush()
             raise
         if not self._at or self._ahead:
             self._refresh()
@@ -630,9 +834,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 self._apply(grads, finite)
             path, self._path = self._path, []
             self.projected_grad = as_tensor(grads).reshape(() if len(grads) == 1 else -1)
-            self._note(step, path, self.projected_grad, finite)
-            self._count(step=step + 1, restores=0)
-            self._advance_counter(step + 1)
+            try:
+                self._note(step, path, self.projected_grad, finite)
+            finally:  # the weights have made the step, also where its line can't be written
+                self._count(step=step + 1, restores=0)
+                self._advance_counter(step + 1)
 
     def _apply(self, grads: Vector, finite: Flag) -> None:
         """Restore, update and the next perturbation, in one sweep of every bucket."""
@@ -668,6 +874,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             )
             updates.append(update)
         self._prepare(updates)
+        self._moved = True
         for update in updates:
             self._rule.apply(update, self._direction, self.state)
         self._at = [float(group["eps"]) for group in groups] if deferred else []
@@ -683,7 +890,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             for update in updates:
                 update.bucket.once("state", partial(self._make_state, update))
         except BaseException:
-            self.flush()
+            self._flush()
             raise
 
     def _make_state(self, update: Update) -> bool:
@@ -712,6 +919,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             if not applied:
                 self._skipped = self._skipped + 1
                 logger.warning("step %d skipped: a loss was not finite; weights restored", step)
+            self._watch_idle(applied and not bool(grads.any()))
             if self._log is not None:
                 values = [float(f"{grad:.9g}") for grad in grads.reshape(-1).tolist()]
                 self._log.update(step, path, values if applied else None, self._settings())
@@ -721,6 +929,21 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                     (), self._skipped, dtype=torch.int64, device=grads.device
                 )
             self._skipped.add_(~finite)
+
+    def _watch_idle(self, idle: bool) -> None:
+        self._idle = self._idle + 1 if idle else 0
+        if self._idle == _IDLE_STEPS:
+            self._warn(
+                f"the losses of a step were equal {_IDLE_STEPS} times in a row, so nothing moved: "
+                "eps is too small for the weights' dtype, or the loss does not depend on them (is "
+                "it of another model, or a copy?), or it is rounded"
+            )
+
+    def _warn(self, message: str) -> None:
+        """Once."""
+        if message not in self._told:
+            self._told.add(message)
+            logger.warning("%s", message)
 
     def _timed(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self.timings is None else self._add_time(self.timings, name)
@@ -757,7 +980,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """
         self.flush()
         self.close_log()
-        self._refresh()
+        with self._alone():
+            self._refresh()
         if not resume and self.step_count > 0 and self.state:
             raise ValueError(
                 "a replay log of this method must start with its first step; "
@@ -809,26 +1033,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 sign, *rest = entry
                 self._perturb(Position(sign, *map(int, rest)))
         if event.restored:
-            self.flush()
+            self._flush()
         else:
             if not self._buckets:
                 self._refresh()
             several = len(self._blocks()) if self._schedule.block_order == "simultaneous" else 1
             grads = event.projected_grads or [math.nan] * (several * self._schedule.queries)
             self._update(to_float32(vector(grads, self._buckets[0].device)))
-
-
-class _FlushBefore:
-    """Hook of a module: its weights are at theta when they are saved or loaded."""
-
-    def __init__(self, optimizer: ZerothOrderOptimizer | None) -> None:
-        self._optimizer = weakref.ref(optimizer) if optimizer is not None else None
-
-    def __call__(self, *_: Any) -> None:
-        optimizer = self._optimizer() if self._optimizer else None
-        # in the middle of a step it is the perturbed weights that are wanted
-        if optimizer is not None and (optimizer._ahead or not optimizer._at):
-            optimizer.flush()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _FlushBefore, (None,)  # a copy of the module has no optimizer

@@ -63,13 +63,17 @@ class ZOConservative(ZerothOrderOptimizer):
         super().__init__(params, defaults, Dense(distribution), Chosen(), seed, schedule)
         self._options = {"distribution": distribution, "block_order": block_order}
 
+    def _reset(self) -> None:
+        super()._reset()
+        self._chosen: list[float] | None = None  # where this step goes
+
     def _estimate(self, closure: Closure) -> tuple[Tensor, Vector]:
         loss, grads = super()._estimate(closure)
         if all_finite(grads):
             try:
                 self._go_to_the_best(closure, float(grads[0]))
             except BaseException:
-                self.flush()
+                self._flush()
                 raise
         return loss, grads
 
@@ -83,7 +87,8 @@ class ZOConservative(ZerothOrderOptimizer):
                 self._generators.rewind()
             loss = float(self._loss(closure))
             losses[number] = math.inf if math.isnan(loss) else loss
-        self._put(places[min(losses, key=losses.__getitem__)])  # the first of equals
+        self._chosen = places[min(losses, key=losses.__getitem__)]  # the first of equals
+        self._put(self._chosen)
 
     def _candidate(self, grad: float) -> list[float]:
         """Coefficient of z, a group."""
@@ -101,4 +106,7 @@ class ZOConservative(ZerothOrderOptimizer):
         """Where the weights are is the new theta; that of a step that is skipped is the old."""
         if not finite:
             self._move([0.0] * len(self.param_groups))
+        elif self._chosen is not None:  # in case that somebody has looked
+            self._put(self._chosen)
+        self._chosen = None
         self._at = []

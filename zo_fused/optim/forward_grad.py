@@ -16,10 +16,17 @@ from zo_fused.keys import Stream, stream_keys
 from zo_fused.optim.base import Closure, ZerothOrderOptimizer
 from zo_fused.parameters import Bucket
 from zo_fused.rules import SGD
-from zo_fused.schedule import Schedule
+from zo_fused.schedule import Position, Schedule
 from zo_fused.stand_ins import Places
 from zo_fused.streams import Purpose, as_int64
 from zo_fused.vectors import Vector, float32_scalar, stacked, to_float32
+
+# By a part of PyTorch's message: how models of transformers do without the operator.
+_CURES = {
+    "grouped_mm": "; load it with experts_implementation='eager'",
+    "attention": "; load it with attn_implementation='sdpa' or 'eager'",
+    "flash": "; load it with attn_implementation='sdpa' or 'eager'",
+}
 
 
 class ForwardGrad(ZerothOrderOptimizer):
@@ -71,7 +78,8 @@ class ForwardGrad(ZerothOrderOptimizer):
         return []
 
     def _estimate(self, closure: Closure) -> tuple[Tensor, Vector]:
-        self.perturb(0.0)  # nothing moves, but parameters are looked at again
+        self._look_again()
+        self._perturb(Position(0.0))  # nothing moves, but parameters are looked at
         if self._direction.module is None:
             raise ValueError("ForwardGrad needs the module: ForwardGrad(model, ...)")
         generators, losses, grads = (
@@ -117,12 +125,14 @@ class ForwardGrad(ZerothOrderOptimizer):
         try:
             return closure()
         except NotImplementedError as error:
-            if "forward AD" in str(error):
-                raise NotImplementedError(
-                    f"ForwardGrad: the model uses an operator that has no forward-mode derivative; "
-                    f"replace it (attention: attn_implementation='sdpa' or 'eager'): {error}"
-                ) from error
-            raise
+            reason = str(error)
+            if "forward AD" not in reason and "forward mode AD" not in reason:
+                raise
+            cure = next((cure for name, cure in _CURES.items() if name in reason), "")
+            raise NotImplementedError(
+                "ForwardGrad: the model uses an operator that has no forward-mode derivative"
+                f"{cure}: {reason}"
+            ) from error
 
     def _tangents(self, bucket: Bucket, query: int) -> list[Tensor]:
         """z of a query of the coming step for every parameter, in its dtype."""

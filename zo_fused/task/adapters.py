@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from zo_fused.task.errors import UserError, first_line, optional
-from zo_fused.task.models import load_model
+from zo_fused.task.models import fills_masks, load_model
 
 SCHEMES = ("lora", "prefix", "prompt")
 
@@ -23,6 +23,7 @@ def load_adapted(
     scheme: str,
     seed: int,
     saved: Path | None = None,
+    **loading: Any,
 ) -> Any:
     """A model with an adapter, in eval mode; only the adapter requires gradients.
 
@@ -32,19 +33,25 @@ def load_adapted(
     Args:
         scheme: one of `SCHEMES`.
         saved: a directory with the weights of such an adapter, to go on from.
+        loading: further arguments of `load_model`.
 
     Raises:
         UserError: model or adapter can't be loaded, or peft has no such adapter for the model.
     """
     peft = optional("peft")
-    model = load_model(name, dtype, torch.device("cpu"))
+    model = load_model(name, dtype, torch.device("cpu"), **loading)
+    if fills_masks(model.config) and scheme != "lora":
+        raise UserError(
+            f"{name!r} is a masked language model, which peft gives no {scheme} adapter; "
+            "take --peft lora"
+        )
     try:
         with _quiet():
             adapted = _fresh(peft, model, scheme, seed)
             if saved is not None:
                 weights = peft.load_peft_weights(str(saved), device="cpu")
                 peft.set_peft_model_state_dict(adapted, weights)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # of peft, transformers, safetensors or pickle
         what = f"load the adapter {saved}" if saved else f"put a {scheme} adapter on {name!r}"
         raise UserError(f"can't {what}: {first_line(error)}") from error
     return adapted.to(device).eval()
@@ -52,20 +59,42 @@ def load_adapted(
 
 def _fresh(peft: Any, model: Any, scheme: str, seed: int) -> Any:
     """The adapters of MeZO (arXiv 2305.17333): LoRA with r 8 and alpha 16, and five tokens of
-    prefix that start as what the model makes of random tokens. Ten tokens of prompt."""
+    prefix that start as what the model makes of random tokens. Ten tokens of prompt.
+
+    LoRA goes to the layers that peft knows for the architecture, else to all linear ones.
+    """
+    task = {} if fills_masks(model.config) else {"task_type": "CAUSAL_LM"}
     configs = {
-        "lora": lambda: peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16),
-        "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
-        "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=10),
+        "lora": lambda **more: peft.LoraConfig(**task, r=8, lora_alpha=16, **more),
+        "prefix": lambda: peft.PrefixTuningConfig(**task, num_virtual_tokens=5),
+        "prompt": lambda: peft.PromptTuningConfig(**task, num_virtual_tokens=10),
     }
+    targets = _lora_targets(model) if scheme == "lora" else {}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        adapted = peft.get_peft_model(model, configs[scheme]())
+        adapted = peft.get_peft_model(model, configs[scheme](**targets))
         if scheme == "prefix":
-            tokens = torch.randint(0, model.config.vocab_size, (1, virtual_tokens(adapted)))
+            vocabulary = model.config.get_text_config().vocab_size
+            tokens = torch.randint(0, vocabulary, (1, virtual_tokens(adapted)))
             cache = model(input_ids=tokens, use_cache=True).past_key_values
             peft.initialize_kv_prefix_from_past_key_values(adapted, past_key_values=cache)
     return adapted
+
+
+def _lora_targets(model: Any) -> dict[str, Any]:
+    """Which layers get LoRA: those that peft knows for the architecture, else all linear ones."""
+    known = optional("peft.utils").TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    if model.config.model_type in known:
+        return {"target_modules": known[model.config.model_type]}
+    # subclasses of Linear return other things (routers), and kernels of state-space models read
+    # the weight of out_proj themselves
+    special = [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear)
+        or (getattr(model, "_is_stateful", False) and name.endswith(".out_proj"))
+    ]
+    return {"target_modules": "all-linear", "exclude_modules": special or None}
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from zo_fused.task.errors import UserError, first_line
+from zo_fused.task.files import writing
 from zo_fused.task.models import save_model
 
 
@@ -36,11 +37,12 @@ def save_checkpoint(
     if not final.exists():
         temporary = run / f"{final.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        save_model(model, tokenizer, temporary)
-        torch.save(
-            {"step": step, "optimizer": state, "settings": settings}, temporary / "checkpoint.pt"
-        )
-        os.replace(temporary, final)
+        content = {"step": step, "optimizer": state, "settings": settings}
+        with writing(temporary):
+            save_model(model, tokenizer, temporary)
+            with open(temporary / "checkpoint.pt", "wb") as file:  # its errors are the system's
+                torch.save(content, file)
+            os.replace(temporary, final)
     remove_checkpoints(run, keep=final)
     return final
 
@@ -60,6 +62,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         content: dict[str, Any] = torch.load(path / "checkpoint.pt", weights_only=True)
+        if content.keys() != {"step", "optimizer", "settings"}:
+            raise ValueError("checkpoint.pt is no checkpoint of zo-fused")
     except Exception as error:  # a damaged archive can raise almost anything
         raise UserError(f"can't resume from {path}: {first_line(error)}") from error
     return content

@@ -46,7 +46,11 @@ def answer_ids(tokenizer: Any, answer: str) -> Tokens:
 
 def maximum_length(model: Any, tokenizer: Any) -> int:
     """The most tokens of a text that model and tokenizer both take."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        first = getattr(module, "padding_idx", None)
+        if first is not None and name.endswith("position_embeddings"):
+            positions = module.num_embeddings - first - 1  # RoBERTa's numbers start after it
     limits = [tokenizer.model_max_length, positions]
     return min(int(limit) for limit in limits if limit is not None) - virtual_tokens(model)
 
@@ -61,6 +65,9 @@ class Encoder:
             (never the bos); answers are never cut. Room is left for the longest answer, so every
             candidate of an example follows the same prompt.
 
+    Attributes:
+        cut: prompts that have lost tokens so far.
+
     Raises:
         UserError: an answer has no tokens, two have the same, or one is too long for the model.
     """
@@ -68,6 +75,7 @@ class Encoder:
     def __init__(self, task: Task, tokenizer: Any, max_length: int) -> None:
         self.task = task
         self.tokenizer = tokenizer
+        self.cut = 0
         self.answers = [answer_ids(tokenizer, answer) for answer in task.answers]
         for index, (answer, ids) in enumerate(zip(task.answers, self.answers, strict=True)):
             if not ids:
@@ -80,9 +88,13 @@ class Encoder:
         self.room = max_length - max(map(len, self.answers))
         if self.room < 2:
             raise UserError(
-                f"the longest answer leaves no room for a prompt: the model takes {max_length} "
-                "tokens"
+                f"the longest answer leaves no room for a prompt: there are {max_length} tokens "
+                "for both"
             )
+
+    def text(self, example: Example) -> str:
+        """What the model reads."""
+        return self.task.prompt(example.fields)
 
     def prompt_ids(self, text: str) -> Tokens:
         """Token ids of a prompt, at most `self.room`.
@@ -94,7 +106,9 @@ class Encoder:
         special = self.tokenizer(text)["input_ids"]
         start = [bos] if bos is not None and special and special[0] == bos else []
         ids = plain_ids(self.tokenizer, text)
-        return start + ids[max(0, len(ids) - (self.room - len(start))) :]
+        over = max(0, len(start) + len(ids) - self.room)
+        self.cut += over > 0
+        return start + ids[over:]
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """The examples in their order.
@@ -104,7 +118,7 @@ class Encoder:
         """
         encoded = []
         for example in examples:
-            ids = self.prompt_ids(self.task.prompt(example.fields))
+            ids = self.prompt_ids(self.text(example))
             if not ids:
                 raise UserError(f"{example.source}: the prompt is empty")
             encoded.append(Encoded(ids, self.task.labels.index(example.label)))

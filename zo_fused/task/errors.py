@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
+
+from zo_fused.interrupts import uninterrupted
 
 
 class UserError(Exception):
     """Something the user can put right; its text is one sentence without a final full stop."""
 
 
+def warn(text: str) -> None:
+    """Tells the user of what is probably a mistake; the run goes on."""
+    print(f"zo-fused: warning: {text}", file=sys.stderr)
+
+
 def first_line(error: BaseException) -> str:
     """The first non-empty line of another library's message, without its full stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".:")
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch found no memory, on a GPU or on the CPU."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def optional(name: str) -> Any:
@@ -23,7 +36,8 @@ def optional(name: str) -> Any:
         UserError: it is not installed, or can't be imported.
     """
     try:
-        return importlib.import_module(name)
+        with uninterrupted():  # half an import would break the next one in strange ways
+            return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
             f"fine-tuning needs the package {name!r} ({first_line(error)}); "

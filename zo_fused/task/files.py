@@ -5,15 +5,43 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says of what the system refuses in this block which file it was, as an `OSError`; also where
+    a library made an error of its own of it."""
+    try:
+        yield
+    except Exception as error:
+        number = _refusal(error)
+        if number is None:
+            raise
+        named = error.filename if isinstance(error, OSError) else None
+        raise OSError(number, os.strerror(number), named or str(path)) from error
+
+
+def _refusal(error: BaseException) -> int | None:
+    """The number of the system's error at the root of another."""
+    told = re.search(r"\(os error (\d+)\)", str(error))  # by libraries in Rust
+    if told:
+        return int(told[1])
+    if isinstance(error, OSError):
+        return error.errno
+    return None if error.__context__ is None else _refusal(error.__context__)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file by one with this text, at once."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

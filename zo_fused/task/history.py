@@ -12,24 +12,49 @@ import json
 from pathlib import Path
 from typing import Any
 
-from zo_fused.task.files import to_json, write_text
+from zo_fused.task.errors import UserError, first_line
+from zo_fused.task.files import to_json, write_text, writing
 
 Entry = dict[str, Any]
+_OF_ALL: dict[str, tuple[type, ...]] = {"step": (int,)}  # what a line must have
+_OF_A_STEP = _OF_ALL | {
+    "loss": (float, int, type(None)),
+    "projected_grad": (float, int, list, type(None)),
+    "forwards": (int,),
+    "seconds": (float, int),
+}
 
 
 def read_history(path: Path, last_step: int | None = None) -> list[Entry]:
-    """Entries up to a step; a torn last line and everything after it is left out."""
-    entries: list[Entry] = []
-    if not path.is_file():
-        return entries
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            break
-        if last_step is None or entry["step"] <= last_step:
-            entries.append(entry)
-    return entries
+    """Entries up to a step; a torn last line is left out.
+
+    Raises:
+        UserError: there is no such file, or a line that is no entry.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"can't read the history {path}: {error.strerror}") from error
+    entries = [
+        _entry(f"{path}:{number}", line)
+        for number, line in enumerate(lines, start=1)
+        if line.endswith(b"\n")
+    ]
+    return [entry for entry in entries if last_step is None or entry["step"] <= last_step]
+
+
+def _entry(where: str, line: bytes) -> Entry:
+    try:
+        entry = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({first_line(error)})") from error
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: not a line of a history")
+    needed = dict(_OF_A_STEP if "loss" in entry else _OF_ALL)
+    needed |= {name: (float, int) for name in entry if name.endswith("_accuracy")}
+    if any(type(entry.get(name)) not in types for name, types in needed.items()):
+        raise UserError(f"{where}: not a line of a history")
+    return entry
 
 
 def accuracies(entries: list[Entry], split: str) -> list[tuple[int, float]]:
@@ -60,17 +85,20 @@ class History:
     def __init__(self, path: Path, step: int | None = None) -> None:
         self.entries = [] if step is None else read_history(path, step)
         write_text(path, "".join(to_json(entry) + "\n" for entry in self.entries))
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, **entry: Any) -> None:
         """Appends an entry."""
         self.entries.append(entry)
-        self._file.write(to_json(entry) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(to_json(entry) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file; the entries stay."""
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
 
     def accuracies(self, split: str) -> list[tuple[int, float]]:
         """(step, accuracy) of a split's evaluations."""

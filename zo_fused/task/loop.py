@@ -98,6 +98,7 @@ class Finetuning:
 
         Raises:
             Interrupted: Ctrl-C; the weights were restored and a checkpoint saved.
+        BrokenPipeError: nobody reads what is printed; a checkpoint was saved.
             UserError: `SKIPPED_IN_A_ROW` losses in a row were not finite.
         """
         tqdm = optional("tqdm").tqdm
@@ -111,6 +112,9 @@ class Finetuning:
         except KeyboardInterrupt:
             path = self._checkpoint()
             raise Interrupted(f"step {self.optimizer.step_count} is saved in {path}") from None
+        except BrokenPipeError:
+            self._checkpoint()
+            raise
         finally:
             self.optimizer.close_log()
             self.history.close()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from zo_fused.task.errors import UserError
+
+MASK = "mask"  # the placeholder of a masked language model's answer
 
 
 def _parse(template: str) -> list[tuple[str, str | None]]:
@@ -39,9 +41,11 @@ class Task:
 
     Args:
         template: the prompt, with a ``{field}`` for each field of a record it shows;
-            ``{{`` and ``}}`` are braces.
+            ``{{`` and ``}}`` are braces. For a masked language model (RoBERTa), ``{mask}`` is
+            where the answer belongs, as in "{text} It was {mask}."; a causal one gets none.
         verbalizer: label -> the answer that continues the prompt, verbatim: after a prompt that
-            ends in a word the answer starts with a space.
+            ends in a word the answer starts with a space. In place of ``{mask}``: after a space
+            or none, as in the template.
         description: a line for people.
 
     Raises:
@@ -53,12 +57,19 @@ class Task:
         self.verbalizer = dict(verbalizer)
         self.description = description
         self._pieces = _parse(template)
-        self.fields = tuple(dict.fromkeys(name for _, name in self._pieces if name is not None))
+        names = [name for _, name in self._pieces if name is not None]
+        self.masked = MASK in names
+        self.fields = tuple(name for name in dict.fromkeys(names) if name != MASK)
         self.labels = tuple(self.verbalizer)
-        self.answers = tuple(self.verbalizer.values())
-        self._validate()
+        self._validate(names)
+        self.answers = tuple(map(self._in_place, self.verbalizer.values()))
 
-    def _validate(self) -> None:
+    def _validate(self, names: Sequence[str]) -> None:
+        if names.count(MASK) > 1:
+            raise UserError(
+                f"the template {self.template!r} has {names.count(MASK)} masks, and an answer is "
+                "one token in one {mask}"
+            )
         if not self.fields:
             raise UserError(
                 f"the template {self.template!r} has no placeholder, such as '{{text}}', "
@@ -80,7 +91,7 @@ class Task:
 
     def _check_joint(self, label: str, answer: str) -> None:
         """An answer glued to the template's last word is a forgotten space."""
-        text, name = self._pieces[-1]
+        text, name = self._before_answer()
         if name is None and re.search(r"[A-Za-z0-9]$", text) and re.match(r"[A-Za-z0-9]", answer):
             word = text.split()[-1] + answer
             raise UserError(
@@ -88,16 +99,38 @@ class Task:
                 f"start it with a space: {' ' + answer!r}"
             )
 
-    def prompt(self, fields: Mapping[str, Any]) -> str:
-        """The template filled in; `fields` has every name in `self.fields`."""
-        return "".join(
-            text + (str(fields[name]) if name is not None else "") for text, name in self._pieces
-        )
+    def _before_answer(self) -> tuple[str, str | None]:
+        """The text that the answer follows, and the field after that text and before the answer."""
+        for text, name in self._pieces:
+            if name == MASK:
+                return text, None
+        return self._pieces[-1]
+
+    def _in_place(self, answer: str) -> str:
+        """The answer as it is written into the mask: the template's space before it is its own."""
+        spaced = self.masked and self._before_answer()[0].endswith(" ")
+        return f" {answer.lstrip(' ')}" if spaced else answer
+
+    def prompt(self, fields: Mapping[str, Any], mask: str = "") -> str:
+        """The template filled in.
+
+        Args:
+            fields: has every name in `self.fields`.
+            mask: the tokenizer's mask token. A space before it is left out: it is the answer's.
+        """
+        made = ""
+        for text, name in self._pieces:
+            if name == MASK:
+                made += text.removesuffix(" ") + mask
+            else:
+                made += text + (str(fields[name]) if name is not None else "")
+        return made
 
     def without_words(self) -> Task:
         """The task without alignment (arXiv 2402.11592): the prompt is the fields alone, in their
         order and joined by a space; the answers stay."""
-        template = " ".join(f"{{{name}}}" for name in self.fields)
+        names = (*self.fields, *([MASK] if self.masked else []))
+        template = " ".join(f"{{{name}}}" for name in names)
         return Task(template, self.verbalizer, self.description)
 
     @classmethod

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import zo_fused
+from zo_fused.backends import cpu
 from zo_fused.task.errors import optional
 from zo_fused.task.history import Entry, History
 
@@ -25,6 +28,26 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def place(device: torch.device, dtype: str) -> str:
+    """What a run's weights are, and what serves them, in a line."""
+    backend = zo_fused.backend_of(device)
+    how = f"backend {backend}" + (f" ({cpu.isa()})" if backend == "cpu" else "")
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return f"device {device}{name}{threads}, {how}, weights in {dtype}"
+
+
+def sizes(counts: Mapping[str, int], cut: Mapping[str, int], max_length: int) -> str:
+    """How many examples a run has, in a line, and how many of their prompts lost tokens."""
+    text = "examples: " + ", ".join(f"{count} {split}" for split, count in counts.items())
+    lost = _cut(cut)
+    return f"{text}; prompts cut on the left to {max_length} tokens: {lost}" if lost else text
+
+
+def _cut(cut: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {split}" for split, number in cut.items() if number)
 
 
 def summarize(
@@ -84,6 +107,9 @@ def table(summary: dict[str, Any]) -> str:
     if summary["skipped_steps"]:
         rows.append(("  skipped", f"{summary['skipped_steps']} (loss not finite)"))
     rows.append(("forward passes", f"{summary['forwards']}"))
+    cut = _cut(summary.get("cut_prompts", {}))
+    if cut:
+        rows.append(("prompts cut", cut))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 

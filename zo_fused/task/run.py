@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,21 +14,30 @@ from typing import Any, NamedTuple
 import torch
 
 import zo_fused
-from zo_fused.task.adapters import load_adapted
+from zo_fused.task.adapters import base_model, load_adapted
 from zo_fused.task.checkpoint import (
     check_settings,
     checkpoints,
     load_checkpoint,
     remove_checkpoints,
 )
-from zo_fused.task.data import SPLITS, read_examples
+from zo_fused.task.data import SPLITS, Example, read_examples
 from zo_fused.task.encoding import Encoded, Encoder, maximum_length
-from zo_fused.task.errors import UserError, first_line, optional
-from zo_fused.task.files import to_json, write_text
+from zo_fused.task.errors import UserError, first_line, optional, warn
+from zo_fused.task.files import to_json, write_text, writing
 from zo_fused.task.loop import Finetuning, Plan
-from zo_fused.task.models import choose_device, load_model, load_tokenizer, save_model
+from zo_fused.task.masked import MaskEncoder, MaskScorer
+from zo_fused.task.models import (
+    check_kind,
+    choose_device,
+    fills_masks,
+    load_config,
+    load_model,
+    load_tokenizer,
+    save_model,
+)
 from zo_fused.task.prompt import Task
-from zo_fused.task.report import draw, peak_memory, summarize
+from zo_fused.task.report import draw, peak_memory, place, sizes, summarize
 from zo_fused.task.scoring import Scorer
 
 
@@ -69,9 +80,11 @@ class Options:
     output: Path
     forwards: int | None = None  # budget of forward passes that takes the place of plan.steps
     peft: str | None = None  # an adapter to tune instead of the weights
+    max_length: int | None = None  # tokens of prompt and answer; None: as many as the model takes
     label_field: str = "label"
     dtype: str = "float32"
     device: str = "auto"
+    trust_remote_code: bool = False
     resume: bool = False
     overwrite: bool = False
     title: str = ""  # of the picture
@@ -104,6 +117,8 @@ def find_checkpoint(output: Path, resume: bool, overwrite: bool) -> Path | None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"can't make the directory {output}: {error.strerror}") from error
+    if not os.access(output, os.W_OK | os.X_OK):
+        raise UserError(f"the directory {output} can't be written")
     return None
 
 
@@ -126,7 +141,7 @@ def finetune(options: Options) -> dict[str, Any]:
     """
     for package in ("transformers", "tqdm", "matplotlib.figure"):
         optional(package)
-    device = choose_device(options.device)
+    device = _device(options.device)
     if Path(options.model).is_dir() and options.output.resolve() == Path(options.model).resolve():
         raise UserError(f"the output {options.output} is the base model's own directory")
     examples = {
@@ -134,11 +149,17 @@ def finetune(options: Options) -> dict[str, Any]:
         for split in SPLITS
         if split in options.sources
     }
-    tokenizer = load_tokenizer(options.model)
+    _check_labels(examples)
+    _check_template(options)
+    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     checkpoint = find_checkpoint(options.output, options.resume, options.overwrite)
+    print(place(device, options.dtype), flush=True)
     model = _model(options, checkpoint, device)
-    encoder = Encoder(options.task, tokenizer, maximum_length(model, tokenizer))
-    data = {split: encoder.encode(records) for split, records in examples.items()}
+    make_encoder = MaskEncoder if options.task.masked else Encoder
+    max_length = _max_length(options, model, tokenizer)
+    encoder = make_encoder(options.task, tokenizer, max_length)
+    data, cut = _encode(encoder, examples)
+    print(sizes({split: len(encoded) for split, encoded in data.items()}, cut, max_length))
     optimizer = _optimizer(options, model)
     options = replace(options, plan=_plan(options, optimizer))
     settings = _settings(options, encoder, data["train"])
@@ -147,10 +168,15 @@ def finetune(options: Options) -> dict[str, Any]:
     else:
         content = load_checkpoint(checkpoint)
         check_settings(content["settings"], settings)
-        optimizer.load_state_dict(content["optimizer"])
+        try:
+            optimizer.load_state_dict(content["optimizer"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"can't resume from {checkpoint}: {first_line(error)}") from error
     first_step = optimizer.step_count
     optimizer.timings = {}
-    scorer = Scorer(model, encoder.answers, _pad_id(tokenizer))
+    scorer = _scorer(model, tokenizer, encoder)
+    for encoded in data.values():
+        scorer.check(encoded)
     try:
         run = Finetuning(
             model,
@@ -164,34 +190,121 @@ def finetune(options: Options) -> dict[str, Any]:
             resume=checkpoint is not None,
             paired=options.hyper["schedule"] == "paired",
         )
+    except FileNotFoundError as error:
+        if checkpoint is None:
+            raise
+        raise UserError(f"can't resume: {error.filename} is missing") from error
     except ValueError as error:  # the replay log is not this run's
         raise UserError(first_line(error)) from error
-    history = run.run()
+    try:
+        history = run.run()
+    except (RuntimeError, TypeError, ValueError) as error:
+        refusal = re.match(r"(paired=True|ForwardGrad)\b", str(error))
+        if refusal is None:
+            raise
+        given, other = ("schedule paired", "schedule factored")
+        if refusal[1] == "ForwardGrad":
+            given, other = ("method forward-grad", "method mezo")
+        raise UserError(
+            f"--{given} is not for this model; take --{other} ({first_line(error)})"
+        ) from error
     measured = optimizer.step_count - first_step
     summary = summarize(history, optimizer.timings, measured, peak_memory(device))
     summary |= _sizes(optimizer) | {
         "settings": settings,
+        "max_length": max_length,
+        "cut_prompts": cut,
         "device": str(device),
         "backend": zo_fused.backend_of(device),
         "zo_fused": zo_fused.__version__,
     }
-    save_model(model, tokenizer, options.output)
-    draw(history, options.title, options.output / "curve.png")
+    with writing(options.output):
+        save_model(model, tokenizer, options.output)
+        draw(history, options.title, options.output / "curve.png")
     write_text(options.output / "summary.json", to_json(summary, indent=2) + "\n")
     remove_checkpoints(options.output)
     return summary
 
 
-def _pad_id(tokenizer: Any) -> int:
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in candidates if token is not None)
+def _check_template(options: Options) -> None:
+    """Refuses a template that is not for this kind of model."""
+    config = load_config(options.model, options.trust_remote_code)
+    check_kind(config)
+    masked, template = fills_masks(config), options.task.template
+    if masked and not options.task.masked:
+        raise UserError(
+            f"{options.model!r} is a masked language model ({config.model_type}): say in the "
+            f"template where the answer belongs, as in {template.rstrip() + ' {mask}.'!r}"
+        )
+    if options.task.masked and not masked:
+        raise UserError(
+            f"{options.model!r} is a causal language model ({config.model_type}), which goes on "
+            "from where a text ends: end the template where the answer begins, without {mask}"
+        )
+
+
+def _scorer(model: Any, tokenizer: Any, encoder: Encoder) -> Scorer:
+    rows = base_model(model).get_input_embeddings().num_embeddings
+    # the tokenizer's own may have been added without an embedding; attention masks it anyway
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    pad_id = next((token for token in candidates if token is not None and token < rows), 0)
+    if isinstance(encoder, MaskEncoder):
+        return MaskScorer(model, encoder.answers, pad_id, encoder.mask_id)
+    return Scorer(model, encoder.answers, pad_id)
+
+
+def _device(name: str) -> torch.device:
+    device = choose_device(name)
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, ImportError, RuntimeError) as error:  # that PyTorch is not built for
+        raise UserError(f"there is no device {name!r}: {first_line(error)}") from error
+    return device
+
+
+def _check_labels(examples: Mapping[str, Sequence[Example]]) -> None:
+    """Warns of splits with one label: a constant answer has the best loss and accuracy there."""
+    labels = {split: {e.label for e in records} for split, records in examples.items()}
+    alone = [split for split, found in labels.items() if len(found) == 1]
+    if alone:
+        places = " and ".join(f"{split} ({min(labels[split])!r})" for split in alone)
+        warn(f"only one label in {places}: nothing to tell apart, and an accuracy means nothing")
+
+
+def _max_length(options: Options, model: Any, tokenizer: Any) -> int:
+    most = maximum_length(model, tokenizer)
+    if options.max_length is None:
+        return most
+    if options.max_length > most:
+        raise UserError(f"the model takes {most} tokens at most, not {options.max_length}")
+    return options.max_length
+
+
+def _encode(
+    encoder: Encoder, examples: Mapping[str, Sequence[Example]]
+) -> tuple[dict[str, list[Encoded]], dict[str, int]]:
+    """The splits' examples as tokens, and how many prompts of each were cut."""
+    data, cut = {}, {}
+    for split, records in examples.items():
+        before = encoder.cut
+        data[split] = encoder.encode(records)
+        cut[split] = encoder.cut - before
+    return data, cut
 
 
 def _model(options: Options, checkpoint: Path | None, device: torch.device) -> Any:
+    experts = None
+    if options.method == "forward-grad":  # whose differentiation knows no grouped_mm
+        experts = "eager"
+    elif options.hyper["schedule"] == "paired":  # whose vmap knows no nonzero
+        experts = "batched_mm"
+    loading: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "experts": experts}
     if options.peft is None:
-        return load_model(str(checkpoint or options.model), options.dtype, device)
+        return load_model(str(checkpoint or options.model), options.dtype, device, **loading)
     seed = options.plan.seed
-    return load_adapted(options.model, options.dtype, device, options.peft, seed, checkpoint)
+    return load_adapted(
+        options.model, options.dtype, device, options.peft, seed, checkpoint, **loading
+    )
 
 
 def _optimizer(options: Options, model: Any) -> Any:

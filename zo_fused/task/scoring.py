@@ -20,6 +20,7 @@ from torch import Tensor
 
 from zo_fused.task.adapters import base_model, prepended_logits, virtual_tokens
 from zo_fused.task.encoding import Encoded, Tokens
+from zo_fused.task.errors import UserError, optional
 
 LOSSES = ("classification", "lm", "accuracy")
 
@@ -43,6 +44,23 @@ class Batch:
     kind: str  # "shared": a row per example, "candidates": a row per candidate, "right": see `lm`
 
 
+def bears_left_padding(model: Any) -> bool:
+    """Whether padding on the left, with `position_ids`, leaves a model's numbers as they are.
+
+    So it does in the causal models of transformers (a test goes through them), but for those with
+    a state that runs over the padding, and for decoders made of encoders, which number tokens in
+    their own way. Of other models nothing is known.
+    """
+    auto = optional("transformers.models.auto.modeling_auto")
+    kind = type(getattr(model, "config", None))
+    return (
+        type(model).__module__.startswith("transformers.")
+        and kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING
+        and kind not in auto.MODEL_FOR_MASKED_LM_MAPPING
+        and not getattr(model, "_is_stateful", False)
+    )
+
+
 class Scorer:
     """Scores a fixed set of answers with a causal language model.
 
@@ -55,8 +73,10 @@ class Scorer:
         model: of transformers or peft, or any module called as those are. Dropout should be off
             (``model.eval()``): it would only add noise to the two losses of a step.
         answers: token ids of each candidate.
-        pad_id: any valid token id.
-        padding_side: "left", "right" or None: left where the model takes `position_ids`.
+        pad_id: any token id that the model has an embedding for.
+        padding_side: "left", "right" or None: on the left where the model is known to number the
+            tokens as it is told, so that fewer logits are computed; else on the right, which no
+            token of a causal model sees.
         share_prompt: False gives every candidate its own row even if it is one token.
     """
 
@@ -75,10 +95,42 @@ class Scorer:
         self.prepended = prepended_logits(model)
         if virtual_tokens(model):  # the positions after them are for peft to number
             self.accepted -= {"position_ids"}
-        self.padding_side = padding_side or ("left" if "position_ids" in self.accepted else "right")
+        left = "position_ids" in self.accepted and bears_left_padding(base_model(model))
+        self.padding_side = padding_side or ("left" if left else "right")
         self.shared = share_prompt and all(len(ids) == 1 for ids in self.answers)
         # of each answer; on the device from the start, so that a loss waits for no copy
         self._first_tokens = torch.tensor([ids[0] for ids in self.answers], device=self.device)
+
+    def check(self, examples: Sequence[Encoded]) -> None:
+        """Refuses tokens that the model lacks, and a model whose scores would mean nothing.
+
+        Raises:
+            UserError: says which.
+        """
+        rows = getattr(base_model(self.model).get_input_embeddings(), "num_embeddings", None)
+        highest = max(max(ids) for ids in (*(e.prompt for e in examples), *self.answers))
+        if rows is not None and highest >= rows:
+            raise UserError(
+                f"the tokenizer is not this model's: it makes the token {highest}, and the model "
+                f"has embeddings for {rows}"
+            )
+        self._check_order(examples[0].prompt)
+
+    @torch.no_grad()
+    def _check_order(self, prompt: Tokens) -> None:
+        """A text's last token must not change what the model says of those before it."""
+        texts = [[*prompt[:16], answer[0]] for answer in (self.answers[0], self.answers[1])]
+        if texts[0] == texts[1]:
+            texts[1][-1] = prompt[0]
+        extra = {"use_cache": False} if "use_cache" in self.accepted else {}
+        ids = torch.tensor(texts, device=self.device)
+        one, other = base_model(self.model)(input_ids=ids, **extra).logits[:, :-1].float()
+        # in 16 bits a few numbers may move, by rounding or where experts are chosen anew
+        if (one - other).abs().median() > 0.03 * one.std():
+            raise UserError(
+                f"{type(base_model(self.model)).__name__} is no causal language model: what it "
+                "says of a token depends on the tokens that follow, so it can't score answers"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -114,10 +166,10 @@ class Scorer:
             mask.append([0] * gap + [1] * len(text) if left else [1] * len(text) + [0] * gap)
             first.append(len(prompt) - 1 + (gap if left else 0))
         first = [self.prepended + f for f in first]
-        lowest = min(first)
-        highest = max(f + len(a) for f, a in zip(first, answers, strict=True))
+        needed = {f + k for f, a in zip(first, answers, strict=True) for k in range(len(a))}
         if "logits_to_keep" not in self.accepted:
-            lowest, highest = 0, self.prepended + width
+            needed = set(range(self.prepended + width))
+        kept = {position: index for index, position in enumerate(sorted(needed))}
         attention = torch.tensor(mask, device=self.device)
         inputs = {"input_ids": torch.tensor(ids, device=self.device)}
         if min(map(len, texts)) < width:
@@ -125,8 +177,11 @@ class Scorer:
             if left:
                 inputs["position_ids"] = (attention.cumsum(-1) - 1).clamp_min(0)
         if "logits_to_keep" in self.accepted:
-            inputs["logits_to_keep"] = torch.arange(lowest, highest, device=self.device)
-        places = [[min(f + k, highest - 1) - lowest for k in range(span)] for f in first]
+            inputs["logits_to_keep"] = torch.tensor(list(kept), device=self.device)
+        places = [
+            [kept[f + min(k, len(a) - 1)] for k in range(span)]
+            for f, a in zip(first, answers, strict=True)
+        ]
         targets = [a + [0] * (span - len(a)) for a in answers]
         present = [[1.0] * len(a) + [0.0] * (span - len(a)) for a in answers]
         return Rows(
