@@ -48,6 +48,7 @@ STATES: dict[str, State] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "inference mode": torch.inference_mode,
     "no grad": torch.no_grad,
+    "flush denormal": setting(torch.set_flush_denormal, True, False),
     "deterministic": setting(torch.use_deterministic_algorithms, True, False),
     "threads": setting(torch.set_num_threads, 3, torch.get_num_threads()),
     "matmul precision": setting(torch.set_float32_matmul_precision, "medium", "highest"),
