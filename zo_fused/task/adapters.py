@@ -75,7 +75,7 @@ def _fresh(peft: Any, model: Any, scheme: str, seed: int) -> Any:
         adapted = peft.get_peft_model(model, configs[scheme](**targets))
         if scheme == "prefix":
             vocabulary = model.config.get_text_config().vocab_size
-            tokens = torch.randint(0, vocabulary, (1, virtual_tokens(adapted)))
+            tokens = torch.randint(0, vocabulary, (1, virtual_tokens(adapted)), device="cpu")
             cache = model(input_ids=tokens, use_cache=True).past_key_values
             peft.initialize_kv_prefix_from_past_key_values(adapted, past_key_values=cache)
     return adapted
