@@ -50,13 +50,15 @@ def change(directory, edit):
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(llama):
+def test_a_checkpoint_that_lacks_weights_is_refused(llama, capfd):
     change(llama, lambda tensors: tensors.pop("model.layers.0.mlp.down_proj.weight"))
     message = (
         r"llama' lacks weights of the language model: model\.layers\.0\.mlp\.down_proj\.weight$"
     )
+    capfd.readouterr()
     with pytest.raises(UserError, match=message):
         load(llama)
+    assert capfd.readouterr() == ("", "")  # not the report of transformers, too
     change(llama, lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(UserError, match=r"down_proj\.weight and 1 more$"):
         load(llama)
