@@ -47,10 +47,10 @@ FLOORS: list[set[str]] = [
     {"zo_fused.task.encoding"},
     {"zo_fused.task.scoring"},
     {"zo_fused.task.loop", "zo_fused.task.masked"},
-    {"zo_fused.task.run"},
+    {"zo_fused.task.run", "zo_fused.task.memory"},
     {"zo_fused.cli.defaults", "zo_fused.cli.parser", "zo_fused.cli.runs"},
     {"zo_fused.cli.finetune", "zo_fused.cli.replay", "zo_fused.cli.doctor"},
-    {"zo_fused.cli.compare"},
+    {"zo_fused.cli.compare", "zo_fused.cli.plan"},
     {"zo_fused.cli.main"},
 ]
 

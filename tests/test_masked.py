@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib")
 
 import tiny_models  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from tiny_models import roberta_tokenizer  # noqa: E402
 
 from zo_fused.cli.main import main  # noqa: E402
 from zo_fused.task.data import Example  # noqa: E402
@@ -33,32 +34,6 @@ def one_thread_and_no_network(monkeypatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def roberta_tokenizer(length=64):
-    """Byte-level BPE: " great" and "great" are different tokens; the mask takes the space."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["film was great . terrible great It was"] * 9, trainer)
-    tokenizer.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True)])
-    ends = [("<s>", 0), ("</s>", 2)]
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=ends
-    )
-    names = {"bos": "<s>", "cls": "<s>", "eos": "</s>", "sep": "</s>", "pad": "<pad>"}
-    names |= {"unk": "<unk>", "mask": "<mask>"}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=length,
-        **{f"{name}_token": token for name, token in names.items()},
-    )
 
 
 def bert_tokenizer():

@@ -50,13 +50,15 @@ def change(directory, edit):
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(llama):
+def test_a_checkpoint_that_lacks_weights_is_refused(llama, capfd):
     change(llama, lambda tensors: tensors.pop("model.layers.0.mlp.down_proj.weight"))
     message = (
         r"llama' lacks weights of the language model: model\.layers\.0\.mlp\.down_proj\.weight$"
     )
+    capfd.readouterr()
     with pytest.raises(UserError, match=message):
         load(llama)
+    assert capfd.readouterr() == ("", "")  # not the report of transformers, too
     change(llama, lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(UserError, match=r"down_proj\.weight and 1 more$"):
         load(llama)
@@ -233,3 +235,45 @@ def test_a_pad_token_beyond_the_embeddings_is_not_used():
         alone = torch.cat([scorer.scores(scorer.batch([example])) for example in examples])
     # two orders of the same float32 sums, of numbers of the size of ten
     torch.testing.assert_close(together, alone, rtol=0, atol=2e-5)
+
+
+# ---- methods that not every operator bears ------------------------------------------------------
+
+
+@pytest.fixture
+def tune(tmp_path):
+    """Runs two steps on a tiny model of a kind; the exit code."""
+    pytest.importorskip("matplotlib")
+    lines = [
+        json.dumps({"text": text, "label": label}) for text, label in (("a", "0"), ("b c", "1"))
+    ]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+
+    def run(kind, *more):
+        tokenizer = tiny_models.roberta_tokenizer()
+        tokenizer.save_pretrained(tmp_path / kind)
+        size = {"vocab_size": len(tokenizer)}
+        tiny_models.causal_model(kind, **size).save_pretrained(tmp_path / kind)
+        words = f"finetune --model {tmp_path / kind} --train {tmp_path}/x.jsonl --steps 2"
+        task = ["--template", "{text} It was", "--verbalizer", "0= terrible", "1= great"]
+        output = ["--output", str(tmp_path / "out"), "--device", "cpu"]
+        return main([*words.split(), *task, *output, *more])
+
+    return run
+
+
+REFUSALS = {
+    "forward-grad": "--method forward-grad is not for this model; take --method mezo (ForwardGrad:",
+    "paired": "--schedule paired is not for this model; take --schedule factored (paired=True",
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers and torch, about their own code
+@pytest.mark.parametrize(
+    "more", [("--method", "forward-grad"), ("--method", "lozo", "--schedule", "paired")]
+)
+def test_experts_are_loaded_as_the_method_bears_them(tune, capsys, more):
+    assert tune("qwen3_moe", *more) == 0
+    assert tune("bloom", *more, "--overwrite") == 2  # it has a function of its own, in any case
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"zo-fused: {REFUSALS[more[-1]]}" in error

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from zo_fused import __version__
-from zo_fused.cli import compare, doctor, finetune, replay
+from zo_fused.cli import compare, doctor, finetune, plan, replay
 from zo_fused.cli.parser import Parser
 from zo_fused.task.errors import Interrupted, UserError, first_line
 
@@ -32,6 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("finetune", finetune),
         ("compare", compare),
         ("replay", replay),
+        ("plan", plan),
         ("doctor", doctor),
     ):
         command = commands.add_parser(

@@ -185,7 +185,7 @@ def _load(
         if not path.is_dir() and name.startswith((".", "/", "~")):
             raise UserError(f"there is no model directory {name}")
     try:
-        with _progress_bars(sys.stderr.isatty()):
+        with _progress_bars(sys.stderr.isatty()), _only_errors():
             # said even if False: else transformers asks on stdin
             return auto.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # of transformers, safetensors, tokenizers, pickle, or own code
@@ -230,6 +230,18 @@ def _progress_bars(shown: bool) -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
+
+
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """Without the reports of transformers on what it makes up: `_check_complete` refuses that."""
+    logging = optional("transformers").utils.logging
+    before = logging.get_verbosity()
+    logging.set_verbosity(max(before, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def save_model(model: Any, tokenizer: Any, directory: Path) -> None:

@@ -160,7 +160,7 @@ def finetune(options: Options) -> dict[str, Any]:
     encoder = make_encoder(options.task, tokenizer, max_length)
     data, cut = _encode(encoder, examples)
     print(sizes({split: len(encoded) for split, encoded in data.items()}, cut, max_length))
-    optimizer = _optimizer(options, model)
+    optimizer = make_optimizer(options.method, options.hyper, model, options.plan.seed)
     options = replace(options, plan=_plan(options, optimizer))
     settings = _settings(options, encoder, data["train"])
     if checkpoint is None:
@@ -307,18 +307,27 @@ def _model(options: Options, checkpoint: Path | None, device: torch.device) -> A
     )
 
 
-def _optimizer(options: Options, model: Any) -> Any:
-    method = getattr(zo_fused, METHODS[options.method].optimizer)
-    hyper = dict(options.hyper)
+def make_optimizer(method: str, hyper: dict[str, Any], model: Any, seed: int = 0) -> Any:
+    """The optimizer of a method.
+
+    Args:
+        method: a key of `METHODS`.
+        hyper: as in `Options`.
+
+    Raises:
+        UserError: the method has no such schedule, or refuses an argument.
+    """
+    made = getattr(zo_fused, METHODS[method].optimizer)
+    hyper = dict(hyper)
     schedule, blocks = hyper.pop("schedule"), hyper.pop("blocks", None)
     arguments = SCHEDULES[schedule]
-    if not arguments.keys() <= inspect.signature(method).parameters.keys():
-        raise UserError(f"the schedule {schedule!r} is not for the method {options.method}")
+    if not arguments.keys() <= inspect.signature(made).parameters.keys():
+        raise UserError(f"the schedule {schedule!r} is not for the method {method}")
     try:
         params = model
         if blocks is not None:
             params, arguments = zo_fused.layer_blocks(model), {"block_order": blocks}
-        return method(params, **hyper, **arguments, seed=options.plan.seed)
+        return made(params, **hyper, **arguments, seed=seed)
     except ValueError as error:
         raise UserError(first_line(error)) from error
 

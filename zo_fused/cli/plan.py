@@ -1,0 +1,188 @@
+"""``zo-fused plan``: what a model and a step of each method take in memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from zo_fused.cli import defaults
+from zo_fused.cli.finetune import whole
+from zo_fused.cli.parser import add_trust_option
+
+HELP = "show what a model and a step of each method take in memory, without loading it"
+
+DESCRIPTION = """\
+Show what a model and a step of each method take in memory, from the model's config.json alone.
+
+Parameters, weights and state are exact. A peak is an estimate: weights, what the optimizer keeps,
+and what is alive at most in a forward pass over the batch, without what kernels, allocators and the
+process need for themselves."""
+
+# name, method of finetune, its options; the schedules are those that finetune takes by default
+CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("MeZO", "mezo", {}),
+    ("MeZO-M", "mezo-m", {}),
+    ("LOZO, factored", "lozo", {}),
+    ("LOZO, in place", "lozo", {"schedule": "deferred"}),
+    ("LOZO-M, factored", "lozo-m", {}),
+    ("LOZO, paired", "lozo", {"schedule": "paired"}),
+    ("ZO-Adam", "zo-adam", {}),
+    ("ZO-Adam, history 100", "zo-adam", {"history": 100}),
+    ("ZO-SignSGD", "zo-sign", {}),
+    ("ZO-Conservative", "zo-conservative", {}),
+    ("Forward-Grad", "forward-grad", {}),
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument(
+        "--model",
+        metavar="DIR_OR_ID",
+        required=True,
+        help="model directory, its config.json, or Hub id",
+    )
+    add_trust_option(parser)
+    parser.add_argument(
+        "--method", choices=list(defaults.BY_METHOD), help="this method alone (default: all)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float16",
+        help="of the weights (default: float16)",
+    )
+    parser.add_argument("--batch-size", type=whole, default=16, help="examples (default: 16)")
+    parser.add_argument(
+        "--length", type=whole, default=256, help="tokens of an example (default: 256)"
+    )
+    parser.add_argument("--rank", type=whole, help="of lozo and lozo-m (default: 2)")
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def examine(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything the command reports, all sizes in bytes.
+
+    Raises:
+        UserError: the configuration can't be loaded, or makes no model.
+    """
+    import torch
+
+    from zo_fused.task.memory import Outline
+    from zo_fused.task.models import load_config
+
+    config = load_config(args.model, bool(args.trust_remote_code), alone=True)
+    outline = Outline(config, getattr(torch, args.dtype))
+    shapes = outline.shapes()
+    parameters = sum(torch.Size(shape).numel() * count for shape, count in shapes.items())
+    forward = outline.activations(args.batch_size, args.length)
+    rows = [
+        _row(name, method, hyper, args, outline, forward)
+        for name, method, hyper in CASES
+        if args.method in (None, method)
+    ]
+    if args.method is None:
+        rows.append(_backpropagation(args, outline, parameters))
+    return {
+        "model": args.model,
+        "model_type": config.model_type,
+        "parameters": parameters,
+        "weights": {
+            dtype: parameters * getattr(torch, dtype).itemsize
+            for dtype in ("float32", "float16", "bfloat16")
+        },
+        "dtype": args.dtype,
+        "batch_size": args.batch_size,
+        "length": args.length,
+        "activations": forward,
+        "methods": rows,
+    }
+
+
+def _row(
+    name: str,
+    method: str,
+    hyper: dict[str, Any],
+    args: argparse.Namespace,
+    outline: Any,
+    forward: int | None,
+) -> dict[str, Any]:
+    import torch
+
+    from zo_fused.task.memory import kept
+    from zo_fused.task.run import make_optimizer
+
+    table = defaults.defaults(method, embedded=False)
+    own = {key: value for key, value in table.items() if key in defaults.BY_METHOD[method]} | hyper
+    if args.rank is not None and "rank" in own:
+        own["rank"] = args.rank
+    dtype = getattr(torch, args.dtype)
+    held = kept(lambda module: make_optimizer(method, own, module), outline.shapes(), dtype)
+    needed = forward
+    if own["schedule"] == "paired" and forward is not None:
+        needed = 2 * forward
+    if method == "forward-grad":  # beside every activation its tangent; no fused attention
+        plain = outline.activations(args.batch_size, args.length, fused=False)
+        needed = None if plain is None else held.peak - held.beside + 2 * plain
+    weights = sum(p.numel() for p in outline.model.parameters()) * dtype.itemsize
+    peak = None if needed is None else weights + max(held.beside + needed, held.peak)
+    return {"method": name, "state": held.state, "beside": held.beside, "peak": peak}
+
+
+def _backpropagation(args: argparse.Namespace, outline: Any, parameters: int) -> dict[str, Any]:
+    """AdamW as it is usual: weights and gradients in the dtype, moments in float32, and a float32
+    copy of 16-bit weights, which would not take up small steps."""
+    import torch
+
+    size = getattr(torch, args.dtype).itemsize
+    state = parameters * (8 if size == 4 else 12)
+    saved = outline.activations(args.batch_size, args.length, backward=True)
+    held = state + parameters * size
+    peak = None if saved is None else parameters * size + held + saved
+    return {"method": "AdamW, backpropagation", "state": state, "beside": held, "peak": peak}
+
+
+def _text(found: dict[str, Any]) -> str:
+    weights = ", ".join(f"{name} {_size(size)}" for name, size in found["weights"].items())
+    batch = f"{found['batch_size']} x {found['length']} tokens"
+    lines = [
+        f"{found['model']} ({found['model_type']}): {found['parameters']:,} parameters",
+        f"weights: {weights}",
+        f"activations of a forward pass over {batch}, {found['dtype']}: about "
+        f"{_size(found['activations'])}",
+        "",
+        f"{'':<24}{'state':>12}{'beside weights':>16}{'peak of a step':>16}",
+    ]
+    for row in found["methods"]:
+        sizes = (_size(row["state"]), _size(row["beside"]), _size(row["peak"]))
+        lines.append(f"{row['method']:<24}{sizes[0]:>12}{sizes[1]:>16}{sizes[2]:>16}")
+    lines += [
+        "",
+        "state: in checkpoints, exact. beside weights: all that the optimizer holds between steps; "
+        "with",
+        "backpropagation also gradients. peak: an estimate, weights included; kernels, allocator "
+        "and",
+        "process need some more.",
+    ]
+    if found["activations"] is None:
+        lines.append("The model looks at values, so activations can't be told without weights.")
+    return "\n".join(lines)
+
+
+def _size(size: int | None) -> str:
+    if size is None:
+        return "unknown"
+    if size < 10 * 2**10:
+        return f"{size} B"
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 2**10:.0f} KiB"
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> int:
+    """Prints the sizes; the exit code."""
+    found = examine(args)
+    print(json.dumps(found, indent=2) if args.json else _text(found))
+    return 0
