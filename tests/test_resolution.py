@@ -84,6 +84,8 @@ def test_set_up_resolves(
 ) -> None:
     """And every version is pinned, but those that torch's own pins decide."""
     status, packages, conflict = resolutions[which]
+    if status == 2 and "Failed to fetch" in conflict:
+        pytest.skip(f"the package index failed: {conflict}")
     assert status == 0, conflict
     versions = dict(re.findall(r"^([\w.-]+)==(\S+)", packages, re.MULTILINE))
     pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
