@@ -1,46 +1,65 @@
 # Everything a newcomer needs: `make demo` and `make test` do their own set-up.
+#
+#   make setup                     what pip chooses; on Linux that is torch with CUDA, 3 GB
+#   make setup TORCH=cpu           the CPU build of torch, 0.7 GB with the rest
+#   make setup SYSTEM=1            the torch that PYTHON has
+#   make setup PYTHON=python3.13   another Python than python3
+#
+# A choice holds until another is made (TORCH=default is the first), which starts .venv anew.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test lint bench sass gpu clean
+# Only what was written in the command: other programs may have variables of these names.
+given = $(if $(filter command,$(origin $(1))),$($(1)))
+CHOICE := $(if $(call given,TORCH),--torch $(TORCH)) $(if $(filter-out 0,$(call given,SYSTEM)),--system) \
+	$(if $(filter-out file,$(origin PYTHON)),--this-python)
+
+.PHONY: setup demo test lint bench sass gpu wheels clean FORCE
 
 setup: $(INSTALLED)
+	@$(BIN)/python -c 'import sys, torch; print("ready: Python", sys.version.split()[0] + ", torch", torch.__version__)'
+	@echo 'to use it: source $(BIN)/activate'
 
-# torch first and pinned, or the packages that need it would fetch another build of it.
-$(VENV)/.packages: constraints.txt pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zo_fused needs Python 3.11 or newer; try make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt setuptools ninja
-	touch $@
+# Changes the file only if there was something to do.
+$(VENV)/.packages: FORCE
+	@$(PYTHON) tools/set_up.py $(CHOICE) $(VENV)
 
 $(INSTALLED): $(VENV)/.packages setup.py $(wildcard csrc/* csrc/*/*)
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[hf,triton,test,bench,dev]'
+	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[hf,triton,test,bench,dev]'
 	touch $@
 
-demo: setup
+demo: $(INSTALLED)
 	$(BIN)/zo-fused finetune
 
-test: setup
+test: $(INSTALLED)
 	$(BIN)/pytest -q
 
-lint: setup
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup
+bench: $(INSTALLED)
 	$(BIN)/pytest -q bench --benchmark-disable-gc --benchmark-json=bench/results/latest.json --table bench/results/latest.md $(BENCH)
 
-sass: setup
+sass: $(INSTALLED)
 	$(BIN)/python bench/sass.py $(SASS)
 
 # Uses the Python, torch and Triton that are there, and no network.
 gpu:
 	bench/gpu.sh $(GPU)
 
+# A source archive, a wheel from it that any Linux of torch's and any torch >= 2.11 loads, and its
+# tests with the versions of torch in TORCHES (each is fetched).
+wheels: $(INSTALLED)
+	rm -rf build/wheel dist
+	ZO_FUSED_NATIVE=cpu $(BIN)/uv build --no-build-isolation --python $(BIN)/python --out-dir build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --plat manylinux_2_28_$$(uname -m) --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist/
+	$(BIN)/python tools/check_wheel.py dist/*.whl $(TORCHES)
+
 clean:
-	rm -rf $(VENV) build zo_fused/*.so *.egg-info
+	rm -rf $(VENV) build dist zo_fused/*.so *.egg-info

@@ -2,21 +2,24 @@
 
 ZO_FUSED_NATIVE says what to build:
 
-* ``auto`` (default): what the machine allows. Without torch (an isolated build) or a C++ compiler,
-  the pure Python package, which runs on the reference backend; likewise if compilation fails.
+* ``auto`` (default): what the machine allows. Without torch or a C++ compiler, the pure Python
+  package, which runs on the reference backend; likewise if compilation fails.
   The CUDA backend too, if there is nvcc and torch is a build for CUDA.
 * ``cpu``: the C++ backend, or stop with the reason.
 * ``cuda``: the C++ and the CUDA backend, with any build of torch, or stop with the reason.
 * ``0``: the pure Python package.
 
-Native code needs the installed torch: ``pip install --no-build-isolation .``
+Native code is built with the torch of the environment that pip installs into, also in an isolated
+build. Other tools hide it from isolated builds: `--no-build-isolation`.
 nvcc is that of CUDA_HOME, or the one on the PATH; TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") says which
 GPUs to compile for.
 """
 
+import importlib.util
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
 from pathlib import Path
@@ -53,12 +56,22 @@ def say(message):
     print(f"zo_fused: {message}", file=sys.stderr, flush=True)
 
 
+def torch_is_there():
+    """Whether torch can be imported, perhaps from the environment that pip installs into.
+
+    pip hides that environment from an isolated build, which would have to fetch a torch of its own,
+    gigabytes, to compile against headers that are at hand. pip's own packages stay first.
+    """
+    if importlib.util.find_spec("torch") is None:
+        sys.path += [*site.getsitepackages(), site.getusersitepackages()]
+        importlib.invalidate_caches()
+    return importlib.util.find_spec("torch") is not None
+
+
 def why_not_native():
     """None if extensions can be built here, else the reason."""
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        return "torch is not importable in this build; use `pip install --no-build-isolation`"
+    if not torch_is_there():
+        return "torch is not importable in this build; install it first"
     compilers = [os.environ["CXX"].split()[-1]] if os.environ.get("CXX") else ["c++", "g++"]
     if not any(map(shutil.which, compilers)):
         return f"no C++ compiler ({' or '.join(compilers)})"
@@ -192,8 +205,16 @@ def native():
     }
 
 
+def description():
+    """The README. Its links to files of this archive would lead nowhere on a package index."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"\[([^]]+)\]\((?!https?:)[^)]+\)", r"\1", text)
+
+
 if __name__ == "__main__":  # tests import this file
     setup(
+        long_description=description(),
+        long_description_content_type="text/markdown",
         packages=find_packages(include=["zo_fused*"]) + find_packages("kernels"),
         package_dir={"zo_fused_kernels": "kernels/zo_fused_kernels"},
         **native(),

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
+import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import set_up
 import torch
 from setuptools import Distribution, find_packages
 
@@ -72,15 +77,80 @@ def test_versions_agree() -> None:
 
 
 def test_constraints_pin_the_tested_torch() -> None:
-    pinned = dict(
-        line.split("==")
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
-        if "==" in line
+    choice = Path(sys.prefix) / ".choice"
+    if not choice.exists() or json.loads(choice.read_text())["torch"] == "system":
+        pytest.skip("the torch of this environment was not chosen by `make setup`")
+    assert torch.__version__.startswith(set_up.pins()["torch"])
+
+
+# ---- what is published ---------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="about glibc")
+def test_the_extension_runs_where_torch_does() -> None:
+    """With glibc 2.28; what newer compilers add would need 2.32 (csrc/cpu/glibc.cpp)."""
+    extension = importlib.util.find_spec("zo_fused._C")
+    if extension is None or extension.origin is None:
+        pytest.skip("the C++ extension is not built")
+    needed = re.findall(rb"GLIBC_2\.(\d+)", Path(extension.origin).read_bytes())
+    assert max(map(int, needed)) <= 28
+
+
+def test_source_archive_is_complete(tmp_path: Path) -> None:
+    """Whoever unpacks it can run what the README and CONTRIBUTING say."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
     )
-    assert torch.__version__.startswith(pinned["torch"]) or torch.cuda.is_available()
+    sources = {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
+    for name in sources:  # a copy: an archive takes over what an earlier one of its folder had
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    code = "from setuptools.build_meta import build_sdist; print(build_sdist('dist'))"
+    built = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ZO_FUSED_NATIVE": "0"},
+    )
+    archive = tmp_path / "dist" / built.stdout.splitlines()[-1]
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    assert sources - names == {".gitignore"}
+
+
+def test_links_of_the_description(build: dict[str, Any]) -> None:
+    """On a package index, a link to a file would lead nowhere."""
+    readme = (ROOT / "README.md").read_text()
+    text = build["description"]()
+    assert re.findall(r"\]\((?!https?:)", text) == []
+    assert "docs/noise.md: the noise contract" in text
+    assert re.findall(r"\(https?:[^)]+\)", text) == re.findall(r"\(https?:[^)]+\)", readme)
 
 
 # ---- setup.py ------------------------------------------------------------------------------------
+
+
+def test_torch_of_the_environment_that_pip_installs_into(tmp_path: Path) -> None:
+    """pip hides it from an isolated build."""
+    (tmp_path / "torch.py").touch()
+    code = f"""
+import runpy, site, sys
+sys.path = [path for path in sys.path if not path.endswith("site-packages")]
+sys.path.append({str(ROOT)!r})
+build = runpy.run_path({str(ROOT / "setup.py")!r}, run_name="build")
+site.getsitepackages, site.getusersitepackages = lambda: [], lambda: "nowhere"
+assert not build["torch_is_there"]()
+site.getsitepackages = lambda: [{str(tmp_path)!r}]
+assert build["torch_is_there"]()
+import torch
+assert torch.__file__.startswith({str(tmp_path)!r})
+"""
+    ours = f"import setuptools, sys; sys.modules.pop('torch', None)\n{code}"
+    subprocess.run([sys.executable, "-c", ours], check=True)
 
 
 @pytest.fixture
