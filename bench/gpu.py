@@ -495,9 +495,13 @@ def fused_step(opt: Any, device: torch.device) -> Call:
     plus, minus = (torch.tensor(x, device=device) for x in (1.0, 0.9))
 
     def step() -> None:
-        opt.perturb(+1)
-        opt.perturb(-1)
-        opt.step(loss_plus=plus, loss_minus=minus)
+        try:
+            opt.perturb(+1)
+            opt.perturb(-1)
+            opt.step(loss_plus=plus, loss_minus=minus)
+        except BaseException:  # out of time: the next optimizer starts from theta
+            opt.flush()
+            raise
 
     return step
 
@@ -676,7 +680,9 @@ def tiny_sweeps(params: Mapping[str, nn.Parameter], device: torch.device) -> dic
     coeffs, coeff, decay = SMALL * one[:, None], SMALL * one[:1], one[0]
 
     def alternating(method: str) -> Call:
-        opt, signs = optimizer(method, params), itertools.cycle((1.0, -1.0))
+        # of its own: another optimizer must not be at work on perturbed weights
+        own = {name: nn.Parameter(p.detach().clone()) for name, p in params.items()}
+        opt, signs = optimizer(method, own), itertools.cycle((1.0, -1.0))
         return lambda: opt.perturb(next(signs))
 
     return {

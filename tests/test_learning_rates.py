@@ -42,6 +42,7 @@ def test_rates_are_read_from_finished_runs(tmp_path: Path) -> None:
         runs.append(Run(name, seed, (), tmp_path / f"{seed}"))
         if after is not None:
             runs[-1].output.mkdir()
+            (runs[-1].output / "history.jsonl").write_text("")
             summary = to_json({"accuracy": {"dev": {"after": after}}})
             (runs[-1].output / "summary.json").write_text(summary)
     rates = learning_rates.read_rates(["mezo"], 1, runs)
