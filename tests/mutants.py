@@ -125,7 +125,7 @@ def skipped_restore(patch: pytest.MonkeyPatch) -> None:
 
 
 def skipped_restore_on_error(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(base.ZerothOrderOptimizer, "flush", lambda self: None)
+    patch.setattr(base.ZerothOrderOptimizer, "_flush", lambda self: None)
 
 
 def one_key_for_all_steps(patch: pytest.MonkeyPatch) -> None:
