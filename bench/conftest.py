@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import zo_fused
-from zo_fused.backends import cpu
+from zo_fused.sweeps.backends import cpu
 
 ROWS: list[dict[str, Any]] = []
 

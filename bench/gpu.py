@@ -47,9 +47,9 @@ from published import EPS, LR, METHODS
 from torch import Tensor, nn
 
 import zo_fused
-from zo_fused import dispatch
 from zo_fused.noise import Purpose, derive_key
-from zo_fused.ops import int64_tensor
+from zo_fused.sweeps import dispatch
+from zo_fused.sweeps.functions import int64_tensor
 
 Call = Callable[[], object]
 

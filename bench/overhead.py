@@ -19,7 +19,7 @@ from models import opt_shapes
 from torch import nn
 
 import zo_fused
-from zo_fused.prepared import Prepared
+from zo_fused.sweeps.prepared import Prepared
 
 WARM_UP, STEPS = 50, 500
 VARIANTS: list[tuple[str, Any, dict[str, Any]]] = [

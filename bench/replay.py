@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import zo_fused
-from zo_fused import rebuild
+from zo_fused.replaying import rebuild
 
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "MeZO": (zo_fused.MeZO, {}),

@@ -22,9 +22,9 @@ from models import DTYPES
 from torch import Tensor
 
 import zo_fused
-from zo_fused import dispatch
 from zo_fused.noise import Purpose, derive_key
-from zo_fused.ops import int64_tensor
+from zo_fused.sweeps import dispatch
+from zo_fused.sweeps.functions import int64_tensor
 
 SIZES = (1, 7, 0, 4099)
 LONG = (*SIZES, 2**15 + 13)  # longer than the chunk of a program; the reference is slow

@@ -291,7 +291,7 @@ class Case(NamedTuple):
 
 
 class FakeLaunch(NamedTuple):
-    """What launchers read of a `zo_fused.table.Launch`."""
+    """What launchers read of a `zo_fused.sweeps.backends.table.Launch`."""
 
     dtype: torch.dtype
     state_dtypes: tuple[torch.dtype, ...] = ()

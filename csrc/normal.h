@@ -1,6 +1,6 @@
 // Standard normals from random words: Box-Muller without libm, the same bits on every machine. And
 // signs, which are cheaper.
-// `zo_fused/reference.py` explains each step and is the definition.
+// `zo_fused/sweeps/reference.py` explains each step and is the definition.
 #pragma once
 
 #include "philox.h"

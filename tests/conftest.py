@@ -64,7 +64,7 @@ def use_backend() -> Iterator[Callable[[str | None], None]]:
 @pytest.fixture
 def sweeps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the sweeps over weights that optimizers make, as they make them."""
-    from zo_fused.parameters import Bucket
+    from zo_fused.step.buckets import Bucket
 
     made: list[str] = []
     original = Bucket.sweep

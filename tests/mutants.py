@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from zo_fused import _ops, directions, dispatch, keys, recorder, rules, schedule
-from zo_fused.optim import base
+from zo_fused.directions import low_rank
+from zo_fused.noise import keys
+from zo_fused.replaying import tape
+from zo_fused.rules import sgd
+from zo_fused.step import optimizer, schedule
+from zo_fused.sweeps import dispatch, operators
 
 SWEEPS = ("dense_", "lowrank_", "lowrank_momentum_", "moments_")
 
@@ -102,7 +106,7 @@ def waiting_sweeps_lost(patch: pytest.MonkeyPatch) -> None:
         self._tapes = {}
         return []
 
-    patch.setattr(recorder.Recorder, "out_of_reach", forgetful)
+    patch.setattr(tape.Recorder, "out_of_reach", forgetful)
 
 
 def noise_in_weight_dtype(sweep, name, params, ids, offsets, keys, coeffs, decay, *options):  # type: ignore[no-untyped-def]
@@ -115,17 +119,17 @@ def noise_in_weight_dtype(sweep, name, params, ids, offsets, keys, coeffs, decay
 
 
 def skipped_restore(patch: pytest.MonkeyPatch) -> None:
-    apply = rules.SGD.apply
+    apply = sgd.SGD.apply
 
     def forgetful(self: Any, update: Any, direction: Any, state: Any) -> None:
         update.restore = torch.zeros_like(update.restore)
         apply(self, update, direction, state)
 
-    patch.setattr(rules.SGD, "apply", forgetful)
+    patch.setattr(sgd.SGD, "apply", forgetful)
 
 
 def skipped_restore_on_error(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(base.ZerothOrderOptimizer, "_flush", lambda self: None)
+    patch.setattr(optimizer.ZerothOrderOptimizer, "_flush", lambda self: None)
 
 
 def one_key_for_all_steps(patch: pytest.MonkeyPatch) -> None:
@@ -135,18 +139,18 @@ def one_key_for_all_steps(patch: pytest.MonkeyPatch) -> None:
 
 def other_u_in_the_update(patch: pytest.MonkeyPatch) -> None:
     """The generator desync of the released LOZO code, at every step."""
-    apply = rules.SGD.apply
+    apply = sgd.SGD.apply
 
     def desynchronised(self: Any, update: Any, direction: Any, state: Any) -> None:
-        if isinstance(direction, directions.LowRank):
+        if isinstance(direction, low_rank.LowRank):
             update.step += 1
         apply(self, update, direction, state)
 
-    patch.setattr(rules.SGD, "apply", desynchronised)
+    patch.setattr(sgd.SGD, "apply", desynchronised)
 
 
 def applies_non_finite(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(base, "all_finite", lambda values: True)
+    patch.setattr(optimizer, "all_finite", lambda values: True)
 
 
 def one_key_for_all_queries(patch: pytest.MonkeyPatch) -> None:
@@ -157,13 +161,13 @@ def one_key_for_all_queries(patch: pytest.MonkeyPatch) -> None:
 
 
 def only_the_last_query(patch: pytest.MonkeyPatch) -> None:
-    apply = rules.SGD.apply
+    apply = sgd.SGD.apply
 
     def forgetful(self: Any, update: Any, direction: Any, state: Any) -> None:
         update.grads[:-1] = [0 * grad for grad in update.grads[:-1]]
         apply(self, update, direction, state)
 
-    patch.setattr(rules.SGD, "apply", forgetful)
+    patch.setattr(sgd.SGD, "apply", forgetful)
 
 
 def all_blocks_move(patch: pytest.MonkeyPatch) -> None:
@@ -197,5 +201,5 @@ MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 _patch = pytest.MonkeyPatch()
 if "ZO_FUSED_MUTANT" in os.environ:
-    assert _ops.SCHEMAS  # the operators are registered before the fault is planted
+    assert operators.SCHEMAS  # the operators are registered before the fault is planted
     MUTANTS[os.environ["ZO_FUSED_MUTANT"]](_patch)

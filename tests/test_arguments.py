@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import zo_fused
 from zo_fused import noise
 from zo_fused.noise import Purpose, derive_key
-from zo_fused.streams import plain_name
+from zo_fused.noise.streams import plain_name
 
 
 def network() -> nn.Sequential:

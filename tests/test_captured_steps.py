@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import zo_fused
-from zo_fused import keys, ops, vectors
-from zo_fused.keys import Clock, Stream, running, stream_keys
-from zo_fused.optim import base
-from zo_fused.streams import Purpose, as_int64, derive_key
+from zo_fused.noise import keys
+from zo_fused.noise.keys import Clock, Stream, running, stream_keys
+from zo_fused.noise.streams import Purpose, as_int64, derive_key
+from zo_fused.step import optimizer as base
+from zo_fused.step import vectors
+from zo_fused.sweeps import functions
 
 METHODS: dict[str, Callable[..., Any]] = {
     "MeZO": zo_fused.MeZO,
@@ -68,8 +70,8 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     def recording() -> Iterator[None]:
         with monkeypatch.context() as inside:
             inside.setattr(base, "capturing", lambda: True)
-            inside.setattr(ops, "on_device", no_copies)
-            inside.setattr(vectors, "on_device", no_copies)
+            inside.setattr(functions, "on_device", no_copies)
+            inside.setattr(keys, "on_device", no_copies)
             inside.setattr(torch, "tensor", no_copies)
             yield
 

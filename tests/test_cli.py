@@ -355,7 +355,7 @@ def test_doctor_for_programs(capsys):
 
 
 def test_doctor_says_for_what_the_cuda_extension_is_built(monkeypatch, capsys):
-    from zo_fused.backends import cuda
+    from zo_fused.sweeps.backends import cuda
 
     monkeypatch.setattr(cuda, "architectures", lambda: [(8, 0), (9, 0)])
     assert main(["doctor"]) == 0
@@ -363,8 +363,8 @@ def test_doctor_says_for_what_the_cuda_extension_is_built(monkeypatch, capsys):
 
 
 def test_doctor_says_what_to_do(monkeypatch, capsys):
-    from zo_fused import dispatch
-    from zo_fused.backends import cuda
+    from zo_fused.sweeps import dispatch
+    from zo_fused.sweeps.backends import cuda
 
     def why_not(backend, device_type):
         if backend == "triton":

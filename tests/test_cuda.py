@@ -26,10 +26,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from zo_fused import dispatch, reference, table
-from zo_fused.backends import cuda
-from zo_fused.multi_tensor import MultiTensor
-from zo_fused.streams import as_int64
+from zo_fused.noise.streams import as_int64
+from zo_fused.sweeps import dispatch, reference
+from zo_fused.sweeps.backends import cuda, table
+from zo_fused.sweeps.backends.multi_tensor import MultiTensor
 
 ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -785,7 +785,7 @@ def test_extension_builds_and_imports(extension: Path) -> None:
 import importlib.util, torch
 spec = importlib.util.spec_from_file_location("zo_fused._CUDA", {str(extension)!r})
 spec.loader.exec_module(importlib.util.module_from_spec(spec))
-from zo_fused.backends import cuda
+from zo_fused.sweeps.backends import cuda
 print(cuda.architectures())
 kernels = cuda.Kernels(torch.ops.zo_fused_CUDA)
 print(kernels.CHUNK, kernels.TILE)

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import zo_fused
-from zo_fused import dispatch
-from zo_fused.backends import cpu, cuda, extension
-from zo_fused.backends import triton as backend
 from zo_fused.cli.main import main
+from zo_fused.sweeps import dispatch
+from zo_fused.sweeps.backends import cpu, cuda, extension
+from zo_fused.sweeps.backends import triton as backend
 
 ROOT = Path(__file__).parent.parent
 

@@ -21,9 +21,9 @@ import tqdm  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import zo_fused  # noqa: E402
-from zo_fused.backends import cpu  # noqa: E402
 from zo_fused.cli import compare, defaults, runs  # noqa: E402
 from zo_fused.cli.main import main  # noqa: E402
+from zo_fused.sweeps.backends import cpu  # noqa: E402
 from zo_fused.task.adapters import load_adapted  # noqa: E402
 from zo_fused.task.encoding import Encoder  # noqa: E402
 from zo_fused.task.loop import SKIPPED_IN_A_ROW, make_scheduler  # noqa: E402

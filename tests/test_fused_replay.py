@@ -16,9 +16,11 @@ from test_replay import METHODS, VARIANTS, loss_of, network
 from torch import Tensor, nn
 
 import zo_fused
-from zo_fused import arguments, dispatch, rebuild, recorder, reference
-from zo_fused import script as scripts
-from zo_fused.streams import as_int64
+from zo_fused.noise.streams import as_int64
+from zo_fused.replaying import rebuild
+from zo_fused.replaying import tape as recorder
+from zo_fused.sweeps import arguments, dispatch, reference
+from zo_fused.sweeps import script as scripts
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KEYS = torch.tensor([as_int64(k) for k in (0x0123456789ABCDEF, 1, 2**64 - 1, 7 << 60, 42)])
@@ -86,12 +88,14 @@ class Call:
         """Fused on the current backend, against the single sweeps of `by`."""
         for transform in ("portable", "rademacher"):
             fused, single = self.copies(), self.copies()
-            zo_fused._ops.dense_steps_(fused, *self.streams, *self.dense(), transform)
+            zo_fused.sweeps.operators.dense_steps_(fused, *self.streams, *self.dense(), transform)
             for rows in scripts.dense(*self.dense()):
                 by.dense_(single, *self.streams, *rows, transform)
             self.same(fused, single)
         fused, single = self.copies(), self.copies()
-        zo_fused._ops.lowrank_steps_(fused, self.us, self.vs, *self.streams, *self.lowrank())
+        zo_fused.sweeps.operators.lowrank_steps_(
+            fused, self.us, self.vs, *self.streams, *self.lowrank()
+        )
         for product, (coeffs, decay, rounding) in scripts.lowrank(*self.lowrank()):
             us = [u[product] for u in self.us]
             by.lowrank_(single, us, self.vs, coeffs, decay, *self.streams, rounding)
@@ -117,14 +121,16 @@ def test_permuted_parameters(backend: str) -> None:
     call = Call([(5, 7), (4, 6)], torch.bfloat16, SCRIPT)
     call.params[0] = call.params[0].t().contiguous().t()
     assert not call.params[0].is_contiguous()
-    call.check(zo_fused._ops)
+    call.check(zo_fused.sweeps.operators)
 
 
 def test_an_empty_script_changes_nothing(backend: str) -> None:
     call = Call([(3, 7)], torch.float16, [])
     before = call.copies()
-    zo_fused._ops.dense_steps_(call.params, *call.streams, *call.dense())
-    zo_fused._ops.lowrank_steps_(call.params, call.us, call.vs, *call.streams, *call.lowrank())
+    zo_fused.sweeps.operators.dense_steps_(call.params, *call.streams, *call.dense())
+    zo_fused.sweeps.operators.lowrank_steps_(
+        call.params, call.us, call.vs, *call.streams, *call.lowrank()
+    )
     Call.same(call.params, before)
 
 
@@ -135,7 +141,7 @@ def test_an_empty_script_changes_nothing(backend: str) -> None:
 )
 @settings(max_examples=40)
 def test_any_script(rows: Any, shapes: Any, dtype: torch.dtype) -> None:
-    Call(shapes, dtype, rows).check(zo_fused._ops)
+    Call(shapes, dtype, rows).check(zo_fused.sweeps.operators)
 
 
 @pytest.mark.parametrize(
@@ -152,13 +158,13 @@ def test_indices_out_of_range_are_refused(column: int, value: int, message: str)
     call = Call([(3, 7)], torch.float16, SCRIPT)
     before = call.copies()
     with pytest.raises(ValueError, match="transform='quick'"):
-        zo_fused._ops.dense_steps_(call.params, *call.streams, *call.dense(), "quick")
+        zo_fused.sweeps.operators.dense_steps_(call.params, *call.streams, *call.dense(), "quick")
     call.script[2, column] = value
     with pytest.raises(ValueError, match=message):
-        zo_fused._ops.dense_steps_(call.params, *call.streams, *call.dense())
+        zo_fused.sweeps.operators.dense_steps_(call.params, *call.streams, *call.dense())
     Call.same(call.params, before)
     with pytest.raises(ValueError, match="script must be"):
-        zo_fused._ops.dense_steps_(
+        zo_fused.sweeps.operators.dense_steps_(
             call.params, *call.streams, KEYS, call.script[:, :2], call.coeffs, call.decay
         )
 
@@ -168,12 +174,14 @@ def test_products_that_do_not_fit_are_refused() -> None:
     keys, script, coeffs, decay = call.lowrank()
     script[1, 0] = PRODUCTS
     with pytest.raises(ValueError, match="column 0"):
-        zo_fused._ops.lowrank_steps_(
+        zo_fused.sweeps.operators.lowrank_steps_(
             call.params, call.us, call.vs, *call.streams, keys, script, coeffs, decay
         )
     for us in ([call.us[0], call.us[1][:2]], [call.us[0][0], call.us[1][0]]):
         with pytest.raises(ValueError, match="products"):
-            zo_fused._ops.lowrank_steps_(call.params, us, call.vs, *call.streams, *call.lowrank())
+            zo_fused.sweeps.operators.lowrank_steps_(
+                call.params, us, call.vs, *call.streams, *call.lowrank()
+            )
 
 
 # ---- replay -------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import zo_fused
-from zo_fused import dispatch, noise
-from zo_fused.ops import int64_tensor
+from zo_fused import noise
+from zo_fused.sweeps import dispatch
+from zo_fused.sweeps.functions import int64_tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 

@@ -21,7 +21,7 @@ import pytest
 import sanitize
 import torch
 
-from zo_fused import dispatch
+from zo_fused.sweeps import dispatch
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -345,9 +345,9 @@ def test_cases_cover_every_operator_and_have_names_of_their_own() -> None:
     cases = [case for family in sanitize.FAMILIES.values() for case in family()]
     assert {case.operator for case in cases} == set(sanitize.WRITTEN)
     assert len({case.name for case in cases}) == len(cases)
-    from zo_fused import _ops
+    from zo_fused.sweeps import operators
 
-    for name, schema in _ops.SCHEMAS.items():
+    for name, schema in operators.SCHEMAS.items():
         assert len(sanitize.WRITTEN[name]) == schema.count("!)[]")
 
 
@@ -375,7 +375,7 @@ def test_a_write_beside_a_tensor_is_found() -> None:
 
 @native
 def test_a_wrong_backend_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from zo_fused.backends import cpu
+    from zo_fused.sweeps.backends import cpu
 
     right = cpu.dense_
 

@@ -20,7 +20,7 @@ from equality import in_memory
 from torch import Tensor, nn
 
 import zo_fused
-from zo_fused.prepared import prepare
+from zo_fused.sweeps.prepared import prepare
 
 
 def network() -> nn.Sequential:

@@ -19,8 +19,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import zo_fused
-import zo_fused.optim.hybrid
-from zo_fused.optim.base import ZerothOrderOptimizer
+import zo_fused.methods.hybrid
+from zo_fused.step.optimizer import ZerothOrderOptimizer
 
 STEPS = 50
 
@@ -656,7 +656,7 @@ def test_shared_parameters_are_refused_by_name() -> None:
 def test_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = model_and_tokens()
     opt = hybrid(model)
-    monkeypatch.setattr(zo_fused.optim.hybrid, "capturing", lambda: True)
+    monkeypatch.setattr(zo_fused.methods.hybrid, "capturing", lambda: True)
     with pytest.raises(RuntimeError, match="can't be captured"):
         opt.step(lambda: model(tokens))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import zo_fused
-from zo_fused import dispatch
+from zo_fused.sweeps import dispatch
 
 HERE = Path(__file__).parent
 # The names only: importing the plugin here would pull its package into this process.

@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zo_fused import reference
-from zo_fused.backends import cpu
-from zo_fused.streams import as_int64, philox4x32
+from zo_fused.noise import reference as noise_reference
+from zo_fused.noise.streams import as_int64, philox4x32
+from zo_fused.sweeps import reference
+from zo_fused.sweeps.backends import cpu
 
 HERE = Path(__file__).parent
 ISAS = ("portable", "avx2", "avx512")
@@ -689,7 +690,7 @@ def test_instruction_set_is_the_one_asked_for() -> None:
 
 @needs_extension
 def test_unknown_instruction_set_is_an_error() -> None:
-    code = "from zo_fused.backends import cpu; cpu.isa()"
+    code = "from zo_fused.sweeps.backends import cpu; cpu.isa()"
     env = {**os.environ, "ZO_FUSED_ISA": "mmx"}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert run.returncode != 0
@@ -727,7 +728,7 @@ def test_scripts_of_any_shape(
 PEAK_MEMORY = """
     import resource
     import torch
-    from zo_fused.backends import cpu
+    from zo_fused.sweeps.backends import cpu
 
     def peak():  # bytes
         try:
@@ -802,6 +803,6 @@ def test_headers_alone(compiler: str, tmp_path: Path) -> None:
         words, normals, signs = (answer.split()[i : i + 4] for i in (0, 4, 8))
         assert words == expected.split()
         w = [torch.tensor([int(word, 16)]) for word in words]
-        z = (*reference.normal_pair(w[0], w[1]), *reference.normal_pair(w[2], w[3]))
+        z = (*noise_reference.normal_pair(w[0], w[1]), *noise_reference.normal_pair(w[2], w[3]))
         assert [f"{as_bits(x).item() & 0xFFFFFFFF:08x}" for x in z] == normals
         assert signs == ["3f800000" if int(word, 16) < 2**31 else "bf800000" for word in words]

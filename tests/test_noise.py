@@ -13,9 +13,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import zo_fused
-from zo_fused import noise, reference
+from zo_fused import noise
 from zo_fused.noise import Purpose, derive_key
-from zo_fused.streams import MASK32, parameter_id, philox4x32
+from zo_fused.noise import reference as noise_reference
+from zo_fused.noise.streams import MASK32, parameter_id, philox4x32
 
 KAT = [
     [[int(word, 16) for word in part.split()] for part in line.split(";")]
@@ -86,7 +87,7 @@ def test_reference_fma_rounds_once(a: float, b: float, c: float) -> None:
     from fractions import Fraction
 
     exact = Fraction(a) * Fraction(b) + Fraction(c)
-    got = reference.fma(a, b, c)
+    got = noise_reference.fma(a, b, c)
     if not torch.isfinite(got):
         # At or beyond the midpoint between the largest float32 and 2**128.
         assert abs(exact) >= Fraction(2) ** 128 - Fraction(2) ** 103
@@ -105,11 +106,11 @@ def test_reference_fma_avoids_double_rounding() -> None:
     """a * a is the midpoint of two float32; c decides, and is lost in a float64 sum."""
     a, c = 1 + 2**-12, 2.0**-80
     down, up = 1 + 2**-11, 1 + 2**-11 + 2**-23
-    assert reference.fma(a, a, c).item() == up
-    assert reference.fma(a, a, -c).item() == down
-    assert reference.fma(a, -a, -c).item() == -up
-    assert reference.fma(a, -a, c).item() == -down
-    assert reference.fma(a, a, 0.0).item() == down  # a true tie goes to even
+    assert noise_reference.fma(a, a, c).item() == up
+    assert noise_reference.fma(a, a, -c).item() == down
+    assert noise_reference.fma(a, -a, -c).item() == -up
+    assert noise_reference.fma(a, -a, c).item() == -down
+    assert noise_reference.fma(a, a, 0.0).item() == down  # a true tie goes to even
 
 
 # ---- normals ------------------------------------------------------------------------------------
@@ -131,14 +132,14 @@ def test_normals_are_within_1e5_of_float64_box_muller() -> None:
     words[0, : 1 << 14] = edges  # u near 0
     words[0, 1 << 14 : 1 << 15] = 0x7FFFFFFF - edges  # u near 1
     words[1, : 1 << 14] = edges * 512  # angles over the whole quadrant
-    for z, exact in zip(reference.normal_pair(*words), box_muller(*words), strict=True):
+    for z, exact in zip(noise_reference.normal_pair(*words), box_muller(*words), strict=True):
         error = (z.double() - exact).abs() / exact.abs().clamp(min=1)
         assert error.max() < 5e-6  # the contract promises 1e-5
 
 
 def test_normals_reach_their_documented_limit() -> None:
     a = torch.tensor([0, 1, 0x80000000, 0x7FFFFFFF])
-    z, _ = reference.normal_pair(a, torch.zeros_like(a))
+    z, _ = noise_reference.normal_pair(a, torch.zeros_like(a))
     limit = math.sqrt(2 * 31 * math.log(2))  # 6.556
     torch.testing.assert_close(
         z.double(), torch.tensor([limit, limit, -limit, 0.0]).double(), rtol=1e-5, atol=0
@@ -287,8 +288,8 @@ def test_rounding_bits_are_the_words_cut_in_two() -> None:
     words = noise.random_bits(8, key, id_)
     cut = [half for word in words.tolist() for half in (word & 0xFFFF, word >> 16)]
     cpu = torch.device("cpu")
-    assert reference.rounding_bits(16, key, id_, 0, cpu).tolist() == cut
-    assert reference.rounding_bits(5, key, id_, 3, cpu).tolist() == cut[3:8]
+    assert noise_reference.rounding_bits(16, key, id_, 0, cpu).tolist() == cut
+    assert noise_reference.rounding_bits(5, key, id_, 3, cpu).tolist() == cut[3:8]
     # The vector of docs/noise.md.
     documented = "6bb6 d9d1 a9f4 831f a6da 3a42 9732 e6c2 e104 c0bf"
     assert [f"{x:04x}" for x in cut[3:13]] == documented.split()
@@ -306,7 +307,7 @@ def test_stochastic_rounding_has_no_bias(dtype: torch.dtype, x: float) -> None:
     In float16 below 2**-14, where more are, x was rounded to 2**-13 of the spacing 2**-24 before.
     """
     value = torch.tensor(x)
-    rounded = reference.stochastic(value.expand(1 << 16), dtype, ALL_RANDOM).double()
+    rounded = noise_reference.stochastic(value.expand(1 << 16), dtype, ALL_RANDOM).double()
     before = 2.0**-38 if dtype == torch.float16 else 0
     assert abs(float(rounded.mean()) - x) <= before
     # And to no others than the neighbours.
@@ -321,9 +322,9 @@ def test_stochastic_rounding_keeps_what_needs_none(dtype: torch.dtype) -> None:
     every = torch.arange(1 << 16).to(torch.int16).view(dtype)
     every = every[~every.isnan()]
     for random in (0, 0x7FFF, 0xFFFF):
-        got = reference.stochastic(every.float(), dtype, torch.full(every.shape, random))
+        got = noise_reference.stochastic(every.float(), dtype, torch.full(every.shape, random))
         assert torch.equal(got.view(torch.int16), every.view(torch.int16))
-    assert reference.stochastic(torch.tensor(math.nan), dtype, torch.tensor(0xFFFF)).isnan()
+    assert noise_reference.stochastic(torch.tensor(math.nan), dtype, torch.tensor(0xFFFF)).isnan()
 
 
 def test_stochastic_rounding_vectors() -> None:
@@ -337,5 +338,5 @@ def test_stochastic_rounding_vectors() -> None:
         (65510.0, 0xFFFF, 0x7C00, 0x4780),
     ):
         for dtype, wanted in ((torch.float16, half), (torch.bfloat16, brain)):
-            got = reference.stochastic(torch.tensor(x), dtype, torch.tensor(random))
+            got = noise_reference.stochastic(torch.tensor(x), dtype, torch.tensor(random))
             assert int(got.view(torch.int16)) & 0xFFFF == wanted

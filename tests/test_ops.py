@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import zo_fused
-from zo_fused import dispatch, noise
+from zo_fused import noise
+from zo_fused.sweeps import dispatch
 
 KEY = noise.derive_key(0, noise.Purpose.DENSE)
 KEYS = [noise.derive_key(0, noise.Purpose.DENSE, step) for step in range(3)]

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import zo_fused
-import zo_fused.directions
+import zo_fused.directions.dense
 from zo_fused import noise
 from zo_fused.noise import Purpose, derive_key, parameter_id
-from zo_fused.optim.base import ZerothOrderOptimizer
+from zo_fused.step.optimizer import ZerothOrderOptimizer
 
 Make = Callable[..., ZerothOrderOptimizer]
 
@@ -245,13 +245,13 @@ def test_closure_that_raises_leaves_theta(make: Make, call: int, error: BaseExce
 def test_interrupt_during_a_sweep_waits_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     opt = zo_fused.MeZO(model.named_parameters())
-    start, sweep = snapshot(model), zo_fused.directions.Dense.sweep
+    start, sweep = snapshot(model), zo_fused.directions.dense.Dense.sweep
 
     def interrupted(*args: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         sweep(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(zo_fused.directions.Dense, "sweep", interrupted)
+    monkeypatch.setattr(zo_fused.directions.dense.Dense, "sweep", interrupted)
     with pytest.raises(KeyboardInterrupt):
         opt.step(loss_of(model))
     assert within_rounding(snapshot(model), start, 1e-3, 2)

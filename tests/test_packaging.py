@@ -65,7 +65,7 @@ def test_every_public_name_loads() -> None:
 
 
 def test_replay_stays_a_function_when_its_module_is_imported() -> None:
-    import zo_fused.rebuild
+    import zo_fused.replaying.rebuild
 
     assert callable(zo_fused.replay)
 

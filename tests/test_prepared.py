@@ -12,11 +12,12 @@ import torch
 from equality import assert_same_bits
 from torch import Tensor
 
-from zo_fused import _ops, arguments, dispatch, noise
-from zo_fused.prepared import Prepared, prepare
-from zo_fused.streams import as_int64
+from zo_fused import noise
+from zo_fused.noise.streams import as_int64
+from zo_fused.sweeps import arguments, dispatch, operators
+from zo_fused.sweeps.prepared import Prepared, prepare
 
-NAMES = tuple(_ops.SCHEMAS)
+NAMES = tuple(operators.SCHEMAS)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHAPES = ((5, 7), (0, 3), (9,), (), (1, 40), (40, 1), (2, 3, 4))
 KEYS = [as_int64(noise.derive_key(0, noise.Purpose.DENSE, step)) for step in range(9)]
@@ -100,7 +101,7 @@ def copies(lists: list[list[Tensor]]) -> list[list[Tensor]]:
 
 
 def by_operator(name: str, lists: list[list[Tensor]], rows: tuple[Any, ...]) -> None:
-    operator = getattr(_ops, name)
+    operator = getattr(operators, name)
     arguments.bind(operator, name, lists, *streams(len(lists[0])))(*rows)
 
 
@@ -198,7 +199,7 @@ def test_signs(name: str, backend: str) -> None:
     rows = rows if name == "moments_" else rows[:-1]
     sweep = prepare(name, lists, *streams(len(SHAPES)))
     sweep(*rows, transform="rademacher")
-    arguments.bind(getattr(_ops, name), name, wanted, *streams(len(SHAPES)))(
+    arguments.bind(getattr(operators, name), name, wanted, *streams(len(SHAPES)))(
         *rows, transform="rademacher"
     )
     assert_same_lists(lists, wanted)
@@ -492,7 +493,7 @@ def test_launches_of_gpu_backends_are_kept(use_backend: Callable[[str], None]) -
     pytest.importorskip("triton")
     if dispatch.why_not("triton", "cpu") is not None:
         pytest.skip("Triton's interpreter is off")
-    from zo_fused.backends import triton
+    from zo_fused.sweeps.backends import triton
 
     use_backend("triton")
     for name in NAMES:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import zo_fused
 from zo_fused import noise
 from zo_fused.noise import Purpose, derive_key, parameter_id
-from zo_fused.schedule import Position, Schedule
+from zo_fused.step.schedule import Position, Schedule
 
 Make = Callable[..., Any]
 

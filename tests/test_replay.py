@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import zo_fused
-from zo_fused import replay_log
-from zo_fused.optim.base import ZerothOrderOptimizer
+from zo_fused.step import replay_log
+from zo_fused.step.optimizer import ZerothOrderOptimizer
 
 METHODS: dict[str, Callable[..., ZerothOrderOptimizer]] = {
     "MeZO": lambda params, **kw: zo_fused.MeZO(params, **{"lr": 1e-2, "seed": 3, **kw}),

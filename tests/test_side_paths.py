@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zo_fused.pairs import run_pair
-from zo_fused.side_paths import SidePaths
-from zo_fused.side_weight import SideWeight, UsedOtherwise
+from zo_fused.directions.factored.pairs import run_pair
+from zo_fused.directions.factored.side_paths import SidePaths
+from zo_fused.directions.factored.side_weight import SideWeight
+from zo_fused.step.direction import UsedOtherwise
 
 RANK = 2
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}

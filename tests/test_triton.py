@@ -14,8 +14,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zo_fused import dispatch, reference, table
-from zo_fused.streams import as_int64
+from zo_fused.noise import reference as noise_reference
+from zo_fused.noise.streams import as_int64
+from zo_fused.sweeps import dispatch, reference
+from zo_fused.sweeps.backends import table
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -23,7 +25,7 @@ tl = pytest.importorskip("triton.language")
 from zo_fused_kernels import fma, launch, normal, philox, rounding  # noqa: E402
 from zo_fused_kernels import table as tables  # noqa: E402
 
-from zo_fused.backends import triton as backend  # noqa: E402
+from zo_fused.sweeps.backends import triton as backend  # noqa: E402
 
 UNFIT = backend.interpreter_fails()
 pytestmark = pytest.mark.skipif(UNFIT is not None, reason=str(UNFIT))
@@ -158,12 +160,12 @@ def test_backend_can_be_chosen(
     use_backend("triton")
     assert zo_fused.backend_of(device) == "triton"
     got = zo_fused.noise.normal(10, KEYS[0], 5, 3, device)
-    assert_same_bits(got, reference.normal(10, KEYS[0], 5, 3, torch.device("cpu")))
+    assert_same_bits(got, noise_reference.normal(10, KEYS[0], 5, 3, torch.device("cpu")))
 
 
 def test_constants_are_those_of_the_reference() -> None:
     for name in ("LOG", "SQRT", "SIN", "COS", "RSQRT_MAGIC"):
-        assert getattr(normal, name).value == getattr(reference, name), name
+        assert getattr(normal, name).value == getattr(noise_reference, name), name
 
 
 @triton.jit
@@ -214,7 +216,7 @@ def test_fma_rounds_once(device: torch.device) -> None:
     signs = torch.randint(0, 2, (3, n), generator=generator) << 31
     a, b, c = (signs | exponents << 23 | mantissas).to(torch.int32).view(torch.float32)
     a[:3], b[:3], c[:3] = 1 + 2**-12, 1 + 2**-12, torch.tensor([2.0**-60, -(2.0**-60), 0])
-    wanted = reference.fma(a, b, c)
+    wanted = noise_reference.fma(a, b, c)
     assert (wanted != (a.double() * b.double() + c.double()).float()).any()  # hard enough
     got = torch.zeros(n, device=device)
     _fma_kernel[(1,)](a.to(device), b.to(device), c.to(device), got, N=n)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))  # for the scrip
 import roofline
 import sass
 
-from zo_fused.backends.triton import PAIRS
+from zo_fused.sweeps.backends.triton import PAIRS
 
 NVIDIA = [target for target in sass.TARGETS if target.startswith("sm_")]
 
@@ -133,8 +133,8 @@ def kernels_of_twenty_steps(compiled: list[Any]) -> list[str]:
     import torch
 
     import zo_fused
-    from zo_fused import dispatch
-    from zo_fused.backends import triton
+    from zo_fused.sweeps import dispatch
+    from zo_fused.sweeps.backends import triton
 
     dispatch.select = lambda device_type: triton  # type: ignore[assignment]
     shapes = ((64, 48), (48,), (16, 64))

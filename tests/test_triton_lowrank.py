@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from zo_fused import reference
-from zo_fused.streams import as_int64
+from zo_fused.noise.streams import as_int64
+from zo_fused.sweeps import reference
 
 pytest.importorskip("triton")
 
@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from equality import Islands, assert_same_bits
 from zo_fused_kernels import launch, sweeps
 
-from zo_fused.backends import triton as backend
+from zo_fused.sweeps.backends import triton as backend
 
 UNFIT = backend.interpreter_fails()
 pytestmark = pytest.mark.skipif(UNFIT is not None, reason=str(UNFIT))

@@ -20,7 +20,7 @@ from set_up import pins
 
 CHECK = """
 import torch, zo_fused
-from zo_fused.backends import cpu
+from zo_fused.sweeps.backends import cpu
 
 assert zo_fused.backend_of("cpu") == "cpu", cpu.why_not("cpu")
 

@@ -1,4 +1,4 @@
-"""The only reader of environment variables. Floor 0.
+"""The only reader of environment variables.
 
 | variable             | meaning                                                              |
 |----------------------|----------------------------------------------------------------------|

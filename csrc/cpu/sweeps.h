@@ -28,7 +28,7 @@ struct Update {
   const RoundKeys* rounding;
 };
 
-// Sweeps over the weights of one parameter, to be made in one pass (zo_fused/script.py). A row of
+// Sweeps over the weights of one parameter, to be made in one pass (zo_fused/sweeps/script.py). A row of
 // `script` has the indices in `keys` of one or two directions and of the rounding stream; -1: none.
 struct Script {
   int64_t sweeps;

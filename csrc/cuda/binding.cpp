@@ -1,6 +1,6 @@
 // The operators of zo_fused_CUDA: one launch each, on the stream whose handle is given. Only
 // PyTorch's stable ABI is used and nothing of its CUDA libraries, so the extension can be built
-// and imported with any build of torch. Arguments are those of zo_fused/multi_tensor.py, checked.
+// and imported with any build of torch. Arguments are those of zo_fused/sweeps/backends/multi_tensor.py, checked.
 
 #include <Python.h>
 

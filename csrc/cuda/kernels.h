@@ -1,7 +1,7 @@
 // The CUDA kernels, in C++ that a CPU compiler understands too (tests/cuda_emulation): threads
 // share no memory, and nothing depends on the order in which they run.
 //
-// One launch serves all rows of a table (zo_fused/table.py). Blocks take programs; a thread takes
+// One launch serves all rows of a table (zo_fused/sweeps/backends/table.py). Blocks take programs; a thread takes
 // groups of neighbouring elements that fill 128 bits, and makes all noise that they need.
 #pragma once
 
@@ -21,7 +21,7 @@ constexpr int most_blocks = 2048;
 template <class T>
 constexpr int group = sizeof(T) == 2 ? 8 : 4;
 
-// Columns of a table, as in zo_fused/table.py.
+// Columns of a table, as in zo_fused/sweeps/backends/table.py.
 enum Column { first_, address_, index_, id_, offset_, aligned_, table_width = 12 };
 enum NoiseColumn { numel_ = 6, states_ };
 enum LowrankColumn { rows_ = 6, columns_, rank_, u_, v_ };

@@ -1,4 +1,4 @@
-// The launchers of the CUDA kernels. What each computes is told in zo_fused/multi_tensor.py; all
+// The launchers of the CUDA kernels. What each computes is told in zo_fused/sweeps/backends/multi_tensor.py; all
 // pointers are to memory of the device. They return the reason why a launch failed, or null.
 #pragma once
 
@@ -24,7 +24,7 @@ enum class Dtype { float16, bfloat16, float32 };
 // What is kept of the first moment from step to step.
 enum class First { nothing, float32, like_weights };
 
-// zo_fused/table.py
+// zo_fused/sweeps/backends/table.py
 struct Table {
   const int64_t* rows;
   int64_t count, programs;

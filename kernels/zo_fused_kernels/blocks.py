@@ -1,4 +1,4 @@
-"""The walk of a program over its chunk of a parameter. Floor 2.
+"""The walk of a program over its chunk of a parameter.
 
 A chunk lies between two multiples of CHUNK in the *full* parameter, of which a tensor (it may be a
 shard) has any part. Sweeps over noise take it block by block: aligned blocks that the tensor fills

@@ -1,4 +1,4 @@
-"""Dense sweeps: decay a parameter and add K directions, regenerated in registers. Floor 3.
+"""Dense sweeps: decay a parameter and add K directions, regenerated in registers.
 
 A thread makes the noise of two neighbouring counters and so owns eight neighbouring elements,
 which for 16-bit weights is one 128-bit load and store; noise never leaves its thread. For 32-bit
@@ -122,7 +122,8 @@ def dense(
     rounding: Tensor | None,
     transform: str,
 ) -> None:
-    """p = round(decay * p + sum_k coeffs[k] * z_k), in place; see `zo_fused.multi_tensor`."""
+    """p = round(decay * p + sum_k coeffs[k] * z_k), in place; see
+    `zo_fused.sweeps.backends.multi_tensor`."""
     directions = keys.numel()
     _dense_kernel[(launch.programs,)](
         launch.table,

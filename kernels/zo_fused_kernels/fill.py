@@ -1,4 +1,4 @@
-"""Fills: the random words, and the normals or signs themselves. Floor 3.
+"""Fills: the random words, and the normals or signs themselves.
 
 For factors, inspection and tests, so these kernels are as plain as they can be.
 """
@@ -58,10 +58,10 @@ def _fill(launch: Any, keys: Tensor, wants_normals: bool, transform: str) -> Non
 
 
 def bits(launch: Any, keys: Tensor) -> None:
-    """Fill int64 tensors with words; see `zo_fused.multi_tensor`."""
+    """Fill int64 tensors with words; see `zo_fused.sweeps.backends.multi_tensor`."""
     _fill(launch, keys, False, PORTABLE.value)
 
 
 def normal(launch: Any, keys: Tensor, transform: str) -> None:
-    """Fill float32 tensors with normals or signs; see `zo_fused.multi_tensor`."""
+    """Fill float32 tensors with normals or signs; see `zo_fused.sweeps.backends.multi_tensor`."""
     _fill(launch, keys, True, transform_of(transform))

@@ -1,4 +1,4 @@
-"""Fused multiply-add, the same on a GPU and in Triton's interpreter. Floor 1."""
+"""Fused multiply-add, the same on a GPU and in Triton's interpreter."""
 
 import triton
 import triton.language as tl

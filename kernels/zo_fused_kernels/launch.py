@@ -1,4 +1,4 @@
-"""How kernels are launched: block sizes, warps, options. The only tuning table. Floor 0."""
+"""How kernels are launched: block sizes, warps, options. The only tuning table."""
 
 from __future__ import annotations
 

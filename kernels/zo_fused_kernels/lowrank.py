@@ -1,4 +1,4 @@
-"""Low-rank sweeps: decay a matrix and add the outer product of two factors. Floor 3.
+"""Low-rank sweeps: decay a matrix and add the outer product of two factors.
 
 A program has a tile of a matrix and takes it GROUP rows at a time. A thread owns the columns of
 128 bits of weights, eight in 16 bits, in several rows, and loads for itself what it needs of u and
@@ -332,7 +332,8 @@ def _lowrank_kernel(
 
 
 def lowrank(launch: Any, coeffs: Tensor | None, decay: Tensor, rounding: Tensor | None) -> None:
-    """p = round(decay * p + coeff * u v^T), in place; see `zo_fused.multi_tensor`."""
+    """p = round(decay * p + coeff * u v^T), in place; see
+    `zo_fused.sweeps.backends.multi_tensor`."""
     _lowrank_kernel[(launch.programs,)](
         launch.table,
         launch.rows,
@@ -386,7 +387,8 @@ def _momentum_kernel(
 
 
 def momentum(launch: Any, coeffs: Tensor) -> None:
-    """The factors' moments, and from them the factors to add; see `zo_fused.multi_tensor`."""
+    """The factors' moments, and from them the factors to add; see
+    `zo_fused.sweeps.backends.multi_tensor`."""
     _momentum_kernel[(launch.programs,)](
         launch.table,
         launch.rows,

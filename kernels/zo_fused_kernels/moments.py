@@ -1,4 +1,4 @@
-"""Sweeps with dense state: momentum, Adam, sign of the momentum. Floor 3.
+"""Sweeps with dense state: momentum, Adam, sign of the momentum.
 
 The estimate ``g = sum_k grads[k] * z_k`` exists in registers only: each direction is regenerated
 once, for g and for the way back to the unperturbed weights. Layout as in `dense`, with the states
@@ -49,7 +49,7 @@ def moments_run(
     COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """`zo_fused.reference.moments_` of COUNT neighbouring elements"""
+    """`zo_fused.sweeps.reference.moments_` of COUNT neighbouring elements"""
     w = load_run(p_ptr, mask, COUNT, WIDTH)
     acc = decay * widen(w)
     if SINGLE:
@@ -116,7 +116,7 @@ def _moments_kernel(
     WIDTH: tl.constexpr,
     STRAY: tl.constexpr,
 ):
-    """the update of `zo_fused.reference.moments_` for all parameters of the table"""
+    """the update of `zo_fused.sweeps.reference.moments_` for all parameters of the table"""
     row_ptr, program = find(table_ptr, rows)
     p_ptr = pointer(tl.load(row_ptr + ADDRESS), DTYPE)
     id = tl.load(row_ptr + ID)
@@ -170,7 +170,7 @@ def moments(
     transform: str,
     squares: Tensor | None,
 ) -> None:
-    """As `zo_fused.reference.moments_`; see `zo_fused.multi_tensor`."""
+    """As `zo_fused.sweeps.reference.moments_`; see `zo_fused.sweeps.backends.multi_tensor`."""
     states = launch.state_dtypes
     _moments_kernel[(launch.programs,)](
         launch.table,

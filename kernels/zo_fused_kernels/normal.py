@@ -1,9 +1,10 @@
-"""Random words to standard normals, by Box-Muller, or to signs. Floor 2.
+"""Random words to standard normals, by Box-Muller, or to signs.
 
 `portable`, the transform of the noise contract, takes integer operations, products, sums and fma:
 the same bits on every device. What the constants are and why the steps fit together is told in
-`zo_fused.reference`; here they stand in the same order. `fast` takes the same steps with a GPU's
-approximate units, at two thirds of the instructions. `rademacher` takes the top bits of the words.
+`zo_fused.sweeps.reference`; here they stand in the same order. `fast` takes the same steps with a
+GPU's approximate units, at two thirds of the instructions. `rademacher` takes the top bits of the
+words.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""Philox4x32-10 and its counters. Floor 1."""
+"""Philox4x32-10 and its counters."""
 
 import triton
 import triton.language as tl

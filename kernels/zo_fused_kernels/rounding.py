@@ -1,4 +1,4 @@
-"""Conversions between float32 and the dtypes of weights. Floor 2."""
+"""Conversions between float32 and the dtypes of weights."""
 
 import triton
 import triton.language as tl

@@ -1,9 +1,9 @@
-"""Dense sweeps of a script in one pass: a weight goes through all of them in registers. Floor 3.
+"""Dense sweeps of a script in one pass: a weight goes through all of them in registers.
 
 Sweeps that follow each other share directions, and noise is most of the work. So the script
-(`zo_fused.script`) is taken term by term, and terms in a row with the same direction share its
-normals. These live within a turn of a loop: carried from turn to turn, they would be laid out among
-threads in another way than weights are, and go through shared memory.
+(`zo_fused.sweeps.script`) is taken term by term, and terms in a row with the same direction share
+its normals. These live within a turn of a loop: carried from turn to turn, they would be laid out
+among threads in another way than weights are, and go through shared memory.
 """
 
 from typing import Any
@@ -137,7 +137,7 @@ def _dense_steps_kernel(
 def dense_steps(
     launch: Any, keys: Tensor, script: Tensor, coeffs: Tensor, decay: Tensor, transform: str
 ) -> None:
-    """The sweeps of a script, which is on the host; see `zo_fused.multi_tensor`."""
+    """The sweeps of a script, which is on the host; see `zo_fused.sweeps.backends.multi_tensor`."""
     if not len(script):
         return
     terms, begins = terms_of(script)

@@ -1,4 +1,4 @@
-"""The kernels that `zo_fused.multi_tensor` launches. Floor 4."""
+"""The kernels that `zo_fused.sweeps.backends.multi_tensor` launches."""
 
 from .dense import dense
 from .fill import bits, normal

@@ -1,4 +1,5 @@
-"""The descriptor table of a launch, as kernels read it. Floor 1. `zo_fused/table.py` writes it."""
+"""The descriptor table of a launch, as kernels read it. `zo_fused/sweeps/backends/table.py` writes
+it."""
 
 import triton
 import triton.language as tl

@@ -40,7 +40,7 @@ def _devices() -> dict[str, str]:
 
 
 def _asked(question: Callable[..., str | None], *about: str) -> str | None:
-    """The answer of a question of `zo_fused.dispatch`, or the error that it met."""
+    """The answer of a question of `zo_fused.sweeps.dispatch`, or the error that it met."""
     try:
         return question(*about)
     except Exception as error:  # a broken backend is a finding, not a crash
@@ -60,8 +60,9 @@ def _chosen(device: str) -> str | None:
 def examine() -> dict[str, Any]:
     """Everything the command reports, as JSON types."""
     import zo_fused
-    from zo_fused import _env, dispatch
-    from zo_fused.backends import cpu, cuda, extension, triton
+    from zo_fused import _env
+    from zo_fused.sweeps import dispatch
+    from zo_fused.sweeps.backends import cpu, cuda, extension, triton
 
     versions: dict[str, str | None] = {
         "python": platform.python_version(),

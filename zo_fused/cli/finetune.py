@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zo_fused.cli import defaults
 from zo_fused.cli.parser import add_trust_option, choice, folder
-from zo_fused.interrupts import uninterrupted
+from zo_fused.step.interrupts import uninterrupted
 from zo_fused.task.errors import Interrupted, UserError, first_line, out_of_memory
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zo_fused.cli import defaults
 from zo_fused.cli.parser import add_trust_option, choice, folder
-from zo_fused.interrupts import uninterrupted
+from zo_fused.step.interrupts import uninterrupted
 from zo_fused.task.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def logged(path: Path) -> tuple[str, int]:
         UserError: the file is missing or no log.
     """
     with uninterrupted():
-        from zo_fused import replay_log
-        from zo_fused.streams import CONTRACT_VERSION
+        from zo_fused.noise.streams import CONTRACT_VERSION
+        from zo_fused.step import replay_log
         from zo_fused.task.models import DTYPES
 
     try:

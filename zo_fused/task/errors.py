@@ -6,7 +6,7 @@ import importlib
 import sys
 from typing import Any
 
-from zo_fused.interrupts import uninterrupted
+from zo_fused.step.interrupts import uninterrupted
 
 
 class UserError(Exception):

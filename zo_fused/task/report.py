@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import zo_fused
-from zo_fused.backends import cpu
+from zo_fused.sweeps.backends import cpu
 from zo_fused.task.errors import optional
 from zo_fused.task.history import Entry, History
 

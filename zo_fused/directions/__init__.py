@@ -1,0 +1,1 @@
+"""How z is made. No imports here."""

@@ -1,0 +1,253 @@
+"""Low-rank directions beside the weights: a window of steps without writing them.
+
+Within a window V is fixed, so the weights of its steps are ``scale * W + X V^T`` with X (m, rank)
+in float32: a perturbation and an update change X, the forward pass adds ``(x V) X^T`` to what W
+gives, and W is written once, at the window's end. No perturbation is ever rounded to 16 bits, and
+updates add up in float32.
+
+One-dimensional parameters, those with more than two dimensions and those that the model uses in a
+way that has no side path are perturbed in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_fused.directions.factored.side_paths import SidePaths
+from zo_fused.directions.factors import Factors, StepFactors
+from zo_fused.directions.low_rank import LowRank
+from zo_fused.step.buckets import Bucket
+from zo_fused.step.direction import Term
+from zo_fused.step.vectors import Vector, float32
+
+# V / 64 and 64 X take part in the forward pass: in float16, x V of large activations would overflow
+# and small X be subnormal; a power of two changes nothing else.
+FORWARD_SCALE = 64.0
+
+
+class Beside:
+    """What is kept beside the weights of a bucket."""
+
+    def __init__(self, bucket: Bucket, factors: Factors) -> None:
+        self._factors = factors
+        self.x, self.xs = factors.buffer(factors.u_shapes)
+        count, device = len(bucket.params), bucket.device
+        self.scale = torch.ones(count, dtype=torch.float32, device=device)
+        self.step: StepFactors | None = None  # whose V belongs to X; None: X is zero, scale one
+        # as the forward pass reads them: in the dtype of each weight
+        self.bs = self._in_dtype_of(bucket, factors.u_shapes)
+        self.vs = self._in_dtype_of(bucket, factors.v_shapes)
+        self._window: tuple[int, ...] | None = None  # whose V is in `vs`
+
+    def _in_dtype_of(self, bucket: Bucket, shapes: Sequence[tuple[int, int]]) -> ForwardFactors:
+        made = {p.dtype: self._factors.buffer(shapes, p.dtype) for p in bucket.params}
+        parts = [made[p.dtype][1][i] for i, p in enumerate(bucket.params)]
+        return ForwardFactors([flat for flat, _ in made.values()], parts)
+
+    def add(self, seed: int, terms: Sequence[Term], decay: Vector) -> None:
+        """``scale, X = decay * scale, decay * X + sum of coeff * factor``."""
+        spread = self._factors.spread
+        self.scale.mul_(float32(decay))
+        self.x.mul_(spread(decay))
+        for term in terms:
+            self.step = self._factors.of(seed, term.step, term.query)
+            factor = self.step.flat_u if term.factor is None else term.factor
+            self.x.add_(spread(term.coeffs) * factor)
+        assert self.step is not None
+        self.bs.fill(self.x, FORWARD_SCALE)
+        self.use(self.step)
+
+    def use(self, step: StepFactors) -> None:
+        """The forward pass takes the V of this step."""
+        if self._window != step.windows:
+            self._window = step.windows
+            self.vs.fill(step.flat_v, 1 / FORWARD_SCALE)
+
+    def pair(self, move: Tensor) -> list[Tensor]:
+        """``X + move`` and ``X - move`` of every weight, [2, m, rank] in its dtype."""
+        both = torch.stack((self.x + move, self.x - move)) * FORWARD_SCALE
+        sizes = [x.numel() for x in self.xs]
+        parts = {dtype: both.to(dtype).split(sizes, dim=1) for dtype in self.bs.dtypes}
+        return [
+            parts[dtype][i].view(2, *x.shape)
+            for i, (x, dtype) in enumerate(
+                zip(self.xs, (b.dtype for b in self.bs.parts), strict=True)
+            )
+        ]
+
+    def clear(self) -> None:
+        """After the weights were written."""
+        self.x.zero_()
+        self.scale.fill_(1.0)
+        self.step = None
+
+
+class ForwardFactors:
+    """Copies of a flat factor in the dtypes of the weights."""
+
+    def __init__(self, flats: list[Tensor], parts: list[Tensor]) -> None:
+        self._flats = flats
+        self.parts = parts
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        return [flat.dtype for flat in self._flats]
+
+    def fill(self, flat: Tensor, factor: float) -> None:
+        for copy in self._flats:
+            torch.mul(flat, factor, out=copy)
+
+
+class Factored(LowRank):
+    """`LowRank` directions; see the top of this file.
+
+    Args:
+        module: the model that the closure evaluates; None: nothing can be evaluated (replay).
+        paired: evaluate both signs in one forward pass.
+        divide_by_rank: as in `LowRank`.
+    """
+
+    beside = True
+    fixed: tuple[str, ...] = (*LowRank.fixed, "weight_decay")
+
+    def __init__(
+        self, module: nn.Module | None, paired: bool = False, divide_by_rank: bool = False
+    ) -> None:
+        super().__init__(divide_by_rank)
+        self.module = module
+        self.paired = paired
+        self._reset()
+
+    def _reset(self) -> None:
+        self._paths: SidePaths | None = None
+        self._of: list[Bucket] = []  # what the side paths were made for
+        self._watched = False  # whether an evaluation was watched for other uses of the weights
+        self._attached = ExitStack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("divide_by_rank", "module", "paired")
+        return {name: getattr(self, name) for name in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def _beside(self, bucket: Bucket) -> Beside:
+        return bucket.once("beside", lambda: Beside(bucket, self.factors(bucket)))
+
+    def sweep(
+        self,
+        bucket: Bucket,
+        seed: int,
+        terms: Sequence[Term],
+        decay: Vector,
+        rounding: Tensor | None = None,
+    ) -> None:
+        if not bucket.beside:
+            super().sweep(bucket, seed, terms, decay, rounding)
+            return
+        self._beside(bucket).add(seed, terms, decay)
+
+    def not_capturable(self, deferred: bool) -> str:
+        return 'whether a window ends is for the host to say; mode="inplace"'
+
+    def window_ends(self, bucket: Bucket, step: int) -> bool:
+        return any((step + 1) % group["interval"] == 0 for group in bucket.fixed)
+
+    def pending(self, bucket: Bucket) -> bool:
+        return bucket.beside and self._beside(bucket).step is not None
+
+    def settle(self, bucket: Bucket, rounding: Tensor | None) -> bool:
+        if not self.pending(bucket):
+            return False
+        kept = self._beside(bucket)
+        assert kept.step is not None
+        key = ("settle", kept.step.number)
+        sweep = bucket.sweep("lowrank_", kept.xs, kept.step.vs, key=key)
+        sweep(torch.ones_like(kept.scale), kept.scale, rounding)
+        kept.clear()
+        return True
+
+    # ---- evaluation -----------------------------------------------------------------------------
+
+    def out_of_reach(self, buckets: Sequence[Bucket]) -> list[tuple[Tensor, str]]:
+        if self.module is None:
+            return []
+        paths = self._side_paths(buckets)
+        return [(paths.params[i], reason) for i, reason in paths.left_out.items()]
+
+    def attach(self, buckets: Sequence[Bucket]) -> None:
+        self._attached.close()
+        if buckets and self.module is not None:
+            self._attached.enter_context(self._side_paths(buckets).attached())
+
+    def watching(self) -> AbstractContextManager[None]:
+        paths = self._paths
+        return nullcontext() if paths is None or self._watched else self._watching(paths)
+
+    @contextmanager
+    def _watching(self, paths: SidePaths) -> Iterator[None]:
+        with paths.watching():
+            yield
+        self._watched = True
+
+    def both(
+        self,
+        buckets: Sequence[Bucket],
+        groups: list[dict[str, Any]],
+        seed: int,
+        step: int,
+        query: int,
+        closure: Callable[[], Any],
+    ) -> Tensor:
+        """The losses at both signs of a query, [2], in one run of the closure; nothing is moved.
+
+        Parameters that are not beside theirs are copied, once for each sign.
+        """
+        bs: list[Tensor | None] = []
+        values: list[tuple[Tensor, Tensor]] = []
+        for bucket in buckets:
+            factors = self.factors(bucket)
+            now = factors.of(seed, step, query)
+            eps = bucket.hyper(groups, "eps")
+            if bucket.beside:
+                kept = self._beside(bucket)
+                kept.use(now)
+                bs += kept.pair(factors.spread(eps) * now.flat_u)
+            else:
+                values += self._moved_copies(bucket, now, eps)
+        return self._side_paths(buckets).both(closure, bs, values)
+
+    @staticmethod
+    def _moved_copies(bucket: Bucket, now: StepFactors, eps: Vector) -> list[tuple[Tensor, Tensor]]:
+        copies = bucket.once("copies", lambda: [p.new_empty(2, *p.shape) for p in bucket.params])
+        for side, coeffs in enumerate((float32(eps), float32(-eps))):
+            halves = [pair[side] for pair in copies]
+            torch._foreach_copy_(halves, bucket.params)
+            key = (side, now.number)
+            sweep = bucket.sweep("lowrank_", now.us, now.vs, key=key, params=halves)
+            sweep(coeffs, torch.ones_like(coeffs))
+        return list(zip(bucket.params, copies, strict=True))
+
+    def _side_paths(self, buckets: Sequence[Bucket]) -> SidePaths:
+        assert self.module is not None
+        beside = [bucket for bucket in buckets if bucket.beside]
+        if self._paths is None or beside != self._of:
+            params, vs, bs, scales = [], [], [], []
+            for bucket in beside:
+                kept = self._beside(bucket)
+                params += bucket.params
+                vs += kept.vs.parts
+                bs += kept.bs.parts
+                scales += [
+                    scale if bucket.fixed[group]["weight_decay"] else None
+                    for scale, group in zip(kept.scale.unbind(), bucket.group, strict=True)
+                ]
+            self._paths = SidePaths(self.module, params, vs, bs, scales)
+            self._of, self._watched = beside, False
+        return self._paths

@@ -1,0 +1,152 @@
+"""The low-rank factors of a bucket: U and V of a step, in flat buffers.
+
+A parameter is seen as a matrix (m, n) with U (m, rank) and V (n, rank), float32. All U of a bucket
+lie one after the other in one tensor, so that a sum of factors is one operation for the whole
+model. A step's noise is drawn at most once, and the factors of two steps are kept: the next one's,
+where a schedule looks ahead, or the last one's, where momentum moves to a new window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_fused.noise.keys import Stream, clock, on_device, stream_keys
+from zo_fused.noise.streams import Purpose
+from zo_fused.step.buckets import Bucket
+from zo_fused.step.vectors import Vector, float32
+from zo_fused.sweeps import operators
+from zo_fused.sweeps.functions import int64_tensor
+
+Pair = tuple[list[Tensor], list[Tensor]]
+
+
+@dataclass
+class StepFactors:
+    """The factors of one step."""
+
+    flat_u: Tensor
+    flat_v: Tensor
+    us: list[Tensor]  # parts of flat_u, (m, rank) each
+    vs: list[Tensor]
+    number: int  # 0 or 1
+    step: Any = None  # what tells whose U is in it: of which step and query
+    windows: Any = None  # the same of V, over all groups
+
+
+class Factors:
+    """U fresh every step and V fixed for a window of ``interval`` steps, from their own streams.
+
+    One-dimensional parameters get dense noise: U is the noise itself, V is 1.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
+        shapes = [
+            (*operators.matrix_shape(p), bucket.fixed[g]["rank"])
+            if p.dim() >= 2
+            else (p.numel(), 1, 1)
+            for p, g in zip(bucket.params, bucket.group, strict=True)
+        ]
+        self.u_shapes = [(m, rank) for m, _, rank in shapes]
+        self.v_shapes = [(n, rank) for _, n, rank in shapes]
+        self._all = list(range(len(shapes)))
+        self._matrices = [i for i, p in enumerate(bucket.params) if p.dim() >= 2]
+        self._intervals = [group["interval"] for group in bucket.fixed]
+        vector = int64_tensor([int(p.dim() < 2) for p in bucket.params])
+        self._is_vector = on_device(vector, bucket.device)
+        self._group_of_matrix = bucket.group_index[on_device(vector == 0, bucket.device)]
+        sizes = int64_tensor([m * rank for m, rank in self.u_shapes])
+        # which parameter an element of a flat U belongs to
+        owner = int64_tensor(range(len(sizes))).repeat_interleave(sizes)
+        self._owner = on_device(owner, bucket.device)
+        self._slots = [self._slot(0), self._slot(1)]
+
+    def _slot(self, number: int) -> StepFactors:
+        u, us = self.buffer(self.u_shapes)
+        v, vs = self.buffer(self.v_shapes)
+        return StepFactors(u, v.fill_(1.0), us, vs, number)  # the ones of vectors stay
+
+    def buffer(
+        self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Zeros in one tensor, and its parts in these shapes."""
+        sizes = [rows * columns for rows, columns in shapes]
+        flat = torch.zeros(sum(sizes), dtype=dtype, device=self._bucket.device)
+        parts = zip(flat.split(sizes), shapes, strict=True)
+        return flat, [part.view(shape) for part, shape in parts]
+
+    def spread(self, per_parameter: Vector) -> Tensor:
+        """A number a parameter as a number an element of a flat U, float32."""
+        return float32(per_parameter)[self._owner]
+
+    def of(self, seed: int, step: int, query: int = 0) -> StepFactors:
+        """The factors of a step's query, until the next query of that step is asked for; those of
+        the step before it stay as they are."""
+        slot = self._slots[step % 2]
+        now = (seed, step, query, clock())
+        if slot.step != now:
+            self._draw_u(slot, seed, step, query)
+            windows = self.windows(seed, step)
+            if slot.windows != windows:
+                self._draw_v(slot, seed, step)
+            slot.step, slot.windows = now, windows
+        return slot
+
+    def windows(self, seed: int, step: int) -> Any:
+        """What tells whose V a step has."""
+        # Under a clock only the device knows which window it is: there, every step has its own.
+        if clock():
+            return (seed, step, clock())
+        return (seed, *(step // interval for interval in self._intervals))
+
+    def _draw_u(self, slot: StepFactors, seed: int, step: int, query: int) -> None:
+        streams = [Stream(purpose, step, query=query) for purpose in (Purpose.U, Purpose.DENSE)]
+        keys = stream_keys(seed, streams, self._bucket.device)[self._is_vector]
+        self._bucket.fill(slot.us, self._all, ("u", slot.number))(keys)
+
+    def _draw_v(self, slot: StepFactors, seed: int, step: int) -> None:
+        streams = [Stream(Purpose.V, step, interval) for interval in self._intervals]
+        keys = stream_keys(seed, streams, self._bucket.device)[self._group_of_matrix]
+        vs = [slot.vs[i] for i in self._matrices]
+        self._bucket.fill(vs, self._matrices, ("v", slot.number))(keys)
+
+    def add(self, number: int, coeffs: Vector, factor: Tensor, first: bool) -> list[Tensor]:
+        """``sum += coeff * factor``, from zero at first, in buffer 0 or 1; its parts.
+
+        Product and sum are rounded one by one, so that every device has the same bits.
+
+        Args:
+            factor: of the shape of a flat U.
+        """
+        flat, parts = self._bucket.once(("sum", number), lambda: self.buffer(self.u_shapes))
+        product = self.spread(coeffs) * factor
+        flat.copy_(product) if first else flat.add_(product)
+        return parts
+
+    def joined(self, parts: Sequence[Pair]) -> Pair:
+        """Two products ``U V^T`` as one of twice the rank, in memory that the next call overwrites.
+
+        Args:
+            parts: twice the U's and V's of all parameters.
+        """
+        us, vs, halves = self._bucket.once("joined", self._wide)
+        for half, part in zip(halves, parts, strict=True):
+            torch._foreach_copy_(half[0] + half[1], part[0] + part[1])
+        return us, vs
+
+    def _wide(self) -> tuple[list[Tensor], list[Tensor], list[Pair]]:
+        """Buffers of twice the rank, and views of their left and right halves."""
+        us, vs = (
+            self.buffer([(rows, 2 * rank) for rows, rank in shapes])[1]
+            for shapes in (self.u_shapes, self.v_shapes)
+        )
+        halves = [
+            ([u.chunk(2, dim=1)[side] for u in us], [v.chunk(2, dim=1)[side] for v in vs])
+            for side in (0, 1)
+        ]
+        return us, vs, halves

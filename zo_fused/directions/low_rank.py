@@ -1,0 +1,84 @@
+"""How z is made: one class per distribution of directions.
+
+A direction sweeps ``p = decay * p + sum of coeff * z`` over a bucket, for the z of given steps. It
+keeps nothing that the seed and the step do not give back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from zo_fused.directions.factors import Factors, StepFactors
+from zo_fused.step.buckets import Bucket
+from zo_fused.step.direction import Direction, Term
+from zo_fused.step.vectors import Vector, float32, vector
+
+
+class LowRank(Direction):
+    """z = U V^T with U fresh every step and V fixed for a window of ``interval`` steps.
+
+    For a parameter seen as (m, n): U (m, rank) from stream (U, step, query), V (n, rank) from
+    stream (V, step // interval), both N(0, 1), each from its own stream, so the U of the query is
+    the U of the update (the released LOZO code loses that at every new V). One-dimensional
+    parameters get dense noise from stream (dense, step, query): U is the noise itself, V is 1.
+    """
+
+    fixed: tuple[str, ...] = ("rank", "interval")
+
+    def __init__(self, divide_by_rank: bool = False) -> None:
+        self.divide_by_rank = divide_by_rank
+
+    def not_capturable(self, deferred: bool) -> str:
+        if deferred:
+            return "whether the next step has the same V is for the host to say; deferred=False"
+        return ""
+
+    def factors(self, bucket: Bucket) -> Factors:
+        """The factors of a bucket."""
+        return bucket.once("factors", lambda: Factors(bucket))
+
+    def sweep(
+        self,
+        bucket: Bucket,
+        seed: int,
+        terms: Sequence[Term],
+        decay: Tensor,
+        rounding: Tensor | None = None,
+    ) -> None:
+        (us, vs, key), coeffs = self.product(bucket, seed, terms)
+        bucket.sweep("lowrank_", us, vs, key=key)(float32(coeffs), float32(decay), rounding)
+
+    def product(
+        self, bucket: Bucket, seed: int, terms: Sequence[Term]
+    ) -> tuple[tuple[list[Tensor], list[Tensor], Any], Vector]:
+        """The terms as ``coeff * U V^T``: U's add up where V is the same, else the ranks do.
+
+        Returns:
+            U's and V's, a name for where they lie, and the coefficients.
+        """
+        factors = self.factors(bucket)
+        if len(terms) == 1 and terms[0].factor is None:
+            step = factors.of(seed, terms[0].step, terms[0].query)
+            return (step.us, step.vs, ("step", step.number)), terms[0].coeffs
+        sums: dict[Any, tuple[list[Tensor], StepFactors]] = {}
+        for term in terms:
+            step = factors.of(seed, term.step, term.query)  # its U until the next query is asked
+            flat = step.flat_u if term.factor is None else term.factor
+            first = step.windows not in sums
+            number = len(sums) if first else list(sums).index(step.windows)
+            parts = factors.add(number, term.coeffs, flat, first)
+            sums.setdefault(step.windows, (parts, step))
+        if len(sums) == 1:
+            ((us, step),) = sums.values()
+            return (us, step.vs, ("sum", step.number)), bucket.ones
+        pairs = [(us, step.vs) for us, step in sums.values()]
+        return (*factors.joined(pairs), "joined"), bucket.ones
+
+    def update_scale(self, bucket: Bucket) -> Vector | None:
+        if not self.divide_by_rank:
+            return None
+        ranks = [rank for _, rank in self.factors(bucket).v_shapes]  # 1 for vectors
+        return bucket.once("1/rank", lambda: vector([1.0 / rank for rank in ranks], bucket.device))

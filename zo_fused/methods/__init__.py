@@ -1,0 +1,1 @@
+"""A direction and a rule, a file each. No imports here."""

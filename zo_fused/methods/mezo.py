@@ -1,0 +1,79 @@
+"""MeZO: zeroth-order SGD along dense Gaussian directions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from zo_fused.checks import choice
+from zo_fused.directions.dense import Dense
+from zo_fused.rules.moments import STATE_DTYPES, Momentum
+from zo_fused.rules.sgd import SGD
+from zo_fused.step.hyper import hyper
+from zo_fused.step.optimizer import ZerothOrderOptimizer
+from zo_fused.step.schedule import Schedule
+
+
+class MeZO(ZerothOrderOptimizer):
+    """Memory-efficient zeroth-order SGD (Malladi et al. 2023, arXiv 2305.17333, algorithm 1).
+
+    ``z ~ N(0, I)``, ``g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)``,
+    ``theta = theta - lr * (g z + weight_decay * theta)``. With momentum (MeZO-M; ZO-SGD-MMT in
+    arXiv 2402.11592) ``m = momentum * m + (1 - dampening) * g z`` takes the place of ``g z``.
+
+    Two forward passes, three sweeps (two with ``deferred``). No state; with momentum m. The
+    released code decays parameters by name (all but biases and layer norms); here the param groups
+    decide.
+
+    Args:
+        params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
+        lr: learning rate. The paper uses 1e-7 to 1e-6 for whole OPT models.
+        eps: perturbation radius.
+        weight_decay: decay, with the learning rate as factor.
+        momentum: 0, or the coefficient of m, in [0, 1). Whether there is momentum is chosen for the
+            run; a group can only set its coefficient, and without momentum it has none.
+        dampening: 0 is the heavy ball; ``dampening=momentum`` the exponential moving average.
+        state_dtype: of m: "float32", or "param", the dtype of each weight.
+        rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
+        seed: base seed of the run.
+        deferred: two sweeps a step instead of three; weights rest perturbed between steps, see
+            `ZerothOrderOptimizer` and `flush`.
+        one_sided: estimate from ``L(theta + eps z)`` and ``L(theta)``.
+        queries: directions a step, whose estimates are averaged (n-SPSA).
+        distribution: of the elements of z: "gaussian", or "rademacher", -1 or 1.
+        block_order: None, "sequential" or "simultaneous": block by block, see
+            `ZerothOrderOptimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-6,
+        eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        state_dtype: str = "float32",
+        rounding: str = "nearest",
+        seed: int = 0,
+        deferred: bool = False,
+        one_sided: bool = False,
+        queries: int = 1,
+        distribution: str = "gaussian",
+        block_order: str | None = None,
+    ) -> None:
+        momentum, dampening = hyper("momentum", momentum), hyper("dampening", dampening)
+        choice("state_dtype", state_dtype, STATE_DTYPES)
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rounding": rounding}
+        if momentum:
+            defaults |= {"momentum": momentum, "dampening": dampening}
+        rule = Momentum(state_dtype) if momentum else SGD()
+        options = {
+            "momentum": momentum,
+            "state_dtype": state_dtype,
+            "distribution": distribution,
+        }
+        schedule = Schedule(deferred, one_sided, queries, block_order)
+        direction = Dense(distribution)
+        super().__init__(params, defaults, direction, rule, seed, schedule, options)

@@ -1,0 +1,59 @@
+"""ZOSignSGD: steps of one size along the sign of the estimate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from zo_fused.checks import choice
+from zo_fused.directions.dense import Dense
+from zo_fused.rules.moments import Sign
+from zo_fused.rules.sgd import ScalarSign
+from zo_fused.step.optimizer import ZerothOrderOptimizer
+from zo_fused.step.schedule import Schedule
+
+
+class ZOSignSGD(ZerothOrderOptimizer):
+    """Sign descent on the estimate ``g z`` of MeZO (ZO-signSGD: Liu et al., ICLR 2019; ZO-SGD-Sign
+    in arXiv 2402.11592): ``theta = (1 - lr weight_decay) theta - lr sign(g z)``.
+
+    The benchmark's released code takes another one, ``theta - lr sign(g) z``, and by default feeds
+    it to AdamW; ``sign="scalar"`` is that step with plain SGD.
+
+    Two forward passes, three sweeps (two with ``deferred``), no state.
+
+    Args:
+        params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
+        lr: learning rate: what each weight moves in a step (element-wise), or the scale of z.
+        eps: perturbation radius.
+        weight_decay: decay, with the learning rate as factor.
+        sign: "element" or "scalar", see above.
+        rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
+        seed: base seed of the run.
+        deferred, one_sided, queries, distribution, block_order: see `MeZO`. With Rademacher
+            directions and one query both signs are the same.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-6,
+        eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        sign: str = "element",
+        rounding: str = "nearest",
+        seed: int = 0,
+        deferred: bool = False,
+        one_sided: bool = False,
+        queries: int = 1,
+        distribution: str = "gaussian",
+        block_order: str | None = None,
+    ) -> None:
+        choice("sign", sign, ("element", "scalar"))
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rounding": rounding}
+        rule = Sign() if sign == "element" else ScalarSign()
+        options = {"sign": sign, "distribution": distribution}
+        schedule = Schedule(deferred, one_sided, queries, block_order)
+        direction = Dense(distribution)
+        super().__init__(params, defaults, direction, rule, seed, schedule, options)

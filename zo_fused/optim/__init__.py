@@ -1,1 +1,0 @@
-"""Optimizers. Import them from `zo_fused` itself."""

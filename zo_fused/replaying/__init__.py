@@ -1,0 +1,1 @@
+"""A log and base weights give the tuned weights. No imports here."""

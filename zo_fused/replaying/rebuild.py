@@ -1,0 +1,148 @@
+"""Rebuilding tuned weights from the base weights and a replay log."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_fused.directions.dense import Dense
+from zo_fused.directions.low_rank import LowRank
+from zo_fused.noise.streams import CONTRACT_VERSION, plain_name
+from zo_fused.replaying.tape import Recorder
+from zo_fused.rules.factor_momentum import FactorMomentum
+from zo_fused.rules.sgd import SGD
+from zo_fused.step import replay_log
+from zo_fused.step.buckets import fingerprint
+from zo_fused.step.optimizer import ZerothOrderOptimizer
+
+METHODS = {
+    "ForwardGrad": "zo_fused.methods.forward_grad",
+    "LOZO": "zo_fused.methods.lozo",
+    "MeZO": "zo_fused.methods.mezo",
+    "ZOAdam": "zo_fused.methods.adam",
+    "ZOConservative": "zo_fused.methods.conservative",
+    "ZOSignSGD": "zo_fused.methods.sign",
+}
+
+
+def replay(
+    model: nn.Module | Mapping[str, Tensor],
+    log: str | os.PathLike[str],
+    progress: bool = False,
+) -> int:
+    """Apply a replay log to base weights, in place: the run's weights, bit for bit, on any device.
+
+    No forward pass is made. The sweeps are those of the run, but many steps of them in one pass
+    over the weights (`zo_fused.replaying.tape`). If it is interrupted, the weights are of no use.
+
+    Args:
+        model: the base model in the dtype of the run, or its tensors by name.
+        log: path of the log.
+        progress: show a tqdm bar.
+
+    Returns:
+        Number of steps, skipped ones included.
+
+    Raises:
+        FileNotFoundError: no such log.
+        ValueError: the file is no log, or model and log don't fit.
+    """
+    record = replay_log.read(log, CONTRACT_VERSION)
+    optimizer = _optimizer(model, record)
+    optimizer._count(step=record.header["first_step"])
+    events: Any = record.events
+    if progress:
+        from tqdm import tqdm
+
+        events = tqdm(events, desc="replay", unit="step")
+    recorder = _recorder(optimizer)
+    for event in events:
+        optimizer.replay_event(event)
+    optimizer.flush()  # a run that was cut off left its weights where its schedule has them
+    if recorder is not None:
+        recorder.run()
+    return sum(not event.restored for event in record.events)
+
+
+def _recorder(optimizer: Any) -> Recorder | None:
+    """What the sweeps of an optimizer wait in from here on. None where it would bring nothing (a
+    direction keeps a part of the weights beside them) or miss some (of rules that make their own).
+    """
+    recordable = isinstance(optimizer._rule, SGD | FactorMomentum)
+    if type(optimizer._direction) not in (Dense, LowRank) or not recordable:
+        return None
+    optimizer._direction = Recorder(optimizer._direction)
+    recorder: Recorder = optimizer._direction
+    return recorder
+
+
+def _optimizer(model: nn.Module | Mapping[str, Tensor], record: replay_log.Log) -> Any:
+    """The optimizer of the log's header over the model's tensors."""
+    header = record.header
+    if header["method"] not in METHODS:
+        raise ValueError(
+            f"the log is of method {header['method']!r}; known are {', '.join(METHODS)}"
+        )
+    table = header["parameters"]
+    tensors = _tensors(model, table)
+    groups: list[dict[str, Any]] = [{"params": []} for _ in header["groups"]]
+    for (name, shape, dtype, number), tensor in zip(table, tensors, strict=True):
+        label = name if name is not None else f"at position {sum(len(g['params']) for g in groups)}"
+        found = [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+        if found != [shape, dtype]:
+            raise ValueError(
+                f"parameter {label} is {found[1]} {found[0]} in the model, {dtype} {shape} in the "
+                "log; load the base model in the dtype of the run"
+            )
+        groups[number]["params"].append(tensor if name is None else (name, tensor))
+    if fingerprint(tensors) != header["base"]:
+        raise ValueError("the log was written for other base weights than these")
+    method = getattr(importlib.import_module(METHODS[header["method"]]), header["method"])
+    defaults = {**header["groups"][0], **header["options"]}  # every group has values of its own
+    defaults |= {"seed": header["seed"], "module": nn.Module()}
+    factored = defaults.get("mode") == "factored"
+    takes = list(inspect.signature(method).parameters)[1:]  # the first: what to tune
+    arguments = {name: value for name, value in defaults.items() if name in takes}
+    optimizer: ZerothOrderOptimizer = method(groups, **arguments)
+    for number, (group, values) in enumerate(
+        zip(optimizer.param_groups, header["groups"], strict=True)
+    ):
+        # Earlier versions also logged what a method has no use for.
+        group.update({name: v for name, v in values.items() if name in optimizer.defaults})
+        if "param_names" in group:  # those that the run had its noise from
+            group["param_names"] = [name for name, *_, of in table if of == number]
+    if factored:
+        optimizer._direction.module = None  # nothing will be evaluated
+    return optimizer
+
+
+def _tensors(model: nn.Module | Mapping[str, Tensor], table: list[list[Any]]) -> list[Tensor]:
+    """The model's tensors in the order of the log's table."""
+    if isinstance(model, nn.Module):
+        named = dict(model.named_parameters(remove_duplicate=False))
+        if table and table[0][0] is None:
+            tensors: list[Tensor] = list(model.parameters())
+            trainable = [p for p in tensors if p.requires_grad]
+            tensors = trainable if len(trainable) == len(table) else tensors
+            if len(tensors) != len(table):
+                raise ValueError(
+                    f"the log has {len(table)} unnamed parameters, the model {len(tensors)}"
+                )
+            return tensors
+    else:
+        named = dict(model)  # type: ignore[arg-type]
+    # The model, or in earlier versions the run's, may be compiled or wrapped.
+    plain = {plain_name(name): tensor for name, tensor in named.items()}
+    tensors = []
+    for name, *_ in table:
+        tensor = named.get(name, None if name is None else plain.get(plain_name(name)))
+        if tensor is None:
+            raise ValueError(f"the model has no parameter {name!r}, which the log tunes")
+        tensors.append(torch.Tensor.detach(tensor))
+    return tensors

@@ -1,0 +1,1 @@
+"""What a projected gradient does to the weights. No imports here."""

@@ -1,0 +1,101 @@
+"""Momentum kept in the factor: LOZO-M."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_fused.directions.factors import Factors
+from zo_fused.directions.low_rank import LowRank
+from zo_fused.step.direction import Term
+from zo_fused.step.rule import Update
+from zo_fused.sweeps.functions import int64_tensor
+
+
+class FactorMomentum:
+    """Momentum kept in the factor (LOZO-M, arXiv 2410.07698):
+
+    ``N = beta * N + (1 - beta) * g * U``, ``theta = (1 - lr * weight_decay) * theta - lr * N V^T``.
+
+    At a new window the old momentum is projected on the new V by least squares,
+    ``N = N (V_old^T V_new) / n`` (V_new^T V_new is about n times the identity).
+
+    State per parameter: ``momentum_factor``, float32 (m, rank), and ``momentum_window``, the number
+    of the window that it belongs to. V_old is not kept but made anew. A matrix that is frozen over
+    a window's end starts again from zero.
+    """
+
+    not_capturable = "whether the momentum moves to a new window is for the host to say"
+
+    def prepare(self, update: Update, direction: LowRank, state: dict[Any, Any]) -> None:
+        self._momenta(update, direction.factors(update.bucket), state)
+
+    @staticmethod
+    def _momenta(
+        update: Update, factors: Factors, state: dict[Any, Any]
+    ) -> tuple[Tensor, list[Tensor]]:
+        return update.bucket.once("momentum", lambda: gathered(update, factors, state))
+
+    def apply(self, update: Update, direction: LowRank, state: dict[Any, Any]) -> None:
+        u, bucket = update, update.bucket
+        factors = direction.factors(bucket)
+        flat, moments = self._momenta(u, factors, state)
+        if u.step > 0 and any(u.step % group["interval"] == 0 for group in bucket.fixed):
+            old = factors.of(u.seed, u.step - 1).vs
+            new = factors.of(u.seed, u.step).vs
+            for row, (p, g) in enumerate(zip(bucket.params, bucket.group, strict=True)):
+                if p.dim() >= 2 and u.step % bucket.fixed[g]["interval"] == 0:
+                    moments[row].copy_(project(moments[row], old[row], new[row]))
+                    state[p]["momentum_window"].fill_(u.step // bucket.fixed[g]["interval"])
+        beta = bucket.hyper(u.groups, "momentum")
+        flat.mul_(factors.spread(u.if_finite(beta, 1.0)))
+        for query, grad in enumerate(u.grads):
+            gain = factors.spread(u.if_finite((1 - beta) * grad, 0.0))
+            flat.add_(gain * factors.of(u.seed, u.step, query).flat_u)
+        u.sweep(
+            direction,
+            Term(u.step, u.if_finite(u.decay * u.restore, u.restore), query=u.displaced),
+            Term(u.step, u.if_finite(-u.lr, 0.0), flat),
+        )
+
+
+def gathered(
+    update: Update, factors: Factors, state: dict[Any, Any]
+) -> tuple[Tensor, list[Tensor]]:
+    """The momenta of a bucket in one tensor, and its parts, which the state then holds."""
+    bucket = update.bucket
+    flat, parts = factors.buffer(factors.u_shapes)
+    for p, g, part in zip(bucket.params, bucket.group, parts, strict=True):
+        interval = bucket.fixed[g]["interval"]
+        last = (update.step - 1) // interval  # the window that was left
+        if "momentum_factor" in state[p] and int(state[p].get("momentum_window", last)) == last:
+            part.copy_(state[p]["momentum_factor"])
+        state[p]["momentum_factor"] = part
+        if p.dim() >= 2:
+            state[p]["momentum_window"] = int64_tensor([update.step // interval])[0]
+    return flat, parts
+
+
+GRID = 2.0**40  # |v_old * v_new| < 44, so 2**17 rows sum below 2**63
+
+
+def project(moment: Tensor, v_old: Tensor, v_new: Tensor) -> Tensor:
+    """``moment @ (v_old.T @ v_new) / n`` through the r x r product, float32 (m, r).
+
+    Bit for bit the same on every device: the sum over n runs on a fixed-point grid (integers add
+    in any order), the sum over r in a fixed order in float64.
+    """
+    n, rank = v_new.shape
+    parts = max(1, -(-n // (1 << 17)))
+    product = torch.zeros(rank, rank, dtype=torch.float64, device=v_new.device)
+    for old, new in zip(v_old.chunk(parts), v_new.chunk(parts), strict=True):
+        for q in range(rank):
+            terms = old[:, q, None].double() * new.double() * GRID
+            product[q] += terms.round().to(torch.int64).sum(0).double() / GRID
+    product /= n
+    total = torch.zeros(moment.shape, dtype=torch.float64, device=moment.device)
+    for q in range(rank):
+        total += moment[:, q, None].double() * product[q]
+    return total.float()

@@ -1,0 +1,106 @@
+"""Adam without memory: moments made anew from the last steps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from zo_fused.noise.keys import Stream, stream_keys
+from zo_fused.noise.streams import Purpose
+from zo_fused.step.direction import Direction
+from zo_fused.step.rule import Update
+from zo_fused.step.vectors import Vector, float32, of_tensor, table, where
+
+
+class AdamOfHistory:
+    """`Adam` with moments made anew from the estimates of the last H steps:
+
+    ``m = sum of a_s z_s``, ``v = sum of b_s z_s^2`` with ``a_s = beta1^n (1 - beta1) g_s`` and
+    ``b_s = beta2^n (1 - beta2) g_s^2``, where n counts the good steps after s; the bias corrections
+    divide by what the weights of g add up to. State per parameter: ``projected_grads``: g of the
+    last H steps, the last one last, NaN where there was none, float64 [H]; ``step``: the last of
+    these steps, int64 [].
+    """
+
+    not_capturable = "how many steps there are to look back on, is for the host to say"
+
+    def __init__(self, history: int) -> None:
+        self.history = history
+
+    def prepare(self, update: Update, direction: Any, state: dict[Any, Any]) -> None:
+        self._past(update, state)
+
+    def _past(self, update: Update, state: dict[Any, Any]) -> tuple[Vector, Vector]:
+        """g of the last H steps [P, H], and the last of these steps [P], which the state holds."""
+        return update.bucket.once("history", lambda: self._gathered(update, state))
+
+    def _gathered(self, update: Update, state: dict[Any, Any]) -> tuple[Vector, Vector]:
+        params, device = update.bucket.params, update.bucket.device
+        shape = (len(params), self.history)
+        grads = torch.full(shape, math.nan, dtype=torch.float64, device="cpu")
+        for p, row in zip(params, grads.unbind(), strict=True):
+            if not state[p]:
+                continue
+            known = state[p].get("projected_grads", row[:0])
+            if known.shape != row.shape:
+                raise ValueError(
+                    f"the state is not of history={self.history}: it was saved by another method, "
+                    f"or with history={len(known)}"
+                )
+            # steps without this parameter: it was frozen
+            missed = update.step - 1 - int(state[p]["step"])
+            if missed < self.history:
+                row[: self.history - missed] = known[missed:].cpu()
+        grads = grads.to(device)
+        last = torch.full((len(params),), update.step - 1, dtype=torch.int64, device=device)
+        for p, row, step in zip(params, grads.unbind(), last.unbind(), strict=True):
+            state[p].update(projected_grads=row, step=step)
+        return of_tensor(grads), of_tensor(last)
+
+    def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+        u, bucket = update, update.bucket
+        past, last = self._past(u, state)
+        past[:, :-1] = past[:, 1:] * 1.0  # a copy: they overlap
+        past[:, -1] = u.if_finite(u.grads[0], math.nan)
+        last[:] = u.step
+        good = past == past  # not NaN
+        later = good.sum(1)[:, None] - good.cumsum(1)
+        grads = where(good, past, 0.0)
+        beta1, beta2 = (bucket.constant([g["betas"][i] for g in u.groups])[:, None] for i in (0, 1))
+        first = where(good, (1 - beta1) * beta1**later, 0.0)
+        second = where(good, (1 - beta2) * beta2**later, 0.0)
+        root = second.sum(1) ** 0.5
+        columns = (
+            bucket.zeros,
+            bucket.ones,
+            bucket.zeros,
+            bucket.zeros,
+            u.if_finite(bucket.hyper(u.groups, "adam_eps") * root, 1.0),
+            u.if_finite(-u.lr * root / first.sum(1), 0.0),
+        )
+        window = min(self.history, u.step + 1)
+        streams = [Stream(Purpose.DENSE, u.step - back) for back in reversed(range(window))]
+        restores = [bucket.zeros] * window
+        restores[-1] = u.if_finite(u.decay * u.restore, u.restore)
+        slots = range(self.history - window, self.history)
+        first, second = first * grads, second * grads * grads
+        linear = [first[:, slot] for slot in slots]
+        squares = [second[:, slot] for slot in slots]
+        if u.ahead is not None:
+            streams.append(Stream(Purpose.DENSE, u.step + 1))
+            restores.append(u.ahead)
+            linear.append(bucket.zeros)
+            squares.append(bucket.zeros)
+        bucket.sweep("moments_", [], [], key="history")(
+            stream_keys(u.seed, streams, bucket.device),
+            table(linear),
+            table(restores),
+            table(columns),
+            float32(u.if_finite(u.decay, 1.0)),
+            "adam",
+            u.rounding,
+            squares=table(squares),
+            **direction.options,
+        )

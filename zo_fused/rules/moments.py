@@ -1,0 +1,158 @@
+"""Update rules with element-wise moments of the estimate ``g z``: momentum, Adam, sign.
+
+The estimate is made in registers, in the sweep that also restores and updates; only the moments are
+stored. Directions are dense. A step that is skipped leaves the moments as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_fused.noise.keys import Stream, stream_keys
+from zo_fused.noise.streams import Purpose
+from zo_fused.step.buckets import Bucket
+from zo_fused.step.direction import Direction
+from zo_fused.step.rule import Update
+from zo_fused.step.vectors import Vector, float32, of_tensor, table
+
+STATE_DTYPES = ("float32", "param")
+
+
+def kept(
+    bucket: Bucket, state: dict[Any, Any], name: str, state_dtype: str = "float32"
+) -> list[Tensor]:
+    """A moment of every parameter, zero at first."""
+
+    def make() -> list[Tensor]:
+        for p in bucket.params:
+            if name not in state[p]:
+                dtype = p.dtype if state_dtype == "param" else torch.float32
+                state[p][name] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+        return [state[p][name] for p in bucket.params]
+
+    return bucket.once(name, make)
+
+
+def _sweep(
+    update: Update,
+    direction: Any,
+    rule: str,
+    moments: list[list[Tensor]],
+    beta: Vector,
+    gain: Vector,
+    beta2: Vector,
+    gain2: Vector,
+    eps: Vector,
+    step: Vector,
+) -> None:
+    """With ``g`` the sum of all ``grad z``: ``m = beta m + gain g``, ``v = beta2 v + gain2 g^2``
+    and ``p = decay p + restore z + step s`` with s of the rule; and the next perturbation."""
+    u = update
+    streams = [Stream(Purpose.DENSE, u.step, query=query) for query in range(len(u.grads))]
+    grads = [u.if_finite(grad, 0.0) for grad in u.grads]
+    restores = [u.bucket.zeros] * len(grads)
+    restores[u.displaced] = u.if_finite(u.decay * u.restore, u.restore)
+    if u.ahead is not None:
+        streams.append(Stream(Purpose.DENSE, u.step + 1))
+        grads.append(u.bucket.zeros)
+        restores.append(u.ahead)
+    columns = (
+        u.if_finite(beta, 1.0),
+        u.if_finite(gain, 0.0),
+        u.if_finite(beta2, 1.0),
+        u.if_finite(gain2, 0.0),
+        u.if_finite(eps, 1.0),
+        u.if_finite(step, 0.0),
+    )
+    u.bucket.sweep("moments_", *moments, key=rule)(
+        stream_keys(u.seed, streams, u.bucket.device),
+        table(grads),
+        table(restores),
+        table(columns),
+        float32(u.if_finite(u.decay, 1.0)),
+        rule,
+        u.rounding,
+        **direction.options,
+    )
+
+
+class Momentum:
+    """``m = beta m + (1 - dampening) g z``, ``theta = (1 - lr weight_decay) theta - lr m``.
+
+    State per parameter: ``momentum``, of its shape.
+    """
+
+    not_capturable = ""
+
+    def __init__(self, state_dtype: str) -> None:
+        self.state_dtype = state_dtype
+
+    def prepare(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+        kept(update.bucket, state, "momentum", self.state_dtype)
+
+    def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+        u = update
+        beta = u.bucket.hyper(u.groups, "momentum")
+        gain = 1 - u.bucket.hyper(u.groups, "dampening")
+        zero = u.bucket.zeros
+        m = kept(u.bucket, state, "momentum", self.state_dtype)
+        _sweep(u, direction, "momentum", [m, []], beta, gain, zero, zero, zero, -u.lr)
+
+
+def steps_taken(bucket: Bucket, state: dict[Any, Any]) -> Vector:
+    """t of every parameter in one vector, whose elements the state then holds."""
+    t = torch.zeros(len(bucket.params), dtype=torch.float64, device=bucket.device)
+    for p, part in zip(bucket.params, t.unbind(), strict=True):
+        if "step" in state[p]:
+            part.copy_(state[p]["step"])
+        state[p]["step"] = part
+    return of_tensor(t)
+
+
+class Adam:
+    """``m = beta1 m + (1 - beta1) g z``, ``v = beta2 v + (1 - beta2) (g z)^2``,
+    ``theta = (1 - lr weight_decay) theta - lr m' / (sqrt(v') + eps)`` with the bias-corrected
+    ``m' = m / (1 - beta1^t)``, ``v' = v / (1 - beta2^t)``; t counts steps that were not skipped.
+
+    State per parameter: ``exp_avg`` and ``exp_avg_sq`` of its shape, ``step``: t, float64 [].
+    """
+
+    not_capturable = ""
+
+    def __init__(self, state_dtype: str) -> None:
+        self.state_dtype = state_dtype
+
+    def prepare(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+        kept(update.bucket, state, "exp_avg", self.state_dtype)
+        kept(update.bucket, state, "exp_avg_sq")
+
+    def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+        u, bucket = update, update.bucket
+        beta1, beta2 = (bucket.constant([g["betas"][i] for g in u.groups]) for i in (0, 1))
+        eps = bucket.hyper(u.groups, "adam_eps")
+        t = bucket.once("step", lambda: steps_taken(bucket, state))
+        t += u.finite
+        root = (1 - beta2**t) ** 0.5
+        # lr m' / (sqrt(v') + eps) = (lr root / (1 - beta1^t)) m / (sqrt(v) + eps root)
+        step = -u.lr * root / (1 - beta1**t)
+        m = kept(bucket, state, "exp_avg", self.state_dtype)
+        v = kept(bucket, state, "exp_avg_sq")
+        columns = (beta1, 1 - beta1, beta2, 1 - beta2, eps * root, step)
+        _sweep(u, direction, "adam", [m, v], *columns)
+
+
+class Sign:
+    """``theta = (1 - lr weight_decay) theta - lr sign(g z)``, element by element. No state."""
+
+    not_capturable = ""
+
+    def prepare(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+        pass
+
+    def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+        u = update
+        one, zero = u.bucket.ones, u.bucket.zeros
+        _sweep(u, direction, "sign", [[], []], zero, one, zero, zero, zero, -u.lr)

@@ -1,0 +1,47 @@
+"""What a projected gradient does to the weights: one class per update rule.
+
+A rule takes back the last perturbation, applies the update and, where the schedule asks for it,
+perturbs along the next step's z, all in one sweep. All numbers are vectors with a row a parameter
+(`zo_fused.step.vectors`); on GPUs nothing waits for the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from zo_fused.step.direction import Direction, Term
+from zo_fused.step.rule import Update
+from zo_fused.step.vectors import sign
+
+
+class SGD:
+    """``theta = (1 - lr * weight_decay) * theta - lr * g * z`` from the perturbed weights."""
+
+    not_capturable = ""
+
+    def prepare(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+        pass
+
+    def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+        u = update
+        terms = []
+        for query, grad in enumerate(u.grads):
+            back = u.restore if query == u.displaced else u.bucket.zeros
+            coeffs = u.if_finite(u.decay * back - u.lr * grad, back)
+            terms.append(Term(u.step, coeffs, query=query))
+        u.sweep(direction, *terms)
+
+
+class ScalarSign:
+    """``theta = (1 - lr weight_decay) theta - lr sign(g) z`` (of several queries the mean).
+    No state."""
+
+    not_capturable = ""
+
+    def prepare(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+        pass
+
+    def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+        signs = [sign(grad) / len(update.grads) for grad in update.grads]
+        SGD().apply(replace(update, grads=signs), direction, state)

@@ -1,0 +1,272 @@
+"""From param groups to buckets: the trainable parameters of one device, as the sweeps take them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from zo_fused.noise.streams import parameter_id
+from zo_fused.step.vectors import Vector, of_tensor, vector
+from zo_fused.sweeps import operators
+from zo_fused.sweeps.arguments import not_dense, overlap
+from zo_fused.sweeps.functions import int64_tensor
+from zo_fused.sweeps.prepared import Prepared, prepare
+
+Made = TypeVar("Made")
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Parameters on one device, with a row for each in every table."""
+
+    device: torch.device
+    fixed: list[dict[str, Any]]  # per group, hyper-parameters that stay while the bucket is in use
+    beside: bool = False  # matrices whose changes a direction keeps beside them
+    block: int = 0  # of its groups, where blocks of parameters are perturbed one at a time
+    params: list[Tensor] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)  # indices of its param groups
+    group: list[int] = field(default_factory=list)  # index of the param group, a parameter
+    id_list: list[int] = field(default_factory=list)
+    ids: Tensor = field(default_factory=lambda: int64_tensor([]))
+    offsets: Tensor = field(default_factory=lambda: int64_tensor([]))
+    group_index: Tensor = field(default_factory=lambda: int64_tensor([]))
+    _made: dict[Any, Any] = field(default_factory=dict)
+    _prepared: list[Prepared] = field(default_factory=list)
+    _constants: OrderedDict[tuple[float, ...], Vector] = field(default_factory=OrderedDict)
+
+    def constant(self, per_group: Sequence[float]) -> Vector:
+        """Numbers of the groups as a vector. Not to be changed: it is kept for the next call, which
+        then copies nothing to the device."""
+        key = tuple(per_group)
+        if key not in self._constants:
+            self._constants[key] = vector([key[g] for g in self.group], self.device)
+            if len(self._constants) > 32:
+                self._constants.popitem(last=False)
+        return self._constants[key]
+
+    def hyper(
+        self, param_groups: list[dict[str, Any]], name: str, default: float | None = None
+    ) -> Vector:
+        """A hyper-parameter as a vector; the host waits for nothing, also where it is a tensor on
+        the device. Not to be changed.
+
+        Args:
+            default: for methods that have no such hyper-parameter.
+        """
+        values: list[Any] = [group.get(name, default) for group in param_groups]
+        if any(isinstance(v, Tensor) and v.device.type != "cpu" for v in values):
+            there = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values]
+            return of_tensor(torch.stack([v.reshape(()) for v in there])[self.group_index])
+        return self.constant([float(v) for v in values])
+
+    @property
+    def zeros(self) -> Vector:
+        """A vector of zeros, not to be changed."""
+        return self.constant([0.0] * len(self.fixed))
+
+    @property
+    def ones(self) -> Vector:
+        """A vector of ones, not to be changed."""
+        return self.constant([1.0] * len(self.fixed))
+
+    def has(self, per_group: Sequence[float]) -> bool:
+        """Whether one of its groups has a number other than zero."""
+        return any(per_group[g] for g in self.groups)
+
+    def sweep(
+        self, name: str, *lists: list[Tensor], key: Any = None, params: list[Tensor] | None = None
+    ) -> Callable[..., None]:
+        """The sweep of that name over the parameters (or tensors like them) and further lists of
+        tensors, ready to be called with its rows, which are not checked; made once per key."""
+        made = [self.params if params is None else params, *lists]
+        return self.once((name, key), lambda: self._prepare(name, made, self.ids, self.offsets))
+
+    def fill(self, outs: list[Tensor], rows: list[int], key: Any) -> Callable[..., None]:
+        """Fills tensors with the normals of the parameters in these rows; called with a key each.
+        Made once per key."""
+        return self.once(
+            ("normal_", key),
+            lambda: self._prepare("normal_", [outs], self.ids[rows], self.offsets[rows]),
+        )
+
+    def _prepare(self, *arguments: Any) -> Callable[..., None]:
+        self._prepared.append(prepare(*arguments))
+        return self._prepared[-1].run
+
+    def look_again(self) -> None:
+        """The parameters may have moved (``p.data = ...``): sweeps follow them."""
+        for prepared in self._prepared:
+            prepared.look_again()
+
+    def once(self, key: Any, make: Callable[[], Made]) -> Made:
+        """What `make` returned when it was first called under this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
+
+
+_requires_grad = attrgetter("requires_grad")
+
+
+def signature(param_groups: list[dict[str, Any]], names: Sequence[str]) -> tuple[Any, ...]:
+    """What must not change for buckets to stay valid. Made once a step, in loops of C.
+
+    Args:
+        names: hyper-parameters that buckets hold on to.
+    """
+    params = list(chain.from_iterable(group["params"] for group in param_groups))
+    try:
+        addresses = list(map(torch.Tensor.data_ptr, params))
+    except (RuntimeError, ValueError):
+        _refuse_without_memory(param_groups)
+        raise
+    return (
+        list(map(id, params)),
+        addresses,
+        list(map(_requires_grad, params)),
+        [group[name] for group in param_groups for name in names],
+    )
+
+
+def parameter_ids(param_groups: list[dict[str, Any]]) -> list[int]:
+    """The id of every parameter in optimizer order: from its name if known, else its position.
+
+    Raises:
+        ValueError: two parameters have the same id.
+    """
+    ids: list[int] = []
+    for group in param_groups:
+        names = group.get("param_names") or [None] * len(group["params"])
+        for name in names:
+            ids.append(len(ids) if name is None else parameter_id(name))
+    if len(set(ids)) != len(ids):
+        twice = next(
+            label
+            for label, id_ in zip(labels(param_groups), ids, strict=True)
+            if ids.count(id_) > 1
+        )
+        raise ValueError(
+            f"zo_fused: two parameters have the same name, {twice}, so their noise would agree "
+            "(names leave out what wrappers add: `_orig_mod.`, and `module.` at the front)"
+        )
+    return ids
+
+
+def labels(param_groups: list[dict[str, Any]]) -> list[str]:
+    """What to call every parameter, in optimizer order."""
+    names: list[Any] = []
+    for group in param_groups:
+        names += group.get("param_names") or range(len(names), len(names) + len(group["params"]))
+    return [repr(name) for name in names]
+
+
+def _refuse_without_memory(param_groups: list[dict[str, Any]]) -> None:
+    params = chain.from_iterable(group["params"] for group in param_groups)
+    for label, p in zip(labels(param_groups), params, strict=True):
+        if nn.parameter.is_lazy(p):
+            raise ValueError(
+                f"zo_fused: parameter {label} is lazy and not initialized yet: run the model once, "
+                "then make the optimizer"
+            )
+        _refuse_unsupported(p, f"parameter {label}")
+
+
+def fingerprint(tensors: list[Tensor]) -> str:
+    """A short hash of the ends of every tensor, to recognise the weights a log starts from."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        ends = torch.cat([flat[:64], flat[-64:]]).float().cpu()
+        digest.update(ends.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _refuse_unsupported(p: Tensor, label: str) -> None:
+    if p.device.type == "meta":
+        raise ValueError(
+            f"zo_fused: {label} is on the meta device (offloaded or not loaded); "
+            "load the model completely first"
+        )
+    if type(p).__name__ == "DTensor":
+        raise NotImplementedError(
+            f"zo_fused: {label} is a DTensor; sharded parameters are not supported yet"
+        )
+    if p.dtype not in operators.WEIGHT_DTYPES:
+        raise TypeError(
+            f"zo_fused: {label} has dtype {p.dtype}; supported are float16, bfloat16 and float32. "
+            "Set requires_grad=False on parameters that must not be tuned."
+        )
+    if reason := not_dense(p):
+        raise ValueError(f"zo_fused: {label} {reason}")
+
+
+def make_buckets(
+    param_groups: list[dict[str, Any]],
+    trainable: set[int] | None,
+    names: Sequence[str] = (),
+    in_place: set[int] | None = None,
+    by_block: bool = False,
+) -> list[Bucket]:
+    """One bucket per device, of the parameters that require gradients.
+
+    Args:
+        param_groups: of a `torch.optim.Optimizer`.
+        trainable: positions to take instead of those with ``requires_grad`` (for replay).
+        names: hyper-parameters that buckets hold on to.
+        in_place: if given, matrices but for those at these positions get buckets of their own.
+        by_block: parameters of different blocks get buckets of their own, in the order of blocks.
+
+    A tensor that appears twice (tied weights under two names) is taken once, by its first name.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: a parameter is none that can be tuned, or two
+            share a part of their memory.
+    """
+    buckets: dict[Any, Bucket] = {}
+    seen: set[tuple[Any, ...]] = set()
+    ids = parameter_ids(param_groups)
+    fixed = [{name: group[name] for name in names} for group in param_groups]
+    names_of_all = labels(param_groups)
+    taken: dict[torch.device, list[int]] = {}
+    position = -1
+    for group_number, group in enumerate(param_groups):
+        for p in group["params"]:
+            position += 1
+            chosen = p.requires_grad if trainable is None else position in trainable
+            memory = (p.device, p.data_ptr(), tuple(p.shape), tuple(p.stride()))
+            if not chosen or p.numel() == 0 or memory in seen:
+                continue
+            _refuse_unsupported(p, f"parameter {names_of_all[position]}")
+            seen.add(memory)
+            taken.setdefault(p.device, []).append(position)
+            beside = in_place is not None and p.dim() == 2 and position not in in_place
+            block = group["block"] if by_block else 0
+            key = (p.device, beside, block)
+            bucket = buckets.setdefault(key, Bucket(p.device, fixed, beside, block))
+            bucket.params.append(p)
+            bucket.group.append(group_number)
+            bucket.id_list.append(ids[position])
+    everyone = list(chain.from_iterable(group["params"] for group in param_groups))
+    for positions in taken.values():
+        pair = overlap([everyone[position] for position in positions])
+        if pair is not None:
+            first, second = (names_of_all[positions[i]] for i in pair)
+            raise ValueError(
+                f"zo_fused: parameters {first} and {second} share a part of their memory, which "
+                "would be perturbed and updated twice; tie whole parameters, or freeze one of them"
+            )
+    for bucket in buckets.values():
+        bucket.ids = int64_tensor(bucket.id_list)
+        bucket.offsets = torch.zeros_like(bucket.ids)
+        bucket.group_index = int64_tensor(bucket.group, bucket.device)
+        bucket.groups = sorted(set(bucket.group))
+    return sorted(buckets.values(), key=attrgetter("block"))

@@ -1,0 +1,52 @@
+"""What an update rule must do: `zo_fused.rules` has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from zo_fused.step.buckets import Bucket
+from zo_fused.step.direction import Direction, Term
+from zo_fused.step.vectors import Flag, Vector, where
+
+
+@dataclass
+class Update:
+    """One step's update of one bucket."""
+
+    bucket: Bucket
+    groups: list[dict[str, Any]]
+    seed: int
+    step: int
+    displaced: int  # along the z of this query are the weights,
+    restore: Vector  # and this coefficient of it takes them back to theta
+    grads: list[Vector]  # a query: projected gradient / queries, times the direction's update scale
+    lr: Vector
+    decay: Vector  # 1 - lr * weight_decay
+    ahead: Vector | None  # coefficient of the next step's z; None: the weights end at rest
+    finite: Flag  # False: no update
+    rounding: Tensor | None  # key of the step's rounding stream, int64 [1]; None: to nearest
+
+    def if_finite(self, value: Vector, otherwise: Vector | float) -> Vector:
+        """The value of a good step, or what stands for it in a step that is skipped."""
+        return value if self.finite is True else where(self.finite, value, otherwise)
+
+    def sweep(self, direction: Direction, *terms: Term) -> None:
+        """``p = decay * p + sum of the terms``, and the next perturbation."""
+        if self.ahead is not None:
+            terms = (*terms, Term(self.step + 1, self.ahead))
+        decay = self.if_finite(self.decay, 1.0)
+        direction.sweep(self.bucket, self.seed, terms, decay, self.rounding)
+
+
+class Rule(Protocol):
+    """Applies an `Update`. `state` is the optimizer's, keyed by parameter."""
+
+    not_capturable: str  # why a step can't be captured in a CUDA graph; empty if it can
+
+    def prepare(self, update: Update, direction: Any, state: dict[Any, Any]) -> None:
+        """Make the state of a new bucket, before anything moves."""
+
+    def apply(self, update: Update, direction: Any, state: dict[Any, Any]) -> None: ...

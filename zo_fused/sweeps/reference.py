@@ -1,0 +1,279 @@
+"""The executable specification: noise and sweeps in plain PyTorch, in rising complexity.
+
+Slow and obvious. Every other backend equals these functions bit for bit, so each line
+here is a promise: change one and the contract version changes with it (``docs/noise.md``).
+
+Unsigned 32-bit words live in int64 tensors; ``fma`` is exact; nothing here calls libm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from zo_fused.noise.reference import fma, normal, random_bits, rounding_bits, stochastic
+from zo_fused.sweeps import script as scripts
+
+CHUNK = 1 << 18  # elements at a time; a multiple of 4. Bounds the temporaries, changes no bit.
+
+
+# ---- random words -------------------------------------------------------------------------------
+
+
+# ---- normals ------------------------------------------------------------------------------------
+
+
+# ---- stochastic rounding ------------------------------------------------------------------------
+
+
+# ---- sweeps -------------------------------------------------------------------------------------
+# The operators of the backends. Arguments as in `zo_fused/sweeps/operators.py`, already checked:
+# parameters are contiguous; one row of `ids`, `offsets`, `coeffs`, `decay` belongs to each.
+
+TRANSFORMS = ("portable", "rademacher")
+
+
+def _chunks(numel: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, numel, CHUNK):
+        yield start, min(CHUNK, numel - start)
+
+
+def _integers(*tensors: Tensor) -> Iterator[tuple[int, ...]]:
+    return zip(*(t.tolist() for t in tensors), strict=True)
+
+
+def _store(
+    weights: Tensor, acc: Tensor, rounding: Tensor | None, param_id: int, offset: int
+) -> None:
+    """weights = acc, rounded; their elements are ``offset, offset + 1, ..`` of a parameter."""
+    if rounding is not None and weights.dtype != torch.float32:
+        random = rounding_bits(acc.numel(), int(rounding), param_id, offset, acc.device)
+        acc = stochastic(acc, weights.dtype, random.view(acc.shape))
+    weights.copy_(acc)
+
+
+def bits_(outs: Sequence[Tensor], ids: Tensor, offsets: Tensor, keys: Tensor) -> None:
+    """outs[i][e] = word of element ``offsets[i] + e``; int64 tensors."""
+    for out, (id_, offset, key) in zip(outs, _integers(ids, offsets, keys), strict=True):
+        flat = out.view(-1)
+        for start, size in _chunks(flat.numel()):
+            flat[start : start + size] = random_bits(size, key, id_, offset + start, out.device)
+
+
+def normal_(
+    outs: Sequence[Tensor],
+    ids: Tensor,
+    offsets: Tensor,
+    keys: Tensor,
+    transform: str = "portable",
+) -> None:
+    """outs[i][e] = standard normal or sign of element ``offsets[i] + e``; float32 tensors."""
+    for out, (id_, offset, key) in zip(outs, _integers(ids, offsets, keys), strict=True):
+        flat = out.view(-1)
+        for start, size in _chunks(flat.numel()):
+            z = normal(size, key, id_, offset + start, out.device, transform)
+            flat[start : start + size] = z
+
+
+def dense_(
+    params: Sequence[Tensor],
+    ids: Tensor,
+    offsets: Tensor,
+    keys: Tensor,
+    coeffs: Tensor,
+    decay: Tensor,
+    rounding: Tensor | None = None,
+    transform: str = "portable",
+) -> None:
+    """p = round(decay * p + sum_k coeffs[k] * z_k), one fma a direction, in the order of k."""
+    stream_keys = keys.tolist()
+    rows = zip(params, _integers(ids, offsets), coeffs, decay, strict=True)
+    for param, (id_, offset), c, d in rows:
+        flat = param.view(-1)
+        for start, size in _chunks(flat.numel()):
+            part = flat[start : start + size]
+            acc = part.float() * d
+            for k, key in enumerate(stream_keys):
+                z = normal(size, key, id_, offset + start, param.device, transform)
+                acc = fma(c[k], z, acc)
+            _store(part, acc, rounding, id_, offset + start)
+
+
+def dense_steps_(
+    params: Sequence[Tensor],
+    ids: Tensor,
+    offsets: Tensor,
+    keys: Tensor,
+    script: Tensor,
+    coeffs: Tensor,
+    decay: Tensor,
+    transform: str = "portable",
+) -> None:
+    """The dense sweeps of a script (`zo_fused.sweeps.script`), one after the other, each
+    rounded."""
+    for rows in scripts.dense(keys, script, coeffs, decay):
+        dense_(params, ids, offsets, *rows, transform)
+
+
+def moments_(
+    params: Sequence[Tensor],
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    ids: Tensor,
+    offsets: Tensor,
+    keys: Tensor,
+    grads: Tensor,
+    restores: Tensor,
+    coeffs: Tensor,
+    decay: Tensor,
+    rule: str,
+    rounding: Tensor | None = None,
+    transform: str = "portable",
+    squares: Tensor | None = None,
+) -> None:
+    """The estimate ``g = sum_k grads[k] * z_k`` goes into the moments, the moments into p:
+
+    * ``m = beta * m + gain * g``; without `firsts`, ``m = gain * g`` and nothing is kept;
+    * rule "momentum": ``s = m``; "sign": ``s = sign(m)``; "adam": ``v = beta2 * v + gain2 * g * g``
+      and ``s = m / (sqrt(v) + eps)``;
+    * ``p = round(decay * p + sum_k restores[k] * z_k + step * s)``.
+
+    Columns of coeffs: beta, gain, beta2, gain2, eps, step. m is rounded to nearest where it is
+    kept in 16 bits; s takes it unrounded. Root and quotient are those of IEEE 754.
+
+    With `squares` rule "adam" keeps neither: ``m = gain * g``, ``v = sum_k squares[k] * z_k**2``.
+    """
+    stream_keys = keys.tolist()
+    rows = zip(params, _integers(ids, offsets), grads, restores, coeffs, decay, strict=True)
+    for i, (
+        param,
+        (id_, offset),
+        grad,
+        restore,
+        (beta, gain, beta2, gain2, eps, step),
+        d,
+    ) in enumerate(rows):
+        flat = param.view(-1)
+        for start, size in _chunks(flat.numel()):
+            here = slice(start, start + size)
+            acc = flat[here].float() * d
+            g, v = torch.zeros_like(acc), torch.zeros_like(acc)
+            for k, key in enumerate(stream_keys):
+                z = normal(size, key, id_, offset + start, param.device, transform)
+                g = fma(grad[k], z, g)
+                acc = fma(restore[k], z, acc)
+                if squares is not None:
+                    v = fma(squares[i, k] * z, z, v)
+            m = g * gain
+            if firsts:
+                first = firsts[i].view(-1)[here]
+                m = fma(gain, g, first.float() * beta)
+                first.copy_(m)
+            if rule == "adam":
+                if squares is None:
+                    second = seconds[i].view(-1)[here]
+                    v = second.copy_(fma(g * gain2, g, second * beta2))
+                s = m / (_sqrt(v) + eps)
+            else:
+                s = (m > 0).float() - (m < 0).float() if rule == "sign" else m
+            _store(flat[here], fma(step, s, acc), rounding, id_, offset + start)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """The correctly rounded square root of a float32 (torch's may be approximate on a GPU)."""
+    return x.double().sqrt().float()  # 53 bits are enough for 24 (Figueroa 1995)
+
+
+def _as_matrix(param: Tensor) -> Tensor:
+    return param.view(param.shape[0] if param.dim() else 1, -1) if param.numel() else param
+
+
+def _outer(u: Tensor, v: Tensor) -> Tensor:
+    """Rows of u (a, r) against v (n, r): sum_q u[:, q] v[:, q], an fma chain in the order of q."""
+    dot = u[:, 0, None] * v[None, :, 0]
+    for q in range(1, u.shape[1]):
+        dot = fma(u[:, q, None], v[None, :, q], dot)
+    return dot
+
+
+def _row_blocks(matrix: Tensor) -> Iterator[slice]:
+    rows = max(1, CHUNK // matrix.shape[1])
+    for start in range(0, matrix.shape[0], rows):
+        yield slice(start, start + rows)
+
+
+def _streams(
+    count: int, ids: Tensor | None, offsets: Tensor | None
+) -> Iterator[tuple[int, ...]] | list[tuple[int, int]]:
+    """(id, offset) of every parameter; where there is no rounding stream, they don't matter."""
+    return [(0, 0)] * count if ids is None or offsets is None else _integers(ids, offsets)
+
+
+def lowrank_(
+    params: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    coeffs: Tensor,
+    decay: Tensor,
+    ids: Tensor | None = None,
+    offsets: Tensor | None = None,
+    rounding: Tensor | None = None,
+) -> None:
+    """p = round(decay * p + coeff * (u @ v.T)), p seen as (size(0), numel/size(0))."""
+    streams = _streams(len(params), ids, offsets)
+    rows = zip(params, us, vs, coeffs, decay, streams, strict=True)
+    for param, u, v, c, d, (id_, offset) in rows:
+        if not param.numel():
+            continue
+        matrix = _as_matrix(param)
+        for part in _row_blocks(matrix):
+            block = matrix[part]
+            acc = fma(c, _outer(u[part], v), block.float() * d)
+            _store(block, acc, rounding, id_, offset + part.start * matrix.shape[1])
+
+
+def lowrank_steps_(
+    params: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    ids: Tensor,
+    offsets: Tensor,
+    keys: Tensor,
+    script: Tensor,
+    coeffs: Tensor,
+    decay: Tensor,
+) -> None:
+    """The low-rank sweeps of a script (`zo_fused.sweeps.script`), one after the other, each
+    rounded; us has the factors of all products, (products, m, rank)."""
+    for product, (c, d, rounding) in scripts.lowrank(keys, script, coeffs, decay):
+        lowrank_(params, [u[product] for u in us], vs, c, d, ids, offsets, rounding)
+
+
+def lowrank_momentum_(
+    params: Sequence[Tensor],
+    moments: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    coeffs: Tensor,
+    decay: Tensor,
+    ids: Tensor | None = None,
+    offsets: Tensor | None = None,
+    rounding: Tensor | None = None,
+) -> None:
+    """moment = beta * moment + grad * u, then p = round(decay * p + a @ v.T) with
+    a = restore * u + step * moment. Columns of coeffs: beta, grad, restore, step."""
+    streams = _streams(len(params), ids, offsets)
+    rows = zip(params, moments, us, vs, coeffs, decay, streams, strict=True)
+    for param, moment, u, v, c, d, (id_, offset) in rows:
+        if not param.numel():
+            continue
+        beta, grad, restore, step = c
+        moment.copy_(fma(grad, u, moment * beta))
+        a = fma(step, moment, u * restore)
+        matrix = _as_matrix(param)
+        for part in _row_blocks(matrix):
+            block = matrix[part]
+            acc = block.float() * d + _outer(a[part], v)
+            _store(block, acc, rounding, id_, offset + part.start * matrix.shape[1])
