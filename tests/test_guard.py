@@ -8,6 +8,8 @@ import gc
 import io
 import logging
 import pickle
+import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -355,6 +357,251 @@ def test_autograd_notices_functions_too() -> None:
     assert not torch.equal(unversioned, torch.ones(5))
 
 
+# ---- in the middle ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*RESTING, "MeZO", "halves"])
+def test_ctrl_c_at_any_instant_leaves_theta_and_an_optimizer_that_works(name: str) -> None:
+    """SIGINT at every entry of a function of the package, in turn, while a step is made."""
+    net = network()
+    opt = RESTING[name](net, net) if name in RESTING else zo_fused.MeZO(net, lr=0.0, eps=1e-2)
+    opt.param_groups[0]["lr"] = 0.0
+    if name in RESTING:
+        opt.step(loss_of(net))
+    opt.flush()
+    theta = in_memory(net)
+
+    def step() -> None:
+        if name == "halves":
+            opt.estimate(loss_of(net))
+            opt.step()
+        else:
+            opt.step(loss_of(net))
+
+    hit, instant = True, 0
+    while hit:
+        hit, seen = False, 0
+
+        def interrupt(frame: Any, event: str, argument: Any, at: int = instant) -> None:
+            nonlocal hit, seen
+            if event == "call" and "zo_fused" in frame.f_code.co_filename:
+                seen += 1
+                if seen == at + 1:
+                    hit = True
+                    signal.raise_signal(signal.SIGINT)
+
+        try:
+            sys.setprofile(interrupt)
+            step()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.setprofile(None)
+        found = torch.cat([p.detach().flatten().clone() for p in net.parameters()])
+        # each step may round every weight (below 2) thrice, by 2**-24 at most
+        torch.testing.assert_close(found, theta, rtol=0, atol=(instant + 2) * 3 * 2**-23)
+        instant += 7  # about sixty instants a step
+    assert instant > 100
+    step()
+
+
+def test_autocast_around_a_step_casts_the_weights_anew() -> None:
+    """Its cache would give both evaluations the weights of the first."""
+    ends = []
+    for around in (False, True):
+        net = network()
+        opt = zo_fused.MeZO(net, lr=1e-2, eps=1e-2)
+
+        def loss(net: nn.Module = net) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return (net(X).float() ** 2).mean()
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            for _ in range(3):
+                opt.step(loss)
+                assert opt.projected_grad != 0
+            ends.append(loss())
+    assert torch.equal(*ends)
+
+
+def test_one_operation_over_parameters_of_two_optimizers() -> None:
+    nets = network(), network()
+    opts = [zo_fused.MeZO(net, lr=1e-2, eps=1e-2, deferred=True) for net in nets]
+    for net, opt in zip(nets, opts, strict=True):
+        opt.step(loss_of(net))
+    both = [p for net in nets for p in net.parameters()]
+    made = torch._foreach_mul(both, 1.0)
+    for opt in opts:
+        opt.flush()
+    for p, copied in zip(both, made, strict=True):
+        assert torch.equal(p, copied)
+
+
+class Doubled(nn.Parameter):
+    """A parameter with something to say itself."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
+        return 2 * result if func is nn.functional.linear else result
+
+
+def test_a_class_of_its_own_keeps_its_say() -> None:
+    net = network()
+    net[0].weight = Doubled(net[0].weight.data)
+    opt = zo_fused.MeZO(net, lr=1e-2, eps=1e-2, deferred=True)
+    opt.step(loss_of(net))
+    first = net(X)
+    assert torch.equal(first, net(X))
+
+
+def test_a_tensor_that_was_given_the_class_of_a_guarded_one() -> None:
+    net = network()
+    opt = zo_fused.MeZO(net, lr=1e-2, eps=1e-2, deferred=True)
+    opt.step(loss_of(net))
+    stray = type(net[0].weight)(torch.ones(3))
+    assert torch.equal(copy.deepcopy(stray), torch.ones(3))
+    assert type(stray) is nn.Parameter
+
+
+def test_threads_that_evaluate_between_steps() -> None:
+    net = nn.Sequential(nn.Linear(300, 2000), nn.Tanh(), nn.Linear(2000, 50))
+    x = torch.randn(4, 300)
+    opt = zo_fused.MeZO(net, lr=1e-4, eps=1e-2, deferred=True)
+    for _ in range(3):
+        opt.step(lambda: (net(x) ** 2).mean())
+        together, found = threading.Barrier(3), []
+
+        def evaluate(together: Any = together, found: list[Tensor] = found) -> None:
+            together.wait()
+            found.append(net[0](x).detach())
+
+        threads = [threading.Thread(target=evaluate) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 3
+        for y in found:
+            assert torch.equal(y, net[0](x))
+
+
+def test_weights_that_share_memory_are_guarded_together() -> None:
+    a, b = nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
+    b.weight = nn.Parameter(a.weight.data)
+    net = nn.Sequential(a, b)
+    opt = zo_fused.MeZO(net, lr=1e-2, eps=1e-2, deferred=True)
+    opt.step(loss_of(net))
+    saved_weight = b.state_dict()["weight"].clone()
+    opt.flush()
+    assert torch.equal(saved_weight, b.weight)
+
+
+def test_what_an_estimate_was_made_for_must_not_change() -> None:
+    net = network()
+    net[0].requires_grad_(False)
+    opt = zo_fused.MeZO(net, lr=1e-2, eps=1e-2)
+    theta = in_memory(net)
+
+    def refused(error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            opt.step()
+        torch.testing.assert_close(in_memory(net), theta, rtol=0, atol=1e-6)
+        assert opt.step_count == 0
+
+    opt.estimate(loss_of(net))
+    net.requires_grad_(True)
+    refused(RuntimeError, "parameters changed between estimate")
+    opt.estimate(loss_of(net))
+    opt.param_groups[0]["eps"] = 1e-3
+    refused(ValueError, "eps changed in the middle of a step")
+    for change in (
+        lambda: opt.load_state_dict(opt.state_dict()),
+        lambda: opt.add_param_group({"params": [("new", nn.Parameter(torch.ones(2)))]}),
+    ):
+        opt.estimate(loss_of(net))
+        change()
+        refused(TypeError, "needs a closure")
+    opt.perturb(+1)
+    opt.param_groups[0]["eps"] = 1e-2
+    with pytest.raises(ValueError, match="eps changed"):
+        opt.step(loss_plus=1.0, loss_minus=2.0)
+    with pytest.raises(ValueError, match="eps changed"):
+        opt.step(lambda: (opt.param_groups[0].update(eps=2e-2), loss_of(net)())[1])
+    torch.testing.assert_close(in_memory(net), theta, rtol=0, atol=1e-6)
+    opt.step(loss_of(net))
+
+
+@pytest.mark.parametrize("sign", [float("nan"), float("inf"), "x"])
+def test_a_sign_must_be_a_number(sign: Any) -> None:
+    net = network()
+    theta = in_memory(net)
+    with pytest.raises((TypeError, ValueError), match="sign must be"):
+        zo_fused.MeZO(net).perturb(sign)
+    assert torch.equal(in_memory(net), theta)
+
+
+@pytest.mark.parametrize("kw", [{}, {"deferred": True}, {"mode": "factored"}])
+def test_a_matrix_that_gets_another_shape(kw: dict[str, Any]) -> None:
+    table = nn.Embedding(64, 16)
+    net = nn.Sequential(table)
+
+    def loss() -> Tensor:
+        return (net(torch.arange(10)) ** 2).mean()
+
+    opt = zo_fused.LOZO(net, lr=1e-2, eps=1e-2, **kw)
+    opt.step(loss)
+    table.weight.data = torch.randn(70, 16)
+    opt.step(loss)
+    assert opt.step_count == 2
+    opt.flush()
+
+
+def test_a_state_of_another_shape_leaves_theta() -> None:
+    small, large = nn.Linear(6, 1), nn.Linear(6, 8)
+    for kind in (zo_fused.ZOAdam, lambda net: zo_fused.LOZO(net, momentum=0.9)):
+        opt = kind(small)
+        opt.step(loss_of(small))
+        other = kind(large)
+        other.load_state_dict(copy.deepcopy(opt.state_dict()))
+        theta = in_memory(large)
+        with pytest.raises(ValueError, match=r"the state has .* of shape"):
+            other.step(loss_of(large))
+        torch.testing.assert_close(in_memory(large), theta, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", ["1", True, 1.5, -1])
+def test_a_state_s_counters_are_whole_numbers(step: Any) -> None:
+    opt = zo_fused.MeZO(network())
+    state = opt.state_dict()
+    state["param_groups"][0]["step"] = step
+    with pytest.raises(ValueError, match="step of the state must be a whole number"):
+        opt.load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_flush_is_not_recorded() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    net = network()
+    opt = zo_fused.MeZO(net, lr=1e-2, eps=1e-2, deferred=True)
+    opt.step(loss_of(net))
+    graph = make_fx(lambda x: net(x))(X)
+    theta = in_memory(net)
+    assert torch.equal(graph(X), net(X))
+    assert torch.equal(in_memory(net), theta)
+    opt.step(loss_of(net))
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        net(fake.from_tensor(X))
+    theta = in_memory(net)
+    opt.flush()
+    assert torch.equal(in_memory(net), theta)
+    opt.step(loss_of(net))
+    with pytest.raises(RuntimeError, match=r"flush\(\) before a capture or trace"):
+        torch.jit.trace(net, X)
+
+
 # ---- states -------------------------------------------------------------------------------------
 
 TORCHS_OWN = "ignore:.torch.jit:DeprecationWarning"  # of forward-mode differentiation
@@ -526,6 +773,16 @@ MISTAKES: dict[str, tuple[Callable[[Any, Any], Any], type[Exception], str]] = {
         "There is no backward pass.*Trainer.*estimate",
     ),
     "one loss": (lambda opt, net: opt.step(loss_plus=1.0), TypeError, "loss_minus"),
+    "a method": (
+        lambda opt, net: zo_fused.MeZO(net.parameters),
+        TypeError,
+        "params must be a module",
+    ),
+    "a dict": (
+        lambda opt, net: zo_fused.MeZO(net.state_dict()),
+        TypeError,
+        "params must be a module",
+    ),
     "no loss": (lambda opt, net: opt.step(lambda: None), TypeError, "must return a scalar loss"),
 }
 

@@ -110,7 +110,7 @@ class Hybrid:
 
         def evaluate() -> Tensor:
             try:
-                with _released(held):
+                with held.released():
                     losses.append(self._backpropagate(closure))
             except BaseException:  # zo may evaluate once more, from the start
                 losses.clear()
@@ -222,13 +222,3 @@ def _require_grad(params: list[Tensor], value: bool) -> None:
     with torch._C.DisableTorchFunction():
         for p in params:
             p.requires_grad = value
-
-
-@contextmanager
-def _released(held: uninterrupted) -> Iterator[None]:
-    """A block in which Ctrl-C gets through, also one that came before."""
-    try:
-        held.__exit__(None, None, None)
-        yield
-    finally:
-        held.__enter__()

@@ -10,7 +10,7 @@ from torch import Tensor
 from zo_fused.directions.factors import Factors
 from zo_fused.directions.low_rank import LowRank
 from zo_fused.step.direction import Term
-from zo_fused.step.rule import Update
+from zo_fused.step.rule import Update, check_state
 from zo_fused.sweeps.functions import int64_tensor
 
 
@@ -70,6 +70,8 @@ def gathered(
     for p, g, part in zip(bucket.params, bucket.group, parts, strict=True):
         interval = bucket.fixed[g]["interval"]
         last = (update.step - 1) // interval  # the window that was left
+        if "momentum_factor" in state[p]:
+            check_state("momentum_factor", state[p]["momentum_factor"], part.shape, p)
         if "momentum_factor" in state[p] and int(state[p].get("momentum_window", last)) == last:
             part.copy_(state[p]["momentum_factor"])
         state[p]["momentum_factor"] = part

@@ -15,7 +15,7 @@ from zo_fused.noise.keys import Stream, stream_keys
 from zo_fused.noise.streams import Purpose
 from zo_fused.step.buckets import Bucket
 from zo_fused.step.direction import Direction
-from zo_fused.step.rule import Update
+from zo_fused.step.rule import Update, check_state
 from zo_fused.step.vectors import Vector, float32, of_tensor, table
 
 STATE_DTYPES = ("float32", "param")
@@ -31,6 +31,7 @@ def kept(
             if name not in state[p]:
                 dtype = p.dtype if state_dtype == "param" else torch.float32
                 state[p][name] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+            check_state(name, state[p][name], p.shape, p)
         return [state[p][name] for p in bucket.params]
 
     return bucket.once(name, make)

@@ -10,12 +10,14 @@ a parameter beforehand (``p.data``, ``p.detach()``) shares its memory and escape
 from __future__ import annotations
 
 import copy
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from zo_fused.step.generators import capturing
 
@@ -23,32 +25,45 @@ from zo_fused.step.generators import capturing
 class _Guarded:
     """What a guarded parameter's class puts before its own."""
 
+    own: type  # the parameter's class at other times
     to_theta: Callable[[], None]
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func not in METADATA:
-            cls.to_theta()
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        cls.to_theta()
+        for value in (*args, *kwargs.values()):
+            for inner in value if isinstance(value, list | tuple) else (value,):
+                if type(inner) is cls:  # not one of ours: it was given the class of one
+                    inner.__class__ = cls.own
+        return func(*args, **kwargs)  # where other guards and classes have their say
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        self.to_theta()
-        return copy.deepcopy(self, memo)  # by its own class again
+        return copy.deepcopy(self._at_theta(), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._at_theta().__reduce_ex__(protocol)
+
+    def _at_theta(self) -> Any:
+        kind = type(self)
         self.to_theta()
-        return self.__reduce_ex__(protocol)
+        if type(self) is kind:
+            self.__class__ = kind.own
+        return self
 
 
 class Guard:
     """Guards the parameters of an optimizer.
 
     Args:
-        to_theta: puts the weights at theta, and calls `lift` first. The guarded parameters keep it
-            alive, and with it the optimizer, so that an update which waits for theta isn't lost.
+        to_theta: puts the weights at theta, then calls `lift`; from any thread. The guarded
+            parameters keep it alive, and with it the optimizer, so that an update which waits for
+            theta isn't lost.
     """
 
     def __init__(self, to_theta: Callable[[], None]) -> None:
@@ -56,6 +71,7 @@ class Guard:
         self._kinds: dict[type, type] = {}
         self._params: list[tuple[Any, type, type]] = []  # each with its class and the guarded one
         self._set = False
+        self._process = 0  # that has set it
 
     def over(self, params: Sequence[Tensor]) -> None:
         """Guard these from here on.
@@ -70,6 +86,7 @@ class Guard:
         """From here on, whoever looks finds theta."""
         if not self._set:
             self._set = True
+            self._process = os.getpid()
             for p, _, guarded in self._params:
                 p.__class__ = guarded
 
@@ -84,8 +101,9 @@ class Guard:
         own = type(p)
         if own not in self._kinds:
             # A compiler that traces a forward pass at rest shall run this, not trace it.
-            look = torch.compiler.disable(self._look)
-            members = {"to_theta": staticmethod(look), "__module__": own.__module__}
+            reason = "the weights are not at theta: call flush() of their optimizer first"
+            look = torch.compiler.disable(self._look, reason=reason)
+            members = {"own": own, "to_theta": staticmethod(look), "__module__": own.__module__}
             guarded = type(own.__name__, (_Guarded, own), members)
             try:
                 p.__class__ = guarded
@@ -99,9 +117,17 @@ class Guard:
         return self._kinds[own]
 
     def _look(self) -> None:
-        if capturing():  # it would go into the graph, and happen again at every replay
-            raise RuntimeError("the weights are not at theta: opt.flush() before a graph capture")
-        self._to_theta()
+        if capturing() or torch._C._get_tracing_state() is not None:
+            # it would go into what is recorded, and happen again at every replay
+            raise RuntimeError(
+                "the weights are not at theta: opt.flush() before a capture or trace"
+            )
+        if os.getpid() != self._process and any(p.is_shared() for p, own, kind in self._params):
+            raise RuntimeError(
+                "the weights are not at theta, and another process has them, too: opt.flush() there"
+            )
+        with _disable_current_modes():  # what is traced, or made of fake tensors, is not this
+            self._to_theta()
 
 
 class _Displaced:

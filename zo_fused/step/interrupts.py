@@ -6,6 +6,8 @@ import threading
 
 # What the module `signal` wraps in conversions to enums, which take longer than a small sweep.
 from _signal import getsignal, signal  # type: ignore[import-not-found,unused-ignore]
+from collections.abc import Iterator
+from contextlib import contextmanager
 from signal import SIGINT
 from types import TracebackType
 from typing import Any
@@ -17,13 +19,14 @@ class uninterrupted:
     Only the main thread receives Python signals; elsewhere this does nothing.
     """
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> uninterrupted:
         self._pending: list[tuple[Any, ...]] = []
         handler = getsignal(SIGINT)
         main = threading.current_thread() is threading.main_thread()
         self._handler = handler if main and callable(handler) else None
         if self._handler is not None:
             signal(SIGINT, lambda *args: self._pending.append(args))
+        return self
 
     def __exit__(
         self,
@@ -35,3 +38,12 @@ class uninterrupted:
             signal(SIGINT, self._handler)
             if self._pending:
                 self._handler(*self._pending[0])
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """A block in the block in which Ctrl-C gets through, also one that came before."""
+        try:
+            self.__exit__(None, None, None)
+            yield
+        finally:
+            self.__enter__()

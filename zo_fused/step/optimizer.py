@@ -13,7 +13,7 @@ import operator
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zo_fused.checks import whole
+from zo_fused.checks import finite, whole
 from zo_fused.noise.keys import Clock, Stream, clock, running, stream_keys
 from zo_fused.noise.streams import CONTRACT_VERSION, Purpose, plain_name
 from zo_fused.step import replay_log
@@ -153,6 +153,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         defaults = {name: hyper(name, value) for name, value in defaults.items()}
         if isinstance(params, nn.Module):
             params = params.named_parameters()
+        elif isinstance(params, Mapping) or callable(params):
+            raise TypeError(
+                "params must be a module, its named_parameters() or parameters(), or param groups, "
+                f"got {type(params).__name__}"
+            )
         self._direction = direction
         self._rule = rule
         self._schedule = schedule
@@ -182,7 +187,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._trainable_override: set[int] | None = None
         self._generators: GeneratorStates | None = None  # before the last evaluation
         self._busy = threading.Lock()
-        self._guard = Guard(self.flush)
+        self._guard = Guard(self._show_theta)
+        self._held: uninterrupted | None = None  # Ctrl-C, by who has the optimizer
+        self._half_applied = False  # some of the buckets have made the step, others not
+        self._eps: list[float] = []  # of the groups, when this step first perturbed
         self._moved = False  # weights were written, which autograd has not been told
         self._versioned: list[Tensor] = []  # those that have a version
         self._pending: tuple[Tensor, Vector] | None = None  # an estimate that waits for `step`
@@ -203,6 +211,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             raise RuntimeError("a replay log has the groups of its start: close_log() first")
         if self.param_groups:
             self.flush()
+            self._pending = None
         if "seed" in param_group and "contract" not in param_group:
             raise ValueError("seed is the run's: give it to the optimizer, not to a param group")
         counters = self.param_groups[0] if self.param_groups else self.defaults
@@ -280,7 +289,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 self.flush()
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._at and not self._ahead:
+        if self._at and not self._ahead and self._pending is None:
             # too late to do it here: the weights may have been copied already
             raise RuntimeError("weights are perturbed: flush() before copying or pickling")
         self.flush()  # if weights were copied before, looking at them has done this already
@@ -308,12 +317,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 another version of the noise contract.
         """
         self.flush()
+        self._pending = None
         for group in state_dict["param_groups"]:
             if group.get("contract") != CONTRACT_VERSION:
                 raise ValueError(
                     f"the state was saved with noise contract {group.get('contract')}, "
                     f"this zo_fused has {CONTRACT_VERSION}"
                 )
+            for name in ("seed", "step", "restores"):
+                whole(f"{name} of the state", group.get(name), 0, bits=64)
             if group.get("method", self._kind()) != self._kind():  # earlier versions: not said
                 raise ValueError(
                     f"the state is of {group['method']}, this optimizer is {self._kind()}"
@@ -364,29 +376,57 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     # ---- who may look, and when -----------------------------------------------------------------
 
     @contextmanager
-    def _alone(self, going_away: bool = True) -> Iterator[None]:
-        """Around all that moves weights: one thing at a time, over parameters without guard.
+    def _alone(self, wait: bool = False) -> Iterator[None]:
+        """Around all that moves weights: one thing at a time, without guard. Ctrl-C waits, but for
+        evaluations (`_interruptible`).
 
         Args:
-            going_away: from theta, which nobody else's perturbation may be mixed with.
+            wait: for who has the optimizer, instead of raising.
         """
-        if not self._busy.acquire(blocking=False):
-            raise RuntimeError(
-                f"this {type(self).__name__} is in the middle of a step (or perturb, or flush): "
-                "neither its closure nor another thread may use it meanwhile"
-            )
-        try:
+        with uninterrupted() as held:
+            if not self._busy.acquire(blocking=wait):
+                raise RuntimeError(
+                    f"this {type(self).__name__} is in the middle of a step (or perturb, or flush):"
+                    " neither its closure nor another thread may use it meanwhile"
+                )
+            self._held = held
+            try:
+                yield
+            finally:
+                self._tell_autograd()
+                if self._resting():
+                    self._guard.set()
+                else:
+                    self._guard.lift()
+                if self._resting() or not self._at:
+                    DISPLACED.leave(self)
+                self._busy.release()
+
+    @contextmanager
+    def _going_away(self) -> Iterator[None]:
+        """`_alone`, to go away from theta: no perturbation of others may be mixed with this one."""
+        with self._alone():
             self._guard.lift()
-            if going_away:
-                DISPLACED.enter(self)
+            DISPLACED.enter(self)
             yield
-        finally:
-            self._tell_autograd()
-            if self._resting():
-                self._guard.set()
-            if self._resting() or not self._at:
-                DISPLACED.leave(self)
-            self._busy.release()
+
+    @_plain_tensors
+    def _show_theta(self) -> None:
+        """For whoever looks at a parameter, from any thread."""
+        with self._alone(wait=True), torch._C.DisableTorchFunctionSubclass():
+            self._flush()
+
+    def _interruptible(self, closure: Closure) -> Closure:
+        """A closure in which Ctrl-C gets through, and autocast casts the weights anew."""
+        held = self._held
+        assert held is not None
+
+        def evaluate() -> Loss:
+            torch.clear_autocast_cache()
+            with held.released():
+                return closure()
+
+        return evaluate
 
     def _resting(self) -> bool:
         """Whether the weights are not at theta although no step has begun."""
@@ -399,6 +439,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if self._moved:
             self._moved = False
             torch.autograd.graph.increment_version(self._versioned)
+            torch.clear_autocast_cache()  # of an outer autocast: it has cast weights of before
 
     # ---- perturbations --------------------------------------------------------------------------
 
@@ -413,18 +454,24 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: a step has no such query.
         """
+        sign = finite("sign", sign)
         if not 0 <= query < self._schedule.queries:
             queries = self._schedule.queries
             raise ValueError(f"query must lie in [0, {queries}), got {query}; see queries=")
-        with self._alone():
+        with self._going_away():
             self._drop_pending()
             self._look_again()
-            self._perturb(Position(float(sign), query))
+            self._perturb(Position(sign, query))
 
     def _look_again(self) -> None:
         """User code has run: parameters may have other memory."""
-        for bucket in self._buckets:
-            bucket.look_again()
+        try:
+            for bucket in self._buckets:
+                bucket.look_again()
+        except (TypeError, ValueError):  # another shape or dtype, so new buckets are needed
+            if self._at or any(map(self._direction.pending, self._buckets)):
+                raise
+            self._buckets, self._signature = [], None
 
     def _perturb(self, position: Position) -> None:
         with self._timed("perturb"), uninterrupted():
@@ -432,6 +479,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 self._refresh()
             else:
                 self._check_changes()
+            self._check_eps(begins=self._ahead or not (self._at or self._path))
             self._go(self._displacement(position), position.query, position.to_json())
 
     def _go(self, to: list[float], query: int, entry: Any) -> None:
@@ -489,7 +537,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
         One sweep, or none if they are there.
         """
-        with self._alone(going_away=False):
+        with self._alone(), torch._C.DisableTorchFunctionSubclass():
             self._flush()
 
     def _flush(self) -> None:
@@ -547,7 +595,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         by_block = self._schedule.block_order is not None
         names = (*self._direction.fixed, "block") if by_block else self._direction.fixed
         in_place = set(groups[0]["in_place"]) if self._direction.beside else None
-        now = (signature(groups, names), trainable, in_place)
+        now = self._now()
         if now != self._signature:
             self._flush()  # over the parameters and in the windows that it began with
             self._tell_autograd()
@@ -557,11 +605,25 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 self._perturb_in_place(p, reason)
             if in_place is not None and in_place != set(groups[0]["in_place"]):
                 self._refresh()
-            params = [p for bucket in self._buckets for p in bucket.params]
-            self._versioned = [p for p in params if not p.is_inference()]
-            self._guard.over(params)
+            self._watch()
         if not self._buckets:
             raise ValueError("zo_fused: no parameter requires gradients; there is nothing to tune")
+
+    def _now(self) -> tuple[Any, ...]:
+        """What buckets are made from."""
+        groups = self.param_groups
+        by_block = self._schedule.block_order is not None
+        names = (*self._direction.fixed, "block") if by_block else self._direction.fixed
+        in_place = set(groups[0]["in_place"]) if self._direction.beside else None
+        return signature(groups, names), self._trainable_override, in_place
+
+    def _watch(self) -> None:
+        """Guard what is swept, also under another parameter that has the same memory."""
+        params = [p for bucket in self._buckets for p in bucket.params]
+        self._versioned = [p for p in params if not p.is_inference()]
+        swept = set(map(torch.Tensor.data_ptr, params))
+        everyone = [p for group in self.param_groups for p in group["params"]]
+        self._guard.over([p for p in everyone if p.data_ptr() in swept])
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -586,11 +648,32 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         _check_closure(closure)
         if capturing():
             raise RuntimeError("only step(closure) can be captured in a graph, not its halves")
-        with self._alone():
+        with self._going_away(), self._at_theta_on_errors():
             self._drop_pending()
-            self._pending = self._estimate(closure)
+            self._pending = self._estimate(self._interruptible(closure))
             self._direction.attach([])  # who looks meets the guard, not what is beside the weights
             return self._pending[0]
+
+    @contextmanager
+    def _at_theta_on_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            # While a graph is captured, nothing has been done that could be taken back.
+            if not (self._half_applied or capturing() or clock() is not None):
+                self._flush()
+            raise
+
+    def _check_eps(self, begins: bool = False) -> None:
+        """The losses of a step tell a slope only if they were taken eps apart."""
+        now = [float(group.get("eps", 1.0)) for group in self.param_groups]
+        if begins:
+            self._eps = now
+        elif now != self._eps:
+            raise ValueError(
+                f"eps changed in the middle of a step, from {self._eps} to {now}: change it between"
+                " steps"
+            )
 
     def _drop_pending(self) -> None:
         if self._pending is not None:
@@ -636,32 +719,36 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """
         if closure is not None:
             _check_closure(closure)
-        with self._alone():
+        with self._going_away(), self._at_theta_on_errors():
             if capturing():
-                return self._capture(closure)
+                return self._capture(closure and self._interruptible(closure))
             if closure is None and loss_plus is None and loss_minus is None and self._pending:
-                self._look_again()
-                pending, self._pending = self._pending, None
-                return self._finish(*pending)
+                return self._step_pending()
             self._drop_pending()
             if closure is not None:
                 if loss_plus is not None or loss_minus is not None:
                     raise TypeError("step() takes a closure or two losses, not both")
-                return self._finish(*self._estimate(closure))
+                return self._finish(*self._estimate(self._interruptible(closure)))
             self._look_again()
-            try:
-                if loss_plus is None and loss_minus is None and self._probed():
-                    return None  # type: ignore[return-value]
-                if loss_plus is None or loss_minus is None:
-                    raise TypeError(_NEEDS_LOSSES)
-                if self.needs_closure:
-                    raise TypeError(f"{type(self).__name__}.step() needs a closure")
-                self._check_changes()
-                plus, minus = self._given(loss_plus), self._given(loss_minus)
-            except BaseException:
-                self._flush()
-                raise
+            if loss_plus is None and loss_minus is None and self._probed():
+                return None  # type: ignore[return-value]
+            if loss_plus is None or loss_minus is None:
+                raise TypeError(_NEEDS_LOSSES)
+            if self.needs_closure:
+                raise TypeError(f"{type(self).__name__}.step() needs a closure")
+            self._check_changes()
+            plus, minus = self._given(loss_plus), self._given(loss_minus)
             return self._finish(*self._from_losses(plus, minus))
+
+    def _step_pending(self) -> Tensor:
+        """The second half of a step."""
+        assert self._pending is not None
+        pending, self._pending = self._pending, None
+        self._look_again()
+        self._check_eps()
+        if self._now() != self._signature:
+            raise RuntimeError("parameters changed between estimate() and step(): estimate anew")
+        return self._finish(*pending)
 
     def _probed(self) -> bool:
         """Whether this is torch.distributed.checkpoint, which makes the state of optimizers by a
@@ -824,6 +911,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Take back the perturbation and apply the update of these projected gradients."""
         try:
             self._check_changes()
+            if self._at and not self._ahead:
+                self._check_eps()
         except (TypeError, ValueError):
             self._flush()
             raise
@@ -878,6 +967,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._moved = True
         for update in updates:
             self._rule.apply(update, self._direction, self.state)
+            self._half_applied = True
+        self._half_applied = False
         self._at = [float(group["eps"]) for group in groups] if deferred else []
         self._query = 0
         self._ahead = deferred

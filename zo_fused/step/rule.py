@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,6 +40,19 @@ class Update:
             terms = (*terms, Term(self.step + 1, self.ahead))
         decay = self.if_finite(self.decay, 1.0)
         direction.sweep(self.bucket, self.seed, terms, decay, self.rounding)
+
+
+def check_state(name: str, kept: Tensor, shape: Sequence[int], p: Tensor) -> None:
+    """What a state has for a parameter must be of its shape.
+
+    Raises:
+        ValueError: it is not: the state is of another model, or the parameter has changed.
+    """
+    if list(kept.shape) != list(shape):
+        raise ValueError(
+            f"the state has {name} of shape {list(kept.shape)} for a parameter of shape "
+            f"{list(p.shape)}, which needs {list(shape)}"
+        )
 
 
 class Rule(Protocol):
