@@ -17,7 +17,7 @@ given = $(if $(filter command,$(origin $(1))),$($(1)))
 CHOICE := $(if $(call given,TORCH),--torch $(TORCH)) $(if $(filter-out 0,$(call given,SYSTEM)),--system) \
 	$(if $(filter-out file,$(origin PYTHON)),--this-python)
 
-.PHONY: setup demo test lint bench sass gpu wheels clean FORCE
+.PHONY: setup demo test test-all lint bench sass gpu wheels clean FORCE
 
 setup: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; print("ready: Python", sys.version.split()[0] + ", torch", torch.__version__)'
@@ -34,8 +34,12 @@ $(INSTALLED): $(VENV)/.packages setup.py $(wildcard csrc/* csrc/*/*)
 demo: $(INSTALLED)
 	$(BIN)/zo-fused finetune
 
+# What is marked `slow` has a command of its own: planted faults, machine code, long matrices.
 test: $(INSTALLED)
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto --dist worksteal -m "not slow"
+
+test-all: test
+	$(BIN)/pytest -q -n auto --dist worksteal -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

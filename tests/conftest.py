@@ -13,6 +13,9 @@ import torch
 
 GPU = torch.cuda.is_available()
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the other workers have the other cores
+    torch.set_num_threads(1)
+
 # Triton decides when kernels are defined, so this must come before the first `import triton`.
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -779,6 +779,7 @@ def extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
+@pytest.mark.slow  # nvcc
 def test_extension_builds_and_imports(extension: Path) -> None:
     """Against any torch, and it needs no CUDA library of torch's."""
     code = f"""
@@ -800,6 +801,7 @@ def by(transform: str) -> str:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.slow  # nvcc
 def test_machine_code(extension: Path, architecture: str) -> None:
     if tool("cuobjdump") is None:
         pytest.skip("no cuobjdump")

@@ -14,6 +14,7 @@ import zo_fused
 from zo_fused.sweeps import dispatch
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow
 # The names only: importing the plugin here would pull its package into this process.
 MUTANTS = re.findall(r'^    "([^"]+)": ', (HERE / "mutants.py").read_text(), re.MULTILINE)
 # The fault lies above the backends, so the fastest will do.

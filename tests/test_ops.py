@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from backends import ON_THE_CPU, slow_in_triton
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,7 +23,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 EXACT = ["portable", "rademacher"]  # transforms that are the same everywhere
 
 
-@pytest.fixture(autouse=True, params=["reference", "cpu", "triton"])
+@pytest.fixture(autouse=True, params=ON_THE_CPU)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every test of this file runs on every backend that serves CPU tensors here."""
     reason = dispatch.why_not(request.param, "cpu")
@@ -88,6 +89,7 @@ def test_plus_then_minus_returns_within_two_roundings(dtype: torch.dtype) -> Non
     assert ((p - before).double().abs() <= torch.finfo(dtype).eps * largest).all()
 
 
+@slow_in_triton
 @given(
     shapes=st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=1, max_size=4),
     dtype=st.sampled_from(DTYPES),
@@ -104,6 +106,7 @@ def test_order_and_company_of_parameters_do_not_matter(shapes, dtype, order) -> 
     assert all(same(a, b) for a, b in zip(together, alone, strict=True))
 
 
+@slow_in_triton
 @given(
     numel=st.integers(1, 300),
     cut=st.integers(0, 300),
@@ -157,6 +160,7 @@ def test_coefficients_per_parameter_and_as_tensors() -> None:
 ROUNDING = [noise.derive_key(0, noise.Purpose.ROUNDING, step) for step in range(4)]
 
 
+@slow_in_triton
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_stochastic_rounding_is_unbiased(dtype: torch.dtype) -> None:
     """A thousandth of an ulp is lost by rounding to nearest, and kept on average by this."""

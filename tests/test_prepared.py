@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import ON_THE_CPU, slow_in_triton
 from equality import assert_same_bits
 from torch import Tensor
 
@@ -29,7 +30,7 @@ needs_cpu = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
+@pytest.fixture(params=ON_THE_CPU)
 def backend(request: pytest.FixtureRequest, use_backend: Callable[[str], None]) -> str:
     reason = dispatch.why_not(request.param, "cpu")
     if reason is not None:
@@ -128,6 +129,7 @@ class Watched(Prepared):
 # ---- bits ---------------------------------------------------------------------------------------
 
 
+@slow_in_triton
 @pytest.mark.parametrize("name", NAMES)
 def test_bits_are_those_of_the_operator(name: str, backend: str) -> None:
     lists, rows = call_of(name)
@@ -159,6 +161,7 @@ def test_no_elements(name: str, backend: str) -> None:
     assert_same_lists(lists, before)
 
 
+@slow_in_triton
 @pytest.mark.parametrize("rule", ["momentum", "sign"])
 def test_moments_that_are_not_kept(rule: str, backend: str) -> None:
     (params, firsts, _), (*rows, _, rounding) = call_of("moments_")

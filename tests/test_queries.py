@@ -229,6 +229,7 @@ def variance(make_opt: Callable[[nn.Parameter], Any], steps: int = 3000) -> floa
     return total / steps
 
 
+@pytest.mark.slow
 def test_queries_divide_the_variance() -> None:
     """For Gaussian directions and a linear loss the error is (d + 1) |gradient|^2 / q; for
     Rademacher ones (d - 1) |gradient|^2. Means of 3000 steps: 4 % is four deviations."""
@@ -240,6 +241,7 @@ def test_queries_divide_the_variance() -> None:
     assert abs(signs / 23 - 1) < 0.12
 
 
+@pytest.mark.slow
 def test_blocks_at_once_have_less_variance() -> None:
     """Two blocks of 12 of 24: (12 + 1) |gradient|^2 instead of (24 + 1)."""
 

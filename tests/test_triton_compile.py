@@ -25,6 +25,8 @@ import sass
 
 from zo_fused.sweeps.backends.triton import PAIRS
 
+pytestmark = pytest.mark.slow
+
 NVIDIA = [target for target in sass.TARGETS if target.startswith("sm_")]
 
 # Every Triton that some PyTorch requires has a column in the tables. To add one: install it, run
