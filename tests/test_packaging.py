@@ -64,6 +64,26 @@ def test_every_public_name_loads() -> None:
         _ = zo_fused.SGD
 
 
+def test_type_checkers_see_the_public_names(tmp_path: Path) -> None:
+    """Names load lazily, but a user's editor knows their signatures."""
+    api = pytest.importorskip("mypy.api")
+    names = [name for name in zo_fused.__all__ if name != "__version__"]
+    script = tmp_path / "user.py"
+    script.write_text(
+        "import zo_fused\n"
+        + "".join(f"reveal_type(zo_fused.{name})\n" for name in names)
+        + "zo_fused.MeZO([], lr='fast')\n"
+    )
+    options = ["--strict", "--ignore-missing-imports", f"--cache-dir={tmp_path}"]
+    told, errors, _ = api.run([*options, "--follow-imports=silent", str(script)])
+    assert not errors
+    revealed = re.findall(r'Revealed type is "(.*)"', told)
+    assert len(revealed) == len(names)
+    assert "Any" not in revealed
+    assert "lr: Union[float, torch._tensor.Tensor]" in told or "lr: float | torch" in told
+    assert 'has incompatible type "str"' in told
+
+
 def test_replay_stays_a_function_when_its_module_is_imported() -> None:
     import zo_fused.replaying.rebuild
 

@@ -6,7 +6,28 @@ Names load on first use (PEP 562): ``import zo_fused`` needs torch and NumPy alo
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what editors and type checkers see
+    from zo_fused import noise as noise
+    from zo_fused.methods.adam import ZOAdam as ZOAdam
+    from zo_fused.methods.conservative import ZOConservative as ZOConservative
+    from zo_fused.methods.forward_grad import ForwardGrad as ForwardGrad
+    from zo_fused.methods.hybrid import Hybrid as Hybrid
+    from zo_fused.methods.layers import first_layers as first_layers
+    from zo_fused.methods.layers import layer_blocks as layer_blocks
+    from zo_fused.methods.lozo import LOZO as LOZO
+    from zo_fused.methods.mezo import MeZO as MeZO
+    from zo_fused.methods.sign import ZOSignSGD as ZOSignSGD
+    from zo_fused.replaying.rebuild import replay as replay
+    from zo_fused.sweeps.dispatch import backend_of as backend_of
+    from zo_fused.sweeps.dispatch import set_backend as set_backend
+    from zo_fused.sweeps.functions import lowrank_momentum_ as lowrank_momentum_
+    from zo_fused.sweeps.functions import lowrank_perturb_ as lowrank_perturb_
+    from zo_fused.sweeps.functions import lowrank_update_ as lowrank_update_
+    from zo_fused.sweeps.functions import moments_update_ as moments_update_
+    from zo_fused.sweeps.functions import perturb_ as perturb_
+    from zo_fused.sweeps.functions import update_ as update_
 
 __version__ = "0.1.0.dev0"
 
