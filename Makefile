@@ -39,7 +39,7 @@ test: $(INSTALLED)
 	$(BIN)/pytest -q -n auto --dist worksteal -m "not slow"
 
 test-all: test
-	$(BIN)/pytest -q -n auto --dist worksteal -m slow
+	$(BIN)/pytest -q -n auto --dist loadfile -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
