@@ -699,7 +699,7 @@ build = runpy.run_path("setup.py", run_name="build")
 options = build["native"]()
 options["ext_modules"] = [e for e in options["ext_modules"] if e.name == build["CUDA"]]
 words = ["-q", "build_ext", "--build-lib", sys.argv[1], "--build-temp", sys.argv[1] + "/objects"]
-setup(packages=[], script_args=words, **options)
+setup(packages=[], long_description="none", script_args=words, **options)
 """
 
 

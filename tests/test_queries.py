@@ -229,7 +229,6 @@ def variance(make_opt: Callable[[nn.Parameter], Any], steps: int = 3000) -> floa
     return total / steps
 
 
-@pytest.mark.slow
 def test_queries_divide_the_variance() -> None:
     """For Gaussian directions and a linear loss the error is (d + 1) |gradient|^2 / q; for
     Rademacher ones (d - 1) |gradient|^2. Means of 3000 steps: 4 % is four deviations."""
