@@ -532,6 +532,20 @@ def test_what_an_estimate_was_made_for_must_not_change() -> None:
     opt.step(loss_of(net))
 
 
+def test_a_module_with_another_parameter_is_refused() -> None:
+    """The optimizer would go on with the old one, which the model no longer uses."""
+    for change in (
+        lambda net: setattr(net[0], "weight", nn.Parameter(net[0].weight.data.clone())),
+        lambda net: net.load_state_dict(network().state_dict(), assign=True),
+    ):
+        net = network()
+        opt = zo_fused.MeZO(net)
+        opt.step(loss_of(net))
+        change(net)
+        with pytest.raises(RuntimeError, match="make the optimizer anew"):
+            opt.step(loss_of(net))
+
+
 @pytest.mark.parametrize("sign", [float("nan"), float("inf"), "x"])
 def test_a_sign_must_be_a_number(sign: Any) -> None:
     net = network()

@@ -151,8 +151,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     ) -> None:
         seed = whole("seed", seed, 0, bits=64)
         defaults = {name: hyper(name, value) for name, value in defaults.items()}
-        if isinstance(params, nn.Module):
-            params = params.named_parameters()
+        module = params if isinstance(params, nn.Module) else None
+        if module is not None:
+            params = module.named_parameters()
         elif isinstance(params, Mapping) or callable(params):
             raise TypeError(
                 "params must be a module, its named_parameters() or parameters(), or param groups, "
@@ -168,6 +169,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         counters |= {"seed": seed, "contract": CONTRACT_VERSION, "in_place": ()}
         counters["method"] = self._kind()
         super().__init__(params, {"block": 0, **defaults, **counters})
+        for part in module.modules() if module is not None else ():
+            for name, p in part._parameters.items():
+                for column, value in zip(self._places, (part._parameters, name, p), strict=True):
+                    column.append(value)
 
     def _reset(self) -> None:
         self.projected_grad: Tensor | None = None
@@ -180,6 +185,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._path: list[Any] = []  # perturbations of this step, as the log has them
         self._ahead = False  # displaced by the last step's sweep; this step has not begun
         self._buckets: list[Bucket] = []
+        self._places: tuple[list[Any], ...] = ([], [], [])  # a module's tables, names, parameters
         self._signature: tuple[Any, ...] | None = None
         self._seen: list[Any] = []  # in the groups, when they were checked last,
         self._inside: list[tuple[Tensor, float]] = []  # and in the tensors there
@@ -591,6 +597,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def _refresh(self) -> None:
         """Look again at the groups before a step: what requires gradients, where it lies."""
         self._check_changes()
+        self._check_module()
         groups, trainable = self.param_groups, self._trainable_override
         by_block = self._schedule.block_order is not None
         names = (*self._direction.fixed, "block") if by_block else self._direction.fixed
@@ -608,6 +615,17 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self._watch()
         if not self._buckets:
             raise ValueError("zo_fused: no parameter requires gradients; there is nothing to tune")
+
+    def _check_module(self) -> None:
+        """The module may hold another parameter now, which the forward pass then uses."""
+        tables, names, params = self._places
+        held = list(map(dict.get, tables, names, params))  # in loops of C
+        if not all(map(operator.is_, held, params)):
+            name = next(n for n, now, p in zip(names, held, params, strict=True) if now is not p)
+            raise RuntimeError(
+                f"the module holds another parameter {name!r} than when the optimizer was made "
+                "(load_state_dict(assign=True), or an assignment?): make the optimizer anew"
+            )
 
     def _now(self) -> tuple[Any, ...]:
         """What buckets are made from."""
