@@ -60,6 +60,7 @@ def test_tables_of_machine_code() -> None:
 
 
 def test_findings_train_and_tabulate() -> None:
+    pytest.importorskip("transformers")
     names = [run.method for run in findings.alignment(4) + findings.queries(4, [1, 2])]
     assert set(names) == {*findings.ZEROTH, *findings.FIRST}
     cells = {}

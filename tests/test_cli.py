@@ -183,7 +183,7 @@ def test_help_needs_neither_torch_nor_transformers():
         "        assert stop.code == 0\n"
         "print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
     assert done.returncode == 0
     assert "finetune" in done.stdout
     assert "--lr-scheduler" in done.stdout

@@ -756,7 +756,7 @@ def test_replay_mistakes(arguments, base, data, tmp_path, capsys):
 
 def test_as_a_process(arguments, tmp_path):
     program = "import sys; from zo_fused.cli.main import main; sys.exit(main())"
-    command = [sys.executable, "-c", program, *arguments()]
+    command = [sys.executable, "-P", "-c", program, *arguments()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "step 6: test accuracy" in done.stdout

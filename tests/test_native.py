@@ -692,7 +692,9 @@ def test_instruction_set_is_the_one_asked_for() -> None:
 def test_unknown_instruction_set_is_an_error() -> None:
     code = "from zo_fused.sweeps.backends import cpu; cpu.isa()"
     env = {**os.environ, "ZO_FUSED_ISA": "mmx"}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True
+    )
     assert run.returncode != 0
     assert "ZO_FUSED_ISA=mmx: choose portable, avx2 or avx512" in run.stderr
 
@@ -771,7 +773,7 @@ PEAK_MEMORY = """
 def test_peak_memory() -> None:
     """A sweep over 64M elements needs less than 1 MB beside the weights and one factor."""
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PEAK_MEMORY)], capture_output=True, text=True
+        [sys.executable, "-P", "-c", textwrap.dedent(PEAK_MEMORY)], capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     growths = [int(line) for line in run.stdout.split()]

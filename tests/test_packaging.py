@@ -51,7 +51,7 @@ zo_fused.LOZO([w]).step(lambda: w.sum())
 print(sorted(loaded() - before - set(sys.stdlib_module_names)))
 """
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "['zo_fused']"
 

@@ -555,6 +555,7 @@ def test_compiled_models_see_new_values_without_compiling_again(family):
     assert counter.frame_count == count
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 def test_compiled_code_says_used_otherwise():
     torch._dynamo.reset()
     setting = Setting(Functional(lambda x, w: F.linear(x, w * 2)))
