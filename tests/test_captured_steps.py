@@ -25,7 +25,7 @@ from zo_fused.noise.keys import Clock, Stream, running, stream_keys
 from zo_fused.noise.streams import Purpose, as_int64, derive_key
 from zo_fused.step import optimizer as base
 from zo_fused.step import vectors
-from zo_fused.sweeps import functions
+from zo_fused.sweeps import dispatch, functions
 
 METHODS: dict[str, Callable[..., Any]] = {
     "MeZO": zo_fused.MeZO,
@@ -56,6 +56,12 @@ def loss_of(model: nn.Module) -> Callable[[], Tensor]:
     return lambda: model(x.to(dtype)).float().square().mean()
 
 
+needs_extension = pytest.mark.skipif(
+    dispatch.why_not("cpu", "cpu") is not None,
+    reason="no C++ extension; the reference copies from the host, parameter by parameter",
+)
+
+
 @pytest.fixture
 def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     """`with capture():` steps are recorded; nothing may be made from the host's numbers."""
@@ -78,6 +84,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     return recording
 
 
+@needs_extension
 @pytest.mark.parametrize("name", list(METHODS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replays_are_the_next_steps(
@@ -99,6 +106,7 @@ def test_replays_are_the_next_steps(
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
 
 
+@needs_extension
 def test_the_learning_rate_may_be_a_tensor_on_the_device(capture: Callable[[], Any]) -> None:
     """A scheduler of the user's can then change it between replays."""
     one, two = network(), network()
@@ -134,6 +142,7 @@ def test_what_cannot_be_captured_says_why(
         opt.step(loss_of(model))
 
 
+@needs_extension
 def test_capture_needs_ordinary_steps_first(capture: Callable[[], Any], tmp_path: Any) -> None:
     model = network()
     opt = zo_fused.MeZO(model)
@@ -198,6 +207,7 @@ def events_of_a_step(method: Any, parameters: int, **kw: Any) -> int:
     return events
 
 
+@needs_extension
 @pytest.mark.parametrize(
     ("method", "kw"),
     [
@@ -219,6 +229,7 @@ def test_python_work_does_not_grow_with_the_parameters(method: Any, kw: dict[str
     assert events_of_a_step(method, 5, **kw) == events_of_a_step(method, 300, **kw)
 
 
+@needs_extension
 def test_a_closure_that_raises_while_captured_changes_nothing(capture: Callable[[], Any]) -> None:
     """What was recorded until then never runs."""
     model = network()
