@@ -90,7 +90,7 @@ def test_one_warning_where_the_extension_was_not_built(package: Callable[[], lis
     (line,) = package()
     assert line.startswith("RuntimeWarning the slow reference serves 'cpu' tensors: ")
     assert "zo_fused._C is not built" in line
-    assert "`pip install --no-build-isolation .`" in line
+    assert "`pip install --force-reinstall --no-deps --no-cache-dir .`" in line
 
 
 def test_one_warning_where_the_extension_does_not_load(

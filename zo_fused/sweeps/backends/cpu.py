@@ -23,7 +23,10 @@ RULES = ("momentum", "sign", "adam")  # as in `Rule` there
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # as in csrc/cpu/sweeps.h
 
 EXTENSION = "zo_fused._C"
-_BUILD = "`pip install --no-build-isolation .` in a clean source tree, with a C++ compiler"
+_BUILD = (
+    "`pip install --force-reinstall --no-deps --no-cache-dir .` in a clean source tree, with a C++ "
+    "compiler"
+)
 
 import_error = extension.load(EXTENSION)  # registers zo_fused_C::*
 

@@ -20,8 +20,8 @@ _NOTHING, _FLOAT32, _LIKE_WEIGHTS = range(3)
 
 EXTENSION = "zo_fused._CUDA"
 _BUILD = (
-    "`ZO_FUSED_NATIVE=cuda pip install --no-build-isolation .` in a clean source tree, with nvcc "
-    "on the PATH"
+    "`ZO_FUSED_NATIVE=cuda pip install --force-reinstall --no-deps --no-cache-dir .` in a clean "
+    "source tree, with nvcc on the PATH"
 )
 
 import_error = extension.load(EXTENSION)  # registers zo_fused_CUDA::*
