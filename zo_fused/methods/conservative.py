@@ -9,7 +9,6 @@ from torch import Tensor
 
 from zo_fused.directions.dense import Dense
 from zo_fused.rules.sgd import SGD
-from zo_fused.step.interrupts import uninterrupted
 from zo_fused.step.optimizer import Closure, ZerothOrderOptimizer
 from zo_fused.step.schedule import Position, Schedule
 from zo_fused.step.vectors import Flag, Vector, all_finite
@@ -70,11 +69,7 @@ class ZOConservative(ZerothOrderOptimizer):
     def _estimate(self, closure: Closure) -> tuple[Tensor, Vector]:
         loss, grads = super()._estimate(closure)
         if all_finite(grads):
-            try:
-                self._go_to_the_best(closure, float(grads[0]))
-            except BaseException:
-                self._flush()
-                raise
+            self._go_to_the_best(closure, float(grads[0]))
         return loss, grads
 
     def _go_to_the_best(self, closure: Closure, grad: float) -> None:
@@ -99,7 +94,7 @@ class ZOConservative(ZerothOrderOptimizer):
         return [float(g["lr"]) * scale * at / float(g["eps"]) ** 2 for g, at in ratios]
 
     def _put(self, place: list[float]) -> None:
-        with self._timed("perturb"), uninterrupted():
+        with self._timed("perturb"):
             self._go(place, 0, {"at": place})
 
     def _apply(self, grads: Vector, finite: Flag) -> None:

@@ -480,7 +480,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self._buckets, self._signature = [], None
 
     def _perturb(self, position: Position) -> None:
-        with self._timed("perturb"), uninterrupted():
+        with self._timed("perturb"):
             if self._ahead or not self._at:
                 self._refresh()
             else:
@@ -547,16 +547,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self._flush()
 
     def _flush(self) -> None:
-        with uninterrupted():
-            self._look_again()
-            moved = self._move([0.0] * len(self.param_groups)) if self._at else False
-            settled = self._settle(self.param_groups[0]["restores"] + 1)
-            path, self._path, self._ahead = self._path, [], False
-            if not (moved or settled or path):
-                return
-            if self._log is not None:
-                self._log.restore(self.step_count, path, self._settings())
-            self._count(restores=self.param_groups[0]["restores"] + 1)
+        self._look_again()
+        moved = self._move([0.0] * len(self.param_groups)) if self._at else False
+        settled = self._settle(self.param_groups[0]["restores"] + 1)
+        path, self._path, self._ahead = self._path, [], False
+        if not (moved or settled or path):
+            return
+        if self._log is not None:
+            self._log.restore(self.step_count, path, self._settings())
+        self._count(restores=self.param_groups[0]["restores"] + 1)
 
     def _settle(self, query: int) -> bool:
         """Write what the direction keeps beside the weights; False if there is nothing."""
@@ -598,19 +597,19 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Look again at the groups before a step: what requires gradients, where it lies."""
         self._check_changes()
         self._check_module()
-        groups, trainable = self.param_groups, self._trainable_override
-        by_block = self._schedule.block_order is not None
-        names = (*self._direction.fixed, "block") if by_block else self._direction.fixed
-        in_place = set(groups[0]["in_place"]) if self._direction.beside else None
         now = self._now()
         if now != self._signature:
             self._flush()  # over the parameters and in the windows that it began with
             self._tell_autograd()
-            self._buckets = make_buckets(groups, trainable, names, in_place, by_block)
+            groups, in_place = self.param_groups, self._in_place()
+            by_block = self._schedule.block_order is not None
+            self._buckets = make_buckets(
+                groups, self._trainable_override, self._fixed(), in_place, by_block
+            )
             self._signature = now
             for p, reason in self._direction.out_of_reach(self._buckets):
                 self._perturb_in_place(p, reason)
-            if in_place is not None and in_place != set(groups[0]["in_place"]):
+            if in_place != self._in_place():
                 self._refresh()
             self._watch()
         if not self._buckets:
@@ -629,11 +628,17 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _now(self) -> tuple[Any, ...]:
         """What buckets are made from."""
-        groups = self.param_groups
-        by_block = self._schedule.block_order is not None
-        names = (*self._direction.fixed, "block") if by_block else self._direction.fixed
-        in_place = set(groups[0]["in_place"]) if self._direction.beside else None
-        return signature(groups, names), self._trainable_override, in_place
+        seen = signature(self.param_groups, self._fixed())
+        return seen, self._trainable_override, self._in_place()
+
+    def _fixed(self) -> tuple[str, ...]:
+        """Hyper-parameters that buckets hold on to."""
+        blocks = () if self._schedule.block_order is None else ("block",)
+        return (*self._direction.fixed, *blocks)
+
+    def _in_place(self) -> set[int] | None:
+        """Positions of the matrices beside which nothing can be kept, where something is kept."""
+        return set(self.param_groups[0]["in_place"]) if self._direction.beside else None
 
     def _watch(self) -> None:
         """Guard what is swept, also under another parameter that has the same memory."""
@@ -674,6 +679,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     @contextmanager
     def _at_theta_on_errors(self) -> Iterator[None]:
+        """Whatever goes wrong in a step: the closure, memory for the state, a hyper-parameter."""
+        self._half_applied = False
         try:
             yield
         except BaseException:
@@ -864,10 +871,6 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 if generators is not None:
                     generators.rewind()
                 self._perturb_in_place(use.param, f"is used by {use.function}")
-            except BaseException:
-                if clock() is None:  # else nothing has been done that could be taken back
-                    self._flush()
-                raise
 
     def _loss(self, closure: Closure) -> Any:
         """The loss where the weights are."""
@@ -927,26 +930,21 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _update(self, grads: Vector) -> None:
         """Take back the perturbation and apply the update of these projected gradients."""
-        try:
-            self._check_changes()
-            if self._at and not self._ahead:
-                self._check_eps()
-        except (TypeError, ValueError):
-            self._flush()
-            raise
+        self._check_changes()
+        if self._at and not self._ahead:
+            self._check_eps()
         if not self._at or self._ahead:
             self._refresh()
         step, finite = self.step_count, all_finite(grads)
-        with uninterrupted():
-            with np.errstate(all="ignore"):  # what is not finite is not applied
-                self._apply(grads, finite)
-            path, self._path = self._path, []
-            self.projected_grad = as_tensor(grads).reshape(() if len(grads) == 1 else -1)
-            try:
-                self._note(step, path, self.projected_grad, finite)
-            finally:  # the weights have made the step, also where its line can't be written
-                self._count(step=step + 1, restores=0)
-                self._advance_counter(step + 1)
+        with np.errstate(all="ignore"):  # what is not finite is not applied
+            self._apply(grads, finite)
+        path, self._path = self._path, []
+        self.projected_grad = as_tensor(grads).reshape(() if len(grads) == 1 else -1)
+        try:
+            self._note(step, path, self.projected_grad, finite)
+        finally:  # the weights have made the step, also where its line can't be written
+            self._count(step=step + 1, restores=0)
+            self._advance_counter(step + 1)
 
     def _apply(self, grads: Vector, finite: Flag) -> None:
         """Restore, update and the next perturbation, in one sweep of every bucket."""
@@ -996,12 +994,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _prepare(self, updates: list[Update]) -> None:
         """The state of new buckets: if there is no memory for it, nothing has moved yet."""
-        try:
-            for update in updates:
-                update.bucket.once("state", partial(self._make_state, update))
-        except BaseException:
-            self._flush()
-            raise
+        for update in updates:
+            update.bucket.once("state", partial(self._make_state, update))
 
     def _make_state(self, update: Update) -> bool:
         self._rule.prepare(update, self._direction, self.state)
@@ -1131,6 +1125,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     @_plain_tensors
     def replay_event(self, event: replay_log.Event) -> None:
         """Do to the weights what a logged event did (used by `zo_fused.replay`)."""
+        with uninterrupted():
+            self._replay_event(event)
+
+    def _replay_event(self, event: replay_log.Event) -> None:
         self._trainable_override = set(event.trainable)
         for group, values in zip(self.param_groups, event.groups, strict=True):
             group.update({name: v for name, v in values.items() if name in self.defaults})
