@@ -70,11 +70,11 @@ def sweeps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     from zo_fused.step.buckets import Bucket
 
     made: list[str] = []
-    original = Bucket.sweep
+    original = Bucket.prepared
 
     def sweep(self: Bucket, name: str, *lists: Any, **options: Any) -> Any:
         run = original(self, name, *lists, **options)
         return lambda *args, **options: (made.append(name), run(*args, **options))[1]
 
-    monkeypatch.setattr(Bucket, "sweep", sweep)
+    monkeypatch.setattr(Bucket, "prepared", sweep)
     return made

@@ -17,7 +17,7 @@ from zo_fused.directions import low_rank
 from zo_fused.noise import keys
 from zo_fused.replaying import tape
 from zo_fused.rules import sgd
-from zo_fused.step import optimizer, schedule
+from zo_fused.step import schedule, weights
 from zo_fused.sweeps import dispatch, operators
 
 SWEEPS = ("dense_", "lowrank_", "lowrank_momentum_", "moments_")
@@ -102,11 +102,10 @@ def one_rounding_of_a_script(sweep, name, params, *rest):  # type: ignore[no-unt
 def waiting_sweeps_lost(patch: pytest.MonkeyPatch) -> None:
     """What waits for a pass when the parameters change."""
 
-    def forgetful(self: Any, buckets: Any) -> list[Any]:
+    def forgetful(self: Any) -> None:
         self._tapes = {}
-        return []
 
-    patch.setattr(tape.Recorder, "out_of_reach", forgetful)
+    patch.setattr(tape.Recorder, "leave", forgetful)
 
 
 def noise_in_weight_dtype(sweep, name, params, ids, offsets, keys, coeffs, decay, *options):  # type: ignore[no-untyped-def]
@@ -129,7 +128,7 @@ def skipped_restore(patch: pytest.MonkeyPatch) -> None:
 
 
 def skipped_restore_on_error(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(optimizer.ZerothOrderOptimizer, "_flush", lambda self: None)
+    patch.setattr(weights.Weights, "flush", lambda self: None)
 
 
 def one_key_for_all_steps(patch: pytest.MonkeyPatch) -> None:
@@ -150,7 +149,7 @@ def other_u_in_the_update(patch: pytest.MonkeyPatch) -> None:
 
 
 def applies_non_finite(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(optimizer, "all_finite", lambda values: True)
+    patch.setattr(weights, "all_finite", lambda values: True)
 
 
 def one_key_for_all_queries(patch: pytest.MonkeyPatch) -> None:
@@ -171,7 +170,7 @@ def only_the_last_query(patch: pytest.MonkeyPatch) -> None:
 
 
 def all_blocks_move(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(schedule.Schedule, "turn", lambda self, blocks, step: None)
+    patch.setattr(schedule.Schedule, "block_of", lambda self, blocks, step, query=0: None)
 
 
 MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

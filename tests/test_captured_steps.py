@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 import zo_fused
 from zo_fused.noise import keys
-from zo_fused.noise.keys import Clock, Stream, running, stream_keys
+from zo_fused.noise.keys import DeviceStep, Stream, stream_keys
 from zo_fused.noise.streams import Purpose, as_int64, derive_key
-from zo_fused.step import optimizer as base
-from zo_fused.step import vectors
+from zo_fused.step import access, capture, evaluation, optimizer, vectors
 from zo_fused.sweeps import dispatch, functions
 
 METHODS: dict[str, Callable[..., Any]] = {
@@ -63,32 +62,33 @@ needs_extension = pytest.mark.skipif(
 
 
 @pytest.fixture
-def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
-    """`with capture():` steps are recorded; nothing may be made from the host's numbers."""
+def recording(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """`with recording():` steps are recorded; nothing may be made from the host's numbers."""
     # numbers are tensors then, as they are on GPUs, wherever a module has the name
-    for module in (base, vectors):
+    for module in (capture, evaluation, vectors):
         monkeypatch.setattr(module, "on_host", lambda device: False)
 
     def no_copies(*args: Any, **kw: Any) -> None:
         raise AssertionError("something was copied from the host")
 
     @contextmanager
-    def recording() -> Iterator[None]:
+    def recorded() -> Iterator[None]:
         with monkeypatch.context() as inside:
-            inside.setattr(base, "capturing", lambda: True)
+            for module in (access, capture, optimizer):
+                inside.setattr(module, "capturing", lambda: True)
             inside.setattr(functions, "on_device", no_copies)
             inside.setattr(keys, "on_device", no_copies)
             inside.setattr(torch, "tensor", no_copies)
             yield
 
-    return recording
+    return recorded
 
 
 @needs_extension
 @pytest.mark.parametrize("name", list(METHODS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replays_are_the_next_steps(
-    name: str, dtype: torch.dtype, capture: Callable[[], Any]
+    name: str, dtype: torch.dtype, recording: Callable[[], Any]
 ) -> None:
     one, two = network(dtype), network(dtype)
     kw = {"lr": 1e-2, "weight_decay": 0.1, "rounding": "stochastic", "seed": 7}
@@ -96,7 +96,7 @@ def test_replays_are_the_next_steps(
     for step in range(12):
         eager.step(loss_of(one))
         if 2 <= step < 9:
-            with capture():
+            with recording():
                 captured.step(loss_of(two))
         else:
             captured.step(loss_of(two))
@@ -107,7 +107,7 @@ def test_replays_are_the_next_steps(
 
 
 @needs_extension
-def test_the_learning_rate_may_be_a_tensor_on_the_device(capture: Callable[[], Any]) -> None:
+def test_the_learning_rate_may_be_a_tensor_on_the_device(recording: Callable[[], Any]) -> None:
     """A scheduler of the user's can then change it between replays."""
     one, two = network(), network()
     lr = torch.full((), 1e-2, dtype=torch.float64)
@@ -132,28 +132,28 @@ def test_the_learning_rate_may_be_a_tensor_on_the_device(capture: Callable[[], A
     ],
 )
 def test_what_cannot_be_captured_says_why(
-    make: Callable[[nn.Module], Any], message: str, capture: Callable[[], Any]
+    make: Callable[[nn.Module], Any], message: str, recording: Callable[[], Any]
 ) -> None:
     model = network()
     opt = make(model)
     for _ in range(2):
         opt.step(loss_of(model))
-    with capture(), pytest.raises(RuntimeError, match=message):
+    with recording(), pytest.raises(RuntimeError, match=message):
         opt.step(loss_of(model))
 
 
 @needs_extension
-def test_capture_needs_ordinary_steps_first(capture: Callable[[], Any], tmp_path: Any) -> None:
+def test_capture_needs_ordinary_steps_first(recording: Callable[[], Any], tmp_path: Any) -> None:
     model = network()
     opt = zo_fused.MeZO(model)
-    with capture(), pytest.raises(RuntimeError, match="two steps"):
+    with recording(), pytest.raises(RuntimeError, match="two steps"):
         opt.step(loss_of(model))
     opt.start_log(tmp_path / "log.jsonl")
     opt.step(loss_of(model))
-    with capture(), pytest.raises(RuntimeError, match="close_log"):
+    with recording(), pytest.raises(RuntimeError, match="close_log"):
         opt.step(loss_of(model))
     opt.close_log()
-    with capture(), pytest.raises(RuntimeError, match="closure"):
+    with recording(), pytest.raises(RuntimeError, match="closure"):
         opt.step(loss_plus=0.0, loss_minus=0.0)
 
 
@@ -169,12 +169,10 @@ def test_keys_made_on_the_device_are_those_of_the_host(
     seed: int, step: int, ahead: int, interval: int, query: int, purpose: Purpose
 ) -> None:
     counter = torch.full((), step, dtype=torch.int64)
-    stream = Stream(purpose, 5 + ahead, interval, query)
-    with running(Clock(counter, 5)):
-        made = stream_keys(seed, [stream], torch.device("cpu"))
+    stream = Stream(purpose, DeviceStep(counter) + ahead, interval, query)
+    made = stream_keys(seed, [stream], torch.device("cpu"))
     expected = derive_key(seed, purpose, (step + ahead) // interval, query)
     assert made.tolist() == [as_int64(expected)]
-    assert keys.clock() is None
 
 
 # ---- Python work ---------------------------------------------------------------------------------
@@ -230,13 +228,14 @@ def test_python_work_does_not_grow_with_the_parameters(method: Any, kw: dict[str
 
 
 @needs_extension
-def test_a_closure_that_raises_while_captured_changes_nothing(capture: Callable[[], Any]) -> None:
+def test_a_closure_that_raises_while_captured_changes_nothing(recording: Callable[[], Any]) -> None:
     """What was recorded until then never runs."""
     model = network()
     opt = zo_fused.MeZO(model, deferred=True)
     for _ in range(2):
         opt.step(loss_of(model))
-    before = (list(opt._at), opt._path, opt._ahead, dict(opt.param_groups[0]))
-    with capture(), pytest.raises(ZeroDivisionError):
+    before = (opt.weights.place, opt.weights.ahead, dict(opt.param_groups[0]))
+    with recording(), pytest.raises(ZeroDivisionError):
         opt.step(lambda: 1 / 0)
-    assert (opt._at, opt._path, opt._ahead, opt.param_groups[0]) == before
+    assert (opt.weights.place, opt.weights.ahead, opt.param_groups[0]) == before
+    assert opt.weights.log.path == []

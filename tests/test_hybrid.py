@@ -257,7 +257,7 @@ def test_either_part_may_come_first(zeroth: Any) -> None:
     seen: list[Tensor] = []
     opt.fo.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for _, p in rest))
     opt.step(lambda: model(tokens))
-    one_sided = bool(opt.zo._schedule.one_sided)  # then off by O(eps)
+    one_sided = bool(opt.zo.schedule.one_sided)  # then off by O(eps)
     for got, wanted in zip(seen, exact, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-3 if one_sided else 1e-5)
 
@@ -296,9 +296,9 @@ def test_bf16(zo_dtype: torch.dtype) -> None:
 class EvaluatesOnceMore(zo_fused.MeZO):
     """As methods do that try a candidate, or several directions."""
 
-    def _estimate(self, closure: Any) -> tuple[Tensor, Tensor]:
+    def measure(self, closure: Any) -> tuple[Tensor, Tensor]:
         closure()
-        return super()._estimate(closure)
+        return super().measure(closure)
 
 
 def test_all_evaluations_count_however_many() -> None:
@@ -503,9 +503,9 @@ def test_ctrl_c_leaves_both_parts_at_the_same_step(
     opt.step(lambda: model(tokens))
     before = snapshot(opt)
     if where == "sweep":
-        sweep = opt.zo._direction.sweep
+        sweep = opt.zo.direction.sweep
         monkeypatch.setattr(
-            opt.zo._direction, "sweep", lambda *a, **kw: (interrupt(), sweep(*a, **kw))
+            opt.zo.direction, "sweep", lambda *a, **kw: (interrupt(), sweep(*a, **kw))
         )
     if where == "fo.step":
         opt.fo.register_step_pre_hook(lambda *_: interrupt())

@@ -68,7 +68,16 @@ def test_derive_key_refuses_what_it_would_truncate(bad: dict[str, int]) -> None:
 
 
 def test_purposes_are_fixed() -> None:
-    assert {p.name: p.value for p in Purpose} == {"DENSE": 1, "U": 2, "V": 3, "ROUNDING": 4}
+    assert {p.name: p.value for p in Purpose} == {
+        "DENSE": 1,
+        "U": 2,
+        "V": 3,
+        "ROUNDING": 4,
+        "LEFT": 5,
+        "CORE": 6,
+        "PROBE": 8,
+        "SCALAR": 10,
+    }
 
 
 def test_parameter_id_is_the_start_of_sha256() -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import zo_fused
 from zo_fused import noise
 from zo_fused.noise import Purpose, derive_key, parameter_id
-from zo_fused.step.schedule import Position, Schedule
+from zo_fused.step.schedule import Position, Schedule, pairs
 
 Make = Callable[..., Any]
 
@@ -119,14 +119,15 @@ def cost(positions: list[Position], deferred: bool) -> int:
 @given(st.integers(1, 8), st.booleans(), st.booleans())
 def test_sweeps_of_queries(queries: int, one_sided: bool, deferred: bool) -> None:
     schedule = Schedule(deferred, one_sided, queries)
-    positions = schedule.positions([0])
+    positions = schedule.positions(schedule.count([0]))
     assert len(set(positions)) == len(positions) == (queries + 1 if one_sided else 2 * queries)
     least = queries + 1 if one_sided else 2 * queries + (not deferred)
     assert cost(positions, deferred) == least
-    plus, minus = schedule.pairs({position: position for position in positions})
-    assert [p.query for p in plus] == list(range(queries))
-    other = [Position(0.0) if one_sided else p._replace(sign=-1.0) for p in plus]
-    assert minus == other
+    sides = pairs({position: position for position in positions})
+    assert [plus.query for plus, _, _ in sides] == list(range(queries))
+    for plus, minus, apart in sides:
+        assert minus == (Position(0.0) if one_sided else plus._replace(sign=-1.0))
+        assert apart == plus.sign - minus.sign
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def test_replay_is_bit_exact(make: Make, dtype: torch.dtype, tmp_path: Path) -> 
     for step in range(9):
         opt.param_groups[0]["lr"] = 1e-2 * 0.9**step
         if step == 2:
-            losses = iter([1.0] if not opt._direction.paired else [])
+            losses = iter([1.0] if not opt.weights.beside.paired else [])
             with pytest.raises(StopIteration):  # in the middle of the step
                 opt.step(losses.__next__)
         opt.step((lambda: loss() * math.nan) if step == 3 else loss)
@@ -482,8 +483,27 @@ def test_losses_must_be_as_many_as_queries() -> None:
     for p, q in zip(model.parameters(), start.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
     at_once = zo_fused.MeZO(blocks(model), block_order="simultaneous")
-    with pytest.raises(ValueError, match="closure"):
+    with pytest.raises(ValueError, match="queries each, got 1"):
         at_once.step(loss_plus=1.0, loss_minus=2.0)
+
+
+@pytest.mark.parametrize("queries", [1, 2])
+def test_blocks_have_queries_of_their_own_in_loops_by_hand(queries: int) -> None:
+    one, two = network(), network()
+    kw = {"block_order": "simultaneous", "queries": queries, "lr": 1e-2}
+    by_closure, by_hand = zo_fused.MeZO(blocks(one), **kw), zo_fused.MeZO(blocks(two), **kw)
+    for _ in range(3):
+        by_closure.step(loss_of(one))
+        plus, minus = [], []
+        for query in range(len(by_closure.projected_grad)):
+            for sign, losses in ((1.0, plus), (-1.0, minus)):
+                by_hand.perturb(sign, query)
+                with torch.no_grad():
+                    losses.append(loss_of(two)())
+        by_hand.step(loss_plus=plus, loss_minus=minus)
+        assert torch.equal(by_closure.projected_grad, by_hand.projected_grad)
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_a_conservative_step_never_leaves_the_best_candidate() -> None:
@@ -541,7 +561,7 @@ def test_ctrl_c_in_a_conservative_step(sweep: int) -> None:
     opt = zo_fused.ZOConservative(model, lr=1.0, eps=0.1)
     opt.step(loss_of(model))
     before = copy.deepcopy(model)
-    original, count = opt._direction.sweep, 0
+    original, count = opt.direction.sweep, 0
 
     def interrupted(*args: Any, **kw: Any) -> None:
         nonlocal count
@@ -550,7 +570,7 @@ def test_ctrl_c_in_a_conservative_step(sweep: int) -> None:
         if count == sweep:
             signal.raise_signal(signal.SIGINT)
 
-    opt._direction.sweep = interrupted
+    opt.direction.sweep = interrupted
     try:
         opt.step(loss_of(model))
     except KeyboardInterrupt:

@@ -50,11 +50,11 @@ def logged(path: Path) -> tuple[str, int]:
     """
     with uninterrupted():
         from zo_fused.noise.streams import CONTRACT_VERSION
-        from zo_fused.step import replay_log
+        from zo_fused.step import log_lines
         from zo_fused.task.models import DTYPES
 
     try:
-        header = replay_log.read(path, CONTRACT_VERSION).header
+        header = log_lines.read(path, CONTRACT_VERSION).header
     except OSError as error:
         raise UserError(f"can't read the replay log {path}: {error.strerror}") from error
     except ValueError as error:

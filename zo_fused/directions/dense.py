@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from zo_fused.checks import choice
@@ -13,6 +14,7 @@ from zo_fused.noise.streams import Purpose
 from zo_fused.step.buckets import Bucket
 from zo_fused.step.direction import Direction, Term
 from zo_fused.step.vectors import Vector, float32, table
+from zo_fused.sweeps import operators
 
 DISTRIBUTIONS = {"gaussian": "portable", "rademacher": "rademacher"}  # and their transforms
 
@@ -31,6 +33,26 @@ class Dense(Direction):
     def options(self) -> dict[str, Any]:
         return {} if self._transform == "portable" else {"transform": self._transform}
 
+    def length(self, seed: int, term: Term) -> float:
+        """z is this number times elements of the distribution. A method may draw it anew in each
+        step (`zo_fused.methods.kerzoo`)."""
+        return 1.0
+
+    def keys(self, seed: int, terms: Sequence[Term], device: torch.device) -> Tensor:
+        """The stream keys of the z of terms, int64 [len(terms)]."""
+        purposes = (Purpose.PROBE if term.probe else Purpose.DENSE for term in terms)
+        streams = [
+            Stream(purpose, term.step, query=term.query)
+            for purpose, term in zip(purposes, terms, strict=True)
+        ]
+        return stream_keys(seed, streams, device)
+
+    def stretched(self, seed: int, terms: Sequence[Term], values: Sequence[Vector]) -> list[Vector]:
+        """What belongs to each z, for sweeps that draw the elements alone."""
+        lengths = [self.length(seed, term) for term in terms]
+        pairs = zip(values, lengths, strict=True)
+        return [value if length == 1.0 else value * length for value, length in pairs]
+
     def sweep(
         self,
         bucket: Bucket,
@@ -39,7 +61,17 @@ class Dense(Direction):
         decay: Vector,
         rounding: Tensor | None = None,
     ) -> None:
-        streams = [Stream(Purpose.DENSE, term.step, query=term.query) for term in terms]
-        keys = stream_keys(seed, streams, bucket.device)
-        coeffs = table([term.coeffs for term in terms])
-        bucket.sweep("dense_")(keys, coeffs, float32(decay), rounding, **self.options)
+        keys = self.keys(seed, terms, bucket.device)
+        coeffs = table(self.stretched(seed, terms, [term.coeffs for term in terms]))
+        bucket.prepared("dense_")(keys, coeffs, float32(decay), rounding, **self.options)
+
+    def drawn(self, bucket: Bucket, seed: int, term: Term) -> list[Tensor]:
+        """z of a query for every parameter, in its dtype."""
+        key = self.keys(seed, [term], bucket.device)
+        length, made = self.length(seed, term), []
+        for row, p in enumerate(bucket.params):
+            z = torch.empty(p.shape, dtype=torch.float32, device=p.device)
+            where = slice(row, row + 1)
+            operators.normal_([z], bucket.ids[where], bucket.offsets[where], key, self._transform)
+            made.append((z if length == 1.0 else z * length).to(p.dtype))
+        return made

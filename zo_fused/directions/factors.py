@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_fused.noise.keys import Stream, clock, on_device, stream_keys
+from zo_fused.noise.keys import DeviceStep, Step, Stream, on_device, stream_keys
 from zo_fused.noise.streams import Purpose
 from zo_fused.step.buckets import Bucket
 from zo_fused.step.vectors import Vector, float32
@@ -50,7 +50,7 @@ class Factors:
             (*operators.matrix_shape(p), bucket.fixed[g]["rank"])
             if p.dim() >= 2
             else (p.numel(), 1, 1)
-            for p, g in zip(bucket.params, bucket.group, strict=True)
+            for p, g in zip(bucket.params, bucket.group_of, strict=True)
         ]
         self.u_shapes = [(m, rank) for m, _, rank in shapes]
         self.v_shapes = [(n, rank) for _, n, rank in shapes]
@@ -84,11 +84,11 @@ class Factors:
         """A number a parameter as a number an element of a flat U, float32."""
         return float32(per_parameter)[self._owner]
 
-    def of(self, seed: int, step: int, query: int = 0) -> StepFactors:
+    def of(self, seed: int, step: Step, query: int = 0) -> StepFactors:
         """The factors of a step's query, until the next query of that step is asked for; those of
         the step before it stay as they are."""
-        slot = self._slots[step % 2]
-        now = (seed, step, query, clock())
+        slot = self._slots[step.ahead if isinstance(step, DeviceStep) else step % 2]
+        now = (seed, step, query)
         if slot.step != now:
             self._draw_u(slot, seed, step, query)
             windows = self.windows(seed, step)
@@ -97,19 +97,18 @@ class Factors:
             slot.step, slot.windows = now, windows
         return slot
 
-    def windows(self, seed: int, step: int) -> Any:
+    def windows(self, seed: int, step: Step) -> Any:
         """What tells whose V a step has."""
-        # Under a clock only the device knows which window it is: there, every step has its own.
-        if clock():
-            return (seed, step, clock())
+        if isinstance(step, DeviceStep):  # only the device knows which window it is
+            return (seed, step)
         return (seed, *(step // interval for interval in self._intervals))
 
-    def _draw_u(self, slot: StepFactors, seed: int, step: int, query: int) -> None:
+    def _draw_u(self, slot: StepFactors, seed: int, step: Step, query: int) -> None:
         streams = [Stream(purpose, step, query=query) for purpose in (Purpose.U, Purpose.DENSE)]
         keys = stream_keys(seed, streams, self._bucket.device)[self._is_vector]
         self._bucket.fill(slot.us, self._all, ("u", slot.number))(keys)
 
-    def _draw_v(self, slot: StepFactors, seed: int, step: int) -> None:
+    def _draw_v(self, slot: StepFactors, seed: int, step: Step) -> None:
         streams = [Stream(Purpose.V, step, interval) for interval in self._intervals]
         keys = stream_keys(seed, streams, self._bucket.device)[self._group_of_matrix]
         vs = [slot.vs[i] for i in self._matrices]

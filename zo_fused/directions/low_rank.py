@@ -1,8 +1,4 @@
-"""How z is made: one class per distribution of directions.
-
-A direction sweeps ``p = decay * p + sum of coeff * z`` over a bucket, for the z of given steps. It
-keeps nothing that the seed and the step do not give back.
-"""
+"""z = U V^T of low rank: LOZO."""
 
 from __future__ import annotations
 
@@ -49,7 +45,7 @@ class LowRank(Direction):
         rounding: Tensor | None = None,
     ) -> None:
         (us, vs, key), coeffs = self.product(bucket, seed, terms)
-        bucket.sweep("lowrank_", us, vs, key=key)(float32(coeffs), float32(decay), rounding)
+        bucket.prepared("lowrank_", us, vs, key=key)(float32(coeffs), float32(decay), rounding)
 
     def product(
         self, bucket: Bucket, seed: int, terms: Sequence[Term]

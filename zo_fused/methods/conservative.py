@@ -8,16 +8,23 @@ from typing import Any
 from torch import Tensor
 
 from zo_fused.directions.dense import Dense
-from zo_fused.rules.sgd import SGD
-from zo_fused.step.optimizer import Closure, ZerothOrderOptimizer
+from zo_fused.step.direction import Direction, Term
+from zo_fused.step.evaluation import Closure
+from zo_fused.step.optimizer import ZerothOrderOptimizer
+from zo_fused.step.rule import Rule, Update
 from zo_fused.step.schedule import Position, Schedule
-from zo_fused.step.vectors import Flag, Vector, all_finite
+from zo_fused.step.vectors import Vector, all_finite
+from zo_fused.step.weights import THETA, Place
 
 
-class Chosen(SGD):
-    """Nothing: the weights are where the step goes."""
+class Stay(Rule):
+    """The weights are where the step goes: that is theta from here on."""
 
     not_capturable = "the host compares the candidates"
+
+    def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+        if not update.finite and update.restore.any():
+            update.write(direction, Term(update.step, update.restore, query=update.displaced))
 
 
 class ZOConservative(ZerothOrderOptimizer):
@@ -59,49 +66,39 @@ class ZOConservative(ZerothOrderOptimizer):
             raise ValueError("ZOConservative compares the places of one z: sequential blocks only")
         defaults = {"lr": lr, "eps": eps}
         schedule = Schedule(block_order=block_order)
-        super().__init__(params, defaults, Dense(distribution), Chosen(), seed, schedule)
+        super().__init__(params, defaults, Dense(distribution), Stay(), seed, schedule)
         self._options = {"distribution": distribution, "block_order": block_order}
 
-    def _reset(self) -> None:
-        super()._reset()
-        self._chosen: list[float] | None = None  # where this step goes
+    _best: Place | None = None  # where this step goes; None: nowhere, or a replay says it
 
-    def _estimate(self, closure: Closure) -> tuple[Tensor, Vector]:
-        loss, grads = super()._estimate(closure)
+    def measure(self, closure: Closure) -> tuple[Tensor, Vector]:
+        loss, grads = super().measure(closure)
         if all_finite(grads):
-            self._go_to_the_best(closure, float(grads[0]))
+            self._best = self._search(closure, float(grads[0]))
+            self.weights.go(self._best)
         return loss, grads
 
-    def _go_to_the_best(self, closure: Closure, grad: float) -> None:
-        """Leave the weights at the candidate with the lowest loss; theta, if none is lower."""
-        places = {number: self._candidate(number * grad) for number in (0, -1, 1)}
-        losses: dict[int, float] = {}
-        for number, place in places.items():
-            self._put(place)
-            if self._generators is not None:
-                self._generators.rewind()
-            loss = float(self._loss(closure))
-            losses[number] = math.inf if math.isnan(loss) else loss
-        self._chosen = places[min(losses, key=losses.__getitem__)]  # the first of equals
-        self._put(self._chosen)
+    def _search(self, closure: Closure, grad: float) -> Place:
+        """The candidate with the lowest loss; theta, if none is lower."""
+        places = [self._candidate(number * grad) for number in (0, -1, 1)]
+        losses = [float(self.loss_at(place, closure)) for place in places]
+        known = [math.inf if math.isnan(loss) else loss for loss in losses]
+        return places[known.index(min(known))]  # the first of equals
 
-    def _candidate(self, grad: float) -> list[float]:
-        """Coefficient of z, a group."""
+    def _candidate(self, grad: float) -> Place:
+        """``theta + lr grad z``."""
         groups = self.param_groups
         # eps cancels: where a group is not of this step's block, there is none of it
-        ratios = zip(groups, self._displacement(Position(1.0)), strict=True)
+        radii = self.weights.along(Position(1.0)).at
         scale = grad * float(groups[0]["eps"])
-        return [float(g["lr"]) * scale * at / float(g["eps"]) ** 2 for g, at in ratios]
+        at = [
+            float(group["lr"]) * scale * radius / float(group["eps"]) ** 2
+            for group, radius in zip(groups, radii, strict=True)
+        ]
+        return Place(tuple(at)) if any(at) else THETA
 
-    def _put(self, place: list[float]) -> None:
-        with self._timed("perturb"):
-            self._go(place, 0, {"at": place})
-
-    def _apply(self, grads: Vector, finite: Flag) -> None:
-        """Where the weights are is the new theta; that of a step that is skipped is the old."""
-        if not finite:
-            self._move([0.0] * len(self.param_groups))
-        elif self._chosen is not None:  # in case that somebody has looked
-            self._put(self._chosen)
-        self._chosen = None
-        self._at = []
+    def update(self, grads: Vector) -> None:
+        best, self._best = self._best, None
+        if best is not None:
+            self.weights.go(best)  # in case that somebody has looked
+        super().update(grads)

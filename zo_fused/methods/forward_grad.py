@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,15 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zo_fused.directions.dense import Dense
 from zo_fused.directions.factored.stand_ins import Places
-from zo_fused.noise.keys import Stream, stream_keys
-from zo_fused.noise.streams import Purpose, as_int64
 from zo_fused.rules.sgd import SGD
-from zo_fused.step.buckets import Bucket
-from zo_fused.step.generators import GeneratorStates
-from zo_fused.step.optimizer import Closure, ZerothOrderOptimizer
+from zo_fused.step.direction import Term
+from zo_fused.step.evaluation import Closure
+from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.schedule import Position, Schedule
-from zo_fused.step.vectors import Vector, float32_scalar, stacked, to_float32
-from zo_fused.sweeps import operators
+from zo_fused.step.vectors import Vector, stacked
 
 # By a part of PyTorch's message: how models of transformers do without the operator.
 _CURES = {
@@ -27,6 +25,17 @@ _CURES = {
     "attention": "; load it with attn_implementation='sdpa' or 'eager'",
     "flash": "; load it with attn_implementation='sdpa' or 'eager'",
 }
+
+
+THETA = Position(0.0)
+
+
+class DenseOf(Dense):
+    """Dense directions, and the module whose parameters they belong to; None: a replay."""
+
+    def __init__(self, module: nn.Module | None, distribution: str) -> None:
+        super().__init__(distribution)
+        self.module = module
 
 
 class ForwardGrad(ZerothOrderOptimizer):
@@ -68,43 +77,37 @@ class ForwardGrad(ZerothOrderOptimizer):
         distribution: str = "gaussian",
     ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay, "rounding": rounding}
-        direction = Dense(distribution)
-        direction.module = module if isinstance(module, nn.Module) else None
+        direction = DenseOf(module if isinstance(module, nn.Module) else None, distribution)
         schedule = Schedule(queries=queries)
         super().__init__(module, defaults, direction, SGD(), seed, schedule)
         self._options = {"queries": schedule.queries, "distribution": distribution}
 
-    def _usual_path(self) -> list[Any]:
-        return []
+    def positions(self) -> list[Position]:
+        return []  # the weights stay at theta
 
-    def _estimate(self, closure: Closure) -> tuple[Tensor, Vector]:
-        self._look_again()
-        self._perturb(Position(0.0))  # nothing moves, but parameters are looked at
-        if self._direction.module is None:
+    def measure(self, closure: Closure) -> tuple[Tensor, Vector]:
+        losses: list[Tensor] = []
+        slopes: list[Any] = []
+        for query in range(self.schedule.queries):
+            slope = partial(self._slope, closure, query, losses)
+            slopes += self.losses_at([THETA], slope, again=query > 0).values()
+        grads = stacked(slopes, self.weights.buckets[0].device)
+        mean = torch.stack([loss.reshape(()) for loss in losses]).double().mean()
+        return mean.float(), self.transform(grads, losses, losses).float()
+
+    def _slope(self, closure: Closure, query: int, losses: list[Tensor]) -> Tensor:
+        """The derivative of the loss along the z of a query; the loss is appended to the list."""
+        direction = self.direction
+        assert isinstance(direction, DenseOf)
+        if direction.module is None:
             raise ValueError("ForwardGrad needs the module: ForwardGrad(model, ...)")
-        generators, losses, grads = (
-            GeneratorStates(bucket.device for bucket in self._buckets),
-            [],
-            [],
-        )
-        for query in range(self._schedule.queries):
-            if query:
-                generators.rewind()
-            loss, grad = self._along(closure, query)
-            losses.append(loss)
-            grads.append(grad)
-        device = self._buckets[0].device
-        mean = stacked(losses, device).sum() / len(losses)
-        return float32_scalar(mean), to_float32(stacked(grads, device))
-
-    def _along(self, closure: Closure, query: int) -> tuple[Any, Any]:
-        """The loss and its derivative along the z of a query."""
-        assert self._direction.module is not None
-        places = Places(self._direction.module)
-        with self._timed("forward"), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+        places = Places(direction.module)
+        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
             duals: dict[int, Tensor] = {}
-            for bucket in self._buckets:
-                for p, tangent in zip(bucket.params, self._tangents(bucket, query), strict=True):
+            for bucket in self.weights.buckets:
+                term = Term(self.step_count, bucket.ones, query=query)
+                tangents = direction.drawn(bucket, self.seed, term)
+                for p, tangent in zip(bucket.params, tangents, strict=True):
                     if p not in places:
                         raise ValueError(
                             f"ForwardGrad: no submodule holds a parameter of shape {tuple(p.shape)}"
@@ -118,7 +121,8 @@ class ForwardGrad(ZerothOrderOptimizer):
                 "ForwardGrad: the loss carries no tangent: it must be computed from the module's "
                 "parameters, by differentiable operators, and returned as a tensor"
             )
-        return self._scalar(value), self._scalar(tangent)
+        losses.append(value.detach())
+        return tangent
 
     @staticmethod
     def _differentiable(closure: Closure) -> Any:
@@ -133,16 +137,3 @@ class ForwardGrad(ZerothOrderOptimizer):
                 "ForwardGrad: the model uses an operator that has no forward-mode derivative"
                 f"{cure}: {reason}"
             ) from error
-
-    def _tangents(self, bucket: Bucket, query: int) -> list[Tensor]:
-        """z of a query of the coming step for every parameter, in its dtype."""
-        streams = [Stream(Purpose.DENSE, self.step_count, query=query)]
-        key = stream_keys(self.seed, streams, bucket.device)
-        transform = self._direction.options.get("transform", "portable")
-        made = []
-        for p, id_ in zip(bucket.params, bucket.id_list, strict=True):
-            z = torch.empty(p.shape, dtype=torch.float32, device=p.device)
-            ids = bucket.ids.new_full((1,), as_int64(id_))
-            operators.normal_([z], ids, torch.zeros_like(ids), key, transform)
-            made.append(z.to(p.dtype))
-        return made

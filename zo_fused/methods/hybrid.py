@@ -61,7 +61,7 @@ class Hybrid:
             raise TypeError(f"fo must be an optimizer of torch.optim, got {type(fo).__name__}")
         if isinstance(fo, torch.optim.LBFGS):
             raise TypeError("fo must be able to step without a closure; LBFGS is not")
-        if zo._direction.paired:
+        if zo.weights.beside.paired:
             raise ValueError(
                 "paired=True evaluates under torch.vmap, where nothing can be backpropagated; "
                 "use paired=False"

@@ -1,16 +1,13 @@
 """Stream keys as tensors: made on the host, or on the device from a step counter there.
 
 A step that is captured in a CUDA graph runs again and again with nothing of the host's: its number
-is in a counter on the device, and its keys are made there. What the host knows as step s + k while
-it records step s is then counter + k.
+is in a counter on the device (`DeviceStep`), and its keys are made there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,63 +18,52 @@ from zo_fused.noise import reference
 from zo_fused.noise.streams import MASK32, Purpose, as_int64, derive_key
 
 
+@dataclass(frozen=True, eq=False)  # each is of one captured step
+class DeviceStep:
+    """The number of a step that only the device knows. It stands where a number of the host may:
+    ``step + 1``, `Stream.step`."""
+
+    counter: Tensor  # int64 []
+    ahead: int = 0  # added to what the counter says
+    made: dict[Any, Tensor] = field(default_factory=dict)  # keys of this captured step
+
+    def __add__(self, steps: int) -> DeviceStep:
+        return replace(self, ahead=self.ahead + steps)
+
+
+Step = int | DeviceStep
+
+
 class Stream(NamedTuple):
     """What names a stream besides the run's seed."""
 
     purpose: Purpose
-    step: int
+    step: Step
     interval: int = 1  # of a window: its number is step // interval
     query: int = 0
 
 
-@dataclass(frozen=True, eq=False)  # each is one step's
-class Clock:
-    """A step counter on a device, and what was derived from it in this step."""
-
-    counter: Tensor  # int64 []
-    step: int  # what the host takes for the counter's value
-    made: dict[Any, Tensor] = field(default_factory=dict)
-
-
-_clock: ContextVar[Clock | None] = ContextVar("clock", default=None)
-
-
-@contextmanager
-def running(clock: Clock) -> Iterator[None]:
-    """In the block, keys come from this clock."""
-    token = _clock.set(clock)
-    try:
-        yield
-    finally:
-        _clock.reset(token)
-
-
-def clock() -> Clock | None:
-    """The clock that keys come from. While there is one, nothing may depend on the host's number
-    of the step, and what was drawn under another clock is of another step."""
-    return _clock.get()
-
-
 def stream_keys(seed: int, streams: Sequence[Stream], device: torch.device) -> Tensor:
     """`derive_key` of every stream, int64 [len(streams)]."""
-    now = clock()
-    if now is None:
-        keys = [derive_key(seed, s.purpose, s.step // s.interval, s.query) for s in streams]
-        host = torch.from_numpy(np.array(keys, dtype=np.uint64).view(np.int64))
-        return host if device.type == "cpu" else on_device(host, device)
-    for stream in streams:
-        if (seed, stream) not in now.made:
-            now.made[seed, stream] = _on_device(seed, stream, now)
-    return torch.stack([now.made[seed, stream] for stream in streams])
+    if any(isinstance(stream.step, DeviceStep) for stream in streams):
+        return torch.stack([_made_on_device(seed, stream) for stream in streams])
+    keys = [derive_key(seed, s.purpose, s.step // s.interval, s.query) for s in streams]  # type: ignore[operator]
+    host = torch.from_numpy(np.array(keys, dtype=np.uint64).view(np.int64))
+    return host if device.type == "cpu" else on_device(host, device)
 
 
-def _on_device(seed: int, stream: Stream, now: Clock) -> Tensor:
-    steps = now.counter + (stream.step - now.step)
-    if stream.interval > 1:
-        steps = steps.div(stream.interval, rounding_mode="floor")
-    high_half = as_int64(stream.query | int(stream.purpose) << 32)
-    low, high, _, _ = reference.philox(steps, high_half, seed)
-    return low & MASK32 | high << 32
+def _made_on_device(seed: int, stream: Stream) -> Tensor:
+    purpose, step, interval, query = stream
+    assert isinstance(step, DeviceStep)
+    name = (seed, purpose, step.ahead, interval, query)
+    if name not in step.made:
+        number = step.counter + step.ahead
+        if interval > 1:
+            number = number.div(interval, rounding_mode="floor")
+        high_half = as_int64(query | int(purpose) << 32)
+        low, high, _, _ = reference.philox(number, high_half, seed)
+        step.made[name] = low & MASK32 | high << 32
+    return step.made[name]
 
 
 def on_device(host: Tensor, device: torch.device | str) -> Tensor:

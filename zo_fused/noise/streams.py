@@ -29,6 +29,10 @@ class Purpose(enum.IntEnum):
     U = 2
     V = 3
     ROUNDING = 4
+    LEFT = 5  # low rank: the left basis of a window
+    CORE = 6  # coordinates in a basis
+    PROBE = 8  # dense directions that a direction learns from
+    SCALAR = 10  # a number of a step's query, for all parameters: id 0
 
 
 def philox4x32(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +17,15 @@ from zo_fused.directions.low_rank import LowRank
 from zo_fused.noise.streams import CONTRACT_VERSION, plain_name
 from zo_fused.replaying.tape import Recorder
 from zo_fused.rules.factor_momentum import FactorMomentum
-from zo_fused.rules.sgd import SGD
-from zo_fused.step import replay_log
+from zo_fused.step import log_lines
+from zo_fused.step.access import plain_tensors
 from zo_fused.step.buckets import fingerprint
+from zo_fused.step.direction import Direction
+from zo_fused.step.interrupts import uninterrupted
 from zo_fused.step.optimizer import ZerothOrderOptimizer
+from zo_fused.step.schedule import Position
+from zo_fused.step.vectors import vector
+from zo_fused.step.weights import Place
 
 METHODS = {
     "ForwardGrad": "zo_fused.methods.forward_grad",
@@ -31,6 +37,7 @@ METHODS = {
 }
 
 
+@plain_tensors
 def replay(
     model: nn.Module | Mapping[str, Tensor],
     log: str | os.PathLike[str],
@@ -53,9 +60,8 @@ def replay(
         FileNotFoundError: no such log.
         ValueError: the file is no log, or model and log don't fit.
     """
-    record = replay_log.read(log, CONTRACT_VERSION)
+    record = log_lines.read(log, CONTRACT_VERSION)
     optimizer = _optimizer(model, record)
-    optimizer._count(step=record.header["first_step"])
     events: Any = record.events
     if progress:
         from tqdm import tqdm
@@ -63,26 +69,59 @@ def replay(
         events = tqdm(events, desc="replay", unit="step")
     recorder = _recorder(optimizer)
     for event in events:
-        optimizer.replay_event(event)
+        with uninterrupted():
+            _repeat(optimizer, event)
     optimizer.flush()  # a run that was cut off left its weights where its schedule has them
     if recorder is not None:
         recorder.run()
     return sum(not event.restored for event in record.events)
 
 
-def _recorder(optimizer: Any) -> Recorder | None:
+def _repeat(optimizer: ZerothOrderOptimizer, event: log_lines.Event) -> None:
+    """Do to the weights what an event of the log did."""
+    weights = optimizer.weights
+    weights.parameters.trainable = set(event.trainable)
+    weights.groups.count(step=event.step, in_place=tuple(event.in_place))
+    for group, values in zip(optimizer.param_groups, event.groups, strict=True):
+        group.update({name: v for name, v in values.items() if name in optimizer.defaults})
+    probes = event.probes
+    for entry in event.path:
+        position = None if isinstance(entry, dict) else Position(*entry)
+        if probes is not None and not (position and position.probe):
+            weights.learn(probes)
+            probes = None
+        if position:
+            weights.visit(position)
+        else:
+            weights.look()
+            weights.go(Place(tuple(entry["at"])))
+    if probes is not None:
+        weights.learn(probes)
+    if event.restored:
+        weights.flush()
+        return
+    if not weights.buckets:
+        weights.look()
+    grads = event.projected_grads or [math.nan] * weights.queries()
+    optimizer.update(vector(grads, weights.buckets[0].device).float())
+
+
+def _recorder(optimizer: ZerothOrderOptimizer) -> Recorder | None:
     """What the sweeps of an optimizer wait in from here on. None where it would bring nothing (a
     direction keeps a part of the weights beside them) or miss some (of rules that make their own).
     """
-    recordable = isinstance(optimizer._rule, SGD | FactorMomentum)
-    if type(optimizer._direction) not in (Dense, LowRank) or not recordable:
+    direction = optimizer.direction
+    own = optimizer.rule.takes != (Direction,) and not isinstance(optimizer.rule, FactorMomentum)
+    if own or not (isinstance(direction, Dense) or type(direction) is LowRank):
         return None
-    optimizer._direction = Recorder(optimizer._direction)
-    recorder: Recorder = optimizer._direction
+    recorder = Recorder(direction)
+    optimizer.weights.direction = recorder
     return recorder
 
 
-def _optimizer(model: nn.Module | Mapping[str, Tensor], record: replay_log.Log) -> Any:
+def _optimizer(
+    model: nn.Module | Mapping[str, Tensor], record: log_lines.Log
+) -> ZerothOrderOptimizer:
     """The optimizer of the log's header over the model's tensors."""
     header = record.header
     if header["method"] not in METHODS:
@@ -118,7 +157,7 @@ def _optimizer(model: nn.Module | Mapping[str, Tensor], record: replay_log.Log) 
         if "param_names" in group:  # those that the run had its noise from
             group["param_names"] = [name for name, *_, of in table if of == number]
     if factored:
-        optimizer._direction.module = None  # nothing will be evaluated
+        optimizer.weights.beside.module = None  # nothing will be evaluated
     return optimizer
 
 

@@ -17,8 +17,6 @@ from torch import Tensor
 from zo_fused.directions.dense import Dense
 from zo_fused.directions.factors import Factors
 from zo_fused.directions.low_rank import LowRank
-from zo_fused.noise.keys import Stream, stream_keys
-from zo_fused.noise.streams import Purpose
 from zo_fused.step.buckets import Bucket
 from zo_fused.step.direction import Direction, Term
 from zo_fused.step.vectors import Vector, float32, table
@@ -88,26 +86,30 @@ class DenseTape(Tape):
     def __init__(self, bucket: Bucket, limit: int, direction: Dense) -> None:
         super().__init__(bucket, limit)
         self._direction = direction
-        self._streams: dict[tuple[int, Stream], int] = {}  # with their seeds, in order
+        self._drawn: dict[Any, tuple[int, int, Term]] = {}  # with their numbers and seeds
 
     def add(self, seed: int, terms: Sequence[Term], decay: Vector, rounding: Tensor | None) -> None:
         if len(terms) > 2:  # as many directions a sweep of a script has
             self.run()
             self._direction.sweep(self._bucket, seed, terms, decay, rounding)
             return
-        streams = [(seed, Stream(Purpose.DENSE, t.step, query=t.query)) for t in terms]
-        which = [self._streams.setdefault(stream, len(self._streams)) for stream in streams]
-        columns = [term.coeffs for term in terms] + [self._bucket.zeros] * (2 - len(terms))
+        which = []
+        for term in terms:
+            name = (seed, term.step, term.query, term.probe)
+            which.append(self._drawn.setdefault(name, (len(self._drawn), seed, term))[0])
+        columns = self._direction.stretched(seed, terms, [term.coeffs for term in terms])
+        columns += [self._bucket.zeros] * (2 - len(terms))
         self._write(which, table(columns), decay, rounding)
 
     def run(self) -> None:
         if not self._script:
             return
         device = self._bucket.device
-        keys = [stream_keys(seed, [stream], device) for seed, stream in self._streams]
+        drawn = self._drawn.values()
+        keys = [self._direction.keys(seed, [term], device) for _, seed, term in drawn]
         rows = self._take(torch.cat(keys))
-        self._streams.clear()
-        self._bucket.sweep("dense_steps_")(*rows, **self._direction.options)
+        self._drawn.clear()
+        self._bucket.prepared("dense_steps_")(*rows, **self._direction.options)
 
 
 class LowRankTape(Tape):
@@ -158,7 +160,7 @@ class LowRankTape(Tape):
             return
         rows = self._take(int64_tensor([], self._bucket.device))
         self._taken.clear()
-        self._bucket.sweep("lowrank_steps_", self._us, self._vs)(*rows)
+        self._bucket.prepared("lowrank_steps_", self._us, self._vs)(*rows)
 
 
 class Recorder(Direction):
@@ -174,6 +176,7 @@ class Recorder(Direction):
         self._limit = limit
         self._tapes: dict[Bucket, Tape] = {}
         self.fixed = direction.fixed
+        self.state = direction.state
 
     def _tape(self, bucket: Bucket) -> Tape:
         if isinstance(self._direction, LowRank):
@@ -205,8 +208,6 @@ class Recorder(Direction):
         assert isinstance(self._direction, LowRank)
         return self._direction.factors(bucket)
 
-    def out_of_reach(self, buckets: Sequence[Bucket]) -> list[tuple[Tensor, str]]:
-        """What an optimizer asks of new buckets, which may have parameters of the old ones."""
+    def leave(self) -> None:
         self.run()
         self._tapes = {}
-        return self._direction.out_of_reach(buckets)

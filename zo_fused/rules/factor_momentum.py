@@ -10,11 +10,11 @@ from torch import Tensor
 from zo_fused.directions.factors import Factors
 from zo_fused.directions.low_rank import LowRank
 from zo_fused.step.direction import Term
-from zo_fused.step.rule import Update, check_state
+from zo_fused.step.rule import Rule, Update, check_state
 from zo_fused.sweeps.functions import int64_tensor
 
 
-class FactorMomentum:
+class FactorMomentum(Rule):
     """Momentum kept in the factor (LOZO-M, arXiv 2410.07698):
 
     ``N = beta * N + (1 - beta) * g * U``, ``theta = (1 - lr * weight_decay) * theta - lr * N V^T``.
@@ -27,6 +27,7 @@ class FactorMomentum:
     a window's end starts again from zero.
     """
 
+    takes = (LowRank,)
     not_capturable = "whether the momentum moves to a new window is for the host to say"
 
     def prepare(self, update: Update, direction: LowRank, state: dict[Any, Any]) -> None:
@@ -42,22 +43,22 @@ class FactorMomentum:
         u, bucket = update, update.bucket
         factors = direction.factors(bucket)
         flat, moments = self._momenta(u, factors, state)
-        if u.step > 0 and any(u.step % group["interval"] == 0 for group in bucket.fixed):
-            old = factors.of(u.seed, u.step - 1).vs
-            new = factors.of(u.seed, u.step).vs
-            for row, (p, g) in enumerate(zip(bucket.params, bucket.group, strict=True)):
-                if p.dim() >= 2 and u.step % bucket.fixed[g]["interval"] == 0:
+        if u.number > 0 and any(u.number % group["interval"] == 0 for group in bucket.fixed):
+            old = factors.of(u.seed, u.number - 1).vs
+            new = factors.of(u.seed, u.number).vs
+            for row, (p, g) in enumerate(zip(bucket.params, bucket.group_of, strict=True)):
+                if p.dim() >= 2 and u.number % bucket.fixed[g]["interval"] == 0:
                     moments[row].copy_(project(moments[row], old[row], new[row]))
-                    state[p]["momentum_window"].fill_(u.step // bucket.fixed[g]["interval"])
-        beta = bucket.hyper(u.groups, "momentum")
+                    state[p]["momentum_window"].fill_(u.number // bucket.fixed[g]["interval"])
+        beta = bucket.hyper(u.param_groups, "momentum")
         flat.mul_(factors.spread(u.if_finite(beta, 1.0)))
         for query, grad in enumerate(u.grads):
             gain = factors.spread(u.if_finite((1 - beta) * grad, 0.0))
-            flat.add_(gain * factors.of(u.seed, u.step, query).flat_u)
-        u.sweep(
+            flat.add_(gain * factors.of(u.seed, u.number, query).flat_u)
+        u.write(
             direction,
-            Term(u.step, u.if_finite(u.decay * u.restore, u.restore), query=u.displaced),
-            Term(u.step, u.if_finite(-u.lr, 0.0), flat),
+            Term(u.number, u.if_finite(u.decay * u.restore, u.restore), query=u.displaced),
+            Term(u.number, u.if_finite(-u.lr, 0.0), flat),
         )
 
 
@@ -67,16 +68,16 @@ def gathered(
     """The momenta of a bucket in one tensor, and its parts, which the state then holds."""
     bucket = update.bucket
     flat, parts = factors.buffer(factors.u_shapes)
-    for p, g, part in zip(bucket.params, bucket.group, parts, strict=True):
+    for p, g, part in zip(bucket.params, bucket.group_of, parts, strict=True):
         interval = bucket.fixed[g]["interval"]
-        last = (update.step - 1) // interval  # the window that was left
+        last = (update.number - 1) // interval  # the window that was left
         if "momentum_factor" in state[p]:
             check_state("momentum_factor", state[p]["momentum_factor"], part.shape, p)
         if "momentum_factor" in state[p] and int(state[p].get("momentum_window", last)) == last:
             part.copy_(state[p]["momentum_factor"])
         state[p]["momentum_factor"] = part
         if p.dim() >= 2:
-            state[p]["momentum_window"] = int64_tensor([update.step // interval])[0]
+            state[p]["momentum_window"] = int64_tensor([update.number // interval])[0]
     return flat, parts
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 
-from zo_fused.noise.keys import Stream, stream_keys
-from zo_fused.noise.streams import Purpose
-from zo_fused.step.direction import Direction
-from zo_fused.step.rule import Update
-from zo_fused.step.vectors import Vector, float32, of_tensor, table, where
+from zo_fused.directions.dense import Dense
+from zo_fused.step.direction import Term
+from zo_fused.step.rule import Rule, Update
+from zo_fused.step.vectors import Vector, float32, table, where
 
 
-class AdamOfHistory:
+class AdamOfHistory(Rule):
     """`Adam` with moments made anew from the estimates of the last H steps:
 
     ``m = sum of a_s z_s``, ``v = sum of b_s z_s^2`` with ``a_s = beta1^n (1 - beta1) g_s`` and
@@ -24,6 +24,7 @@ class AdamOfHistory:
     these steps, int64 [].
     """
 
+    takes = (Dense,)
     not_capturable = "how many steps there are to look back on, is for the host to say"
 
     def __init__(self, history: int) -> None:
@@ -50,25 +51,27 @@ class AdamOfHistory:
                     f"or with history={len(known)}"
                 )
             # steps without this parameter: it was frozen
-            missed = update.step - 1 - int(state[p]["step"])
+            missed = update.number - 1 - int(state[p]["step"])
             if missed < self.history:
                 row[: self.history - missed] = known[missed:].cpu()
         grads = grads.to(device)
-        last = torch.full((len(params),), update.step - 1, dtype=torch.int64, device=device)
+        last = torch.full((len(params),), update.number - 1, dtype=torch.int64, device=device)
         for p, row, step in zip(params, grads.unbind(), last.unbind(), strict=True):
             state[p].update(projected_grads=row, step=step)
-        return of_tensor(grads), of_tensor(last)
+        return grads, last
 
-    def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+    def apply(self, update: Update, direction: Dense, state: dict[Any, Any]) -> None:
         u, bucket = update, update.bucket
         past, last = self._past(u, state)
-        past[:, :-1] = past[:, 1:] * 1.0  # a copy: they overlap
+        past[:, :-1] = past[:, 1:].clone()  # they overlap
         past[:, -1] = u.if_finite(u.grads[0], math.nan)
-        last[:] = u.step
+        last[:] = u.number
         good = past == past  # not NaN
         later = good.sum(1)[:, None] - good.cumsum(1)
         grads = where(good, past, 0.0)
-        beta1, beta2 = (bucket.constant([g["betas"][i] for g in u.groups])[:, None] for i in (0, 1))
+        beta1, beta2 = (
+            bucket.constant([g["betas"][i] for g in u.param_groups])[:, None] for i in (0, 1)
+        )
         first = where(good, (1 - beta1) * beta1**later, 0.0)
         second = where(good, (1 - beta2) * beta2**later, 0.0)
         root = second.sum(1) ** 0.5
@@ -77,30 +80,29 @@ class AdamOfHistory:
             bucket.ones,
             bucket.zeros,
             bucket.zeros,
-            u.if_finite(bucket.hyper(u.groups, "adam_eps") * root, 1.0),
+            u.if_finite(bucket.hyper(u.param_groups, "adam_eps") * root, 1.0),
             u.if_finite(-u.lr * root / first.sum(1), 0.0),
         )
-        window = min(self.history, u.step + 1)
-        streams = [Stream(Purpose.DENSE, u.step - back) for back in reversed(range(window))]
-        restores = [bucket.zeros] * window
-        restores[-1] = u.if_finite(u.decay * u.restore, u.restore)
+        window = min(self.history, u.number + 1)
+        terms = [Term(u.number - back, bucket.zeros) for back in reversed(range(window))]
+        terms[-1] = Term(u.number, u.if_finite(u.decay * u.restore, u.restore))
         slots = range(self.history - window, self.history)
         first, second = first * grads, second * grads * grads
         linear = [first[:, slot] for slot in slots]
         squares = [second[:, slot] for slot in slots]
         if u.ahead is not None:
-            streams.append(Stream(Purpose.DENSE, u.step + 1))
-            restores.append(u.ahead)
+            terms.append(Term(u.step + 1, u.ahead))
             linear.append(bucket.zeros)
             squares.append(bucket.zeros)
-        bucket.sweep("moments_", [], [], key="history")(
-            stream_keys(u.seed, streams, bucket.device),
-            table(linear),
-            table(restores),
+        stretched = partial(direction.stretched, u.seed, terms)
+        bucket.prepared("moments_", [], [], key="history")(
+            direction.keys(u.seed, terms, bucket.device),
+            table(stretched(linear)),
+            table(stretched([term.coeffs for term in terms])),
             table(columns),
             float32(u.if_finite(u.decay, 1.0)),
             "adam",
             u.rounding,
-            squares=table(squares),
+            squares=table(stretched(stretched(squares))),
             **direction.options,
         )

@@ -1,7 +1,7 @@
 """Update rules with element-wise moments of the estimate ``g z``: momentum, Adam, sign.
 
 The estimate is made in registers, in the sweep that also restores and updates; only the moments are
-stored. Directions are dense. A step that is skipped leaves the moments as they are.
+stored. A step that is skipped leaves the moments as they are.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_fused.noise.keys import Stream, stream_keys
-from zo_fused.noise.streams import Purpose
+from zo_fused.directions.dense import Dense
 from zo_fused.step.buckets import Bucket
-from zo_fused.step.direction import Direction
-from zo_fused.step.rule import Update, check_state
-from zo_fused.step.vectors import Vector, float32, of_tensor, table
+from zo_fused.step.direction import Term
+from zo_fused.step.rule import Rule, Update, check_state
+from zo_fused.step.vectors import Vector, float32, table
 
 STATE_DTYPES = ("float32", "param")
 
@@ -39,7 +38,7 @@ def kept(
 
 def _sweep(
     update: Update,
-    direction: Any,
+    direction: Dense,
     rule: str,
     moments: list[list[Tensor]],
     beta: Vector,
@@ -52,14 +51,13 @@ def _sweep(
     """With ``g`` the sum of all ``grad z``: ``m = beta m + gain g``, ``v = beta2 v + gain2 g^2``
     and ``p = decay p + restore z + step s`` with s of the rule; and the next perturbation."""
     u = update
-    streams = [Stream(Purpose.DENSE, u.step, query=query) for query in range(len(u.grads))]
     grads = [u.if_finite(grad, 0.0) for grad in u.grads]
-    restores = [u.bucket.zeros] * len(grads)
-    restores[u.displaced] = u.if_finite(u.decay * u.restore, u.restore)
+    terms = [Term(u.step, u.bucket.zeros, query=query) for query in range(len(grads))]
+    back = u.if_finite(u.decay * u.restore, u.restore)
+    terms[u.displaced] = terms[u.displaced]._replace(coeffs=back)
     if u.ahead is not None:
-        streams.append(Stream(Purpose.DENSE, u.step + 1))
         grads.append(u.bucket.zeros)
-        restores.append(u.ahead)
+        terms.append(Term(u.step + 1, u.ahead))
     columns = (
         u.if_finite(beta, 1.0),
         u.if_finite(gain, 0.0),
@@ -68,10 +66,10 @@ def _sweep(
         u.if_finite(eps, 1.0),
         u.if_finite(step, 0.0),
     )
-    u.bucket.sweep("moments_", *moments, key=rule)(
-        stream_keys(u.seed, streams, u.bucket.device),
-        table(grads),
-        table(restores),
+    u.bucket.prepared("moments_", *moments, key=rule)(
+        direction.keys(u.seed, terms, u.bucket.device),
+        table(direction.stretched(u.seed, terms, grads)),
+        table(direction.stretched(u.seed, terms, [term.coeffs for term in terms])),
         table(columns),
         float32(u.if_finite(u.decay, 1.0)),
         rule,
@@ -80,24 +78,24 @@ def _sweep(
     )
 
 
-class Momentum:
+class Momentum(Rule):
     """``m = beta m + (1 - dampening) g z``, ``theta = (1 - lr weight_decay) theta - lr m``.
 
     State per parameter: ``momentum``, of its shape.
     """
 
-    not_capturable = ""
+    takes = (Dense,)
 
     def __init__(self, state_dtype: str) -> None:
         self.state_dtype = state_dtype
 
-    def prepare(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+    def prepare(self, update: Update, direction: Dense, state: dict[Any, Any]) -> None:
         kept(update.bucket, state, "momentum", self.state_dtype)
 
-    def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+    def apply(self, update: Update, direction: Dense, state: dict[Any, Any]) -> None:
         u = update
-        beta = u.bucket.hyper(u.groups, "momentum")
-        gain = 1 - u.bucket.hyper(u.groups, "dampening")
+        beta = u.bucket.hyper(u.param_groups, "momentum")
+        gain = 1 - u.bucket.hyper(u.param_groups, "dampening")
         zero = u.bucket.zeros
         m = kept(u.bucket, state, "momentum", self.state_dtype)
         _sweep(u, direction, "momentum", [m, []], beta, gain, zero, zero, zero, -u.lr)
@@ -110,10 +108,10 @@ def steps_taken(bucket: Bucket, state: dict[Any, Any]) -> Vector:
         if "step" in state[p]:
             part.copy_(state[p]["step"])
         state[p]["step"] = part
-    return of_tensor(t)
+    return t
 
 
-class Adam:
+class Adam(Rule):
     """``m = beta1 m + (1 - beta1) g z``, ``v = beta2 v + (1 - beta2) (g z)^2``,
     ``theta = (1 - lr weight_decay) theta - lr m' / (sqrt(v') + eps)`` with the bias-corrected
     ``m' = m / (1 - beta1^t)``, ``v' = v / (1 - beta2^t)``; t counts steps that were not skipped.
@@ -121,19 +119,19 @@ class Adam:
     State per parameter: ``exp_avg`` and ``exp_avg_sq`` of its shape, ``step``: t, float64 [].
     """
 
-    not_capturable = ""
+    takes = (Dense,)
 
     def __init__(self, state_dtype: str) -> None:
         self.state_dtype = state_dtype
 
-    def prepare(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+    def prepare(self, update: Update, direction: Dense, state: dict[Any, Any]) -> None:
         kept(update.bucket, state, "exp_avg", self.state_dtype)
         kept(update.bucket, state, "exp_avg_sq")
 
-    def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+    def apply(self, update: Update, direction: Dense, state: dict[Any, Any]) -> None:
         u, bucket = update, update.bucket
-        beta1, beta2 = (bucket.constant([g["betas"][i] for g in u.groups]) for i in (0, 1))
-        eps = bucket.hyper(u.groups, "adam_eps")
+        beta1, beta2 = (bucket.constant([g["betas"][i] for g in u.param_groups]) for i in (0, 1))
+        eps = bucket.hyper(u.param_groups, "adam_eps")
         t = bucket.once("step", lambda: steps_taken(bucket, state))
         t += u.finite
         root = (1 - beta2**t) ** 0.5
@@ -145,15 +143,12 @@ class Adam:
         _sweep(u, direction, "adam", [m, v], *columns)
 
 
-class Sign:
+class Sign(Rule):
     """``theta = (1 - lr weight_decay) theta - lr sign(g z)``, element by element. No state."""
 
-    not_capturable = ""
+    takes = (Dense,)
 
-    def prepare(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
-        pass
-
-    def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+    def apply(self, update: Update, direction: Dense, state: dict[Any, Any]) -> None:
         u = update
         one, zero = u.bucket.ones, u.bucket.zeros
         _sweep(u, direction, "sign", [[], []], zero, one, zero, zero, zero, -u.lr)

@@ -11,17 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 from zo_fused.step.direction import Direction, Term
-from zo_fused.step.rule import Update
-from zo_fused.step.vectors import sign
+from zo_fused.step.rule import Rule, Update
 
 
-class SGD:
+class SGD(Rule):
     """``theta = (1 - lr * weight_decay) * theta - lr * g * z`` from the perturbed weights."""
-
-    not_capturable = ""
-
-    def prepare(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
-        pass
 
     def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
         u = update
@@ -30,18 +24,13 @@ class SGD:
             back = u.restore if query == u.displaced else u.bucket.zeros
             coeffs = u.if_finite(u.decay * back - u.lr * grad, back)
             terms.append(Term(u.step, coeffs, query=query))
-        u.sweep(direction, *terms)
+        u.write(direction, *terms)
 
 
-class ScalarSign:
+class ScalarSign(Rule):
     """``theta = (1 - lr weight_decay) theta - lr sign(g) z`` (of several queries the mean).
     No state."""
 
-    not_capturable = ""
-
-    def prepare(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
-        pass
-
     def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
-        signs = [sign(grad) / len(update.grads) for grad in update.grads]
+        signs = [grad.sign() / len(update.grads) for grad in update.grads]
         SGD().apply(replace(update, grads=signs), direction, state)

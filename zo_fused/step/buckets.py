@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_fused.noise.streams import parameter_id
-from zo_fused.step.vectors import Vector, of_tensor, vector
+from zo_fused.step.vectors import Vector, vector
 from zo_fused.sweeps import operators
 from zo_fused.sweeps.arguments import not_dense, overlap
 from zo_fused.sweeps.functions import int64_tensor
@@ -32,8 +32,8 @@ class Bucket:
     beside: bool = False  # matrices whose changes a direction keeps beside them
     block: int = 0  # of its groups, where blocks of parameters are perturbed one at a time
     params: list[Tensor] = field(default_factory=list)
-    groups: list[int] = field(default_factory=list)  # indices of its param groups
-    group: list[int] = field(default_factory=list)  # index of the param group, a parameter
+    group_of: list[int] = field(default_factory=list)  # index of the param group, a parameter
+    in_use: list[int] = field(default_factory=list)  # these indices, each once
     id_list: list[int] = field(default_factory=list)
     ids: Tensor = field(default_factory=lambda: int64_tensor([]))
     offsets: Tensor = field(default_factory=lambda: int64_tensor([]))
@@ -47,7 +47,7 @@ class Bucket:
         then copies nothing to the device."""
         key = tuple(per_group)
         if key not in self._constants:
-            self._constants[key] = vector([key[g] for g in self.group], self.device)
+            self._constants[key] = vector([key[g] for g in self.group_of], self.device)
             if len(self._constants) > 32:
                 self._constants.popitem(last=False)
         return self._constants[key]
@@ -64,7 +64,7 @@ class Bucket:
         values: list[Any] = [group.get(name, default) for group in param_groups]
         if any(isinstance(v, Tensor) and v.device.type != "cpu" for v in values):
             there = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values]
-            return of_tensor(torch.stack([v.reshape(()) for v in there])[self.group_index])
+            return torch.stack([v.reshape(()) for v in there])[self.group_index]
         return self.constant([float(v) for v in values])
 
     @property
@@ -79,9 +79,9 @@ class Bucket:
 
     def has(self, per_group: Sequence[float]) -> bool:
         """Whether one of its groups has a number other than zero."""
-        return any(per_group[g] for g in self.groups)
+        return any(per_group[g] for g in self.in_use)
 
-    def sweep(
+    def prepared(
         self, name: str, *lists: list[Tensor], key: Any = None, params: list[Tensor] | None = None
     ) -> Callable[..., None]:
         """The sweep of that name over the parameters (or tensors like them) and further lists of
@@ -253,7 +253,7 @@ def make_buckets(
             key = (p.device, beside, block)
             bucket = buckets.setdefault(key, Bucket(p.device, fixed, beside, block))
             bucket.params.append(p)
-            bucket.group.append(group_number)
+            bucket.group_of.append(group_number)
             bucket.id_list.append(ids[position])
     everyone = list(chain.from_iterable(group["params"] for group in param_groups))
     for positions in taken.values():
@@ -267,6 +267,6 @@ def make_buckets(
     for bucket in buckets.values():
         bucket.ids = int64_tensor(bucket.id_list)
         bucket.offsets = torch.zeros_like(bucket.ids)
-        bucket.group_index = int64_tensor(bucket.group, bucket.device)
-        bucket.groups = sorted(set(bucket.group))
+        bucket.group_index = int64_tensor(bucket.group_of, bucket.device)
+        bucket.in_use = sorted(set(bucket.group_of))
     return sorted(buckets.values(), key=attrgetter("block"))

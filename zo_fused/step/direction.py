@@ -8,35 +8,32 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from zo_fused.noise.keys import Step
 from zo_fused.step.buckets import Bucket
 from zo_fused.step.vectors import Vector
 
 
 class Term(NamedTuple):
-    """``coeff * z`` with the z of a step's query."""
+    """``coeff * z`` with the z of a step's query, or of a probe."""
 
-    step: int
+    step: Step
     coeffs: Vector
     factor: Tensor | None = None  # low rank: a flat factor instead of the query's U
     query: int = 0
+    probe: bool = False
 
 
 class Direction:
-    """What an optimizer and its update rule need from a direction.
+    """How z is made.
 
-    What follows `update_scale` is for directions that keep a part of the weights beside them
-    (`zo_fused.directions.factored.direction`); the others have nothing to do.
+    Attributes:
+        fixed: names of the hyper-parameters that z depends on (`Bucket.fixed` has their values).
+        state: the optimizer's, by parameter. What a direction learns and can't make anew from the
+            seed and the step belongs there: `state_dict` then saves it.
     """
 
-    fixed: tuple[str, ...] = ()  # hyper-parameters that shape the noise: see `Bucket.fixed`
-    beside = False  # whether matrices get buckets of their own: see `Bucket.beside`
-    module: nn.Module | None = None  # that takes part in evaluations
-    paired = False  # whether both signs are evaluated at once, by `both`
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of the sweeps that draw z themselves."""
-        return {}
+    fixed: tuple[str, ...] = ()
+    state: dict[Any, Any]
 
     def sweep(
         self,
@@ -55,17 +52,44 @@ class Direction:
         """
         raise NotImplementedError
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What replay logs and states say of z beyond the method: the transform, if not normal."""
+        return {}
+
     def update_scale(self, bucket: Bucket) -> Vector | None:
         """Factor of the update relative to z; None for 1."""
         return None
 
-    def out_of_reach(self, buckets: Sequence[Bucket]) -> list[tuple[Tensor, str]]:
-        """Matrices beside which nothing can be kept, and why."""
-        return []
+    def learn(
+        self, buckets: Sequence[Bucket], seed: int, step: int, grads: Sequence[float]
+    ) -> None:
+        """What a step's probes found, before its queries: a projected gradient each."""
+        raise NotImplementedError
+
+    def leave(self) -> None:
+        """The buckets so far will not be used again."""
 
     def not_capturable(self, deferred: bool) -> str:
         """Why a step can't be captured in a CUDA graph; empty if it can."""
         return ""
+
+
+class Beside(Direction):
+    """A direction that keeps a part of the weights beside them, and adds it in the forward pass
+    (`zo_fused.directions.factored.direction`). For all others, nothing is to be done.
+
+    Attributes:
+        module: the model that takes part in evaluations.
+        paired: whether both signs are evaluated at once, by `both`.
+    """
+
+    module: nn.Module | None = None
+    paired = False
+
+    def out_of_reach(self, buckets: Sequence[Bucket]) -> list[tuple[Tensor, str]]:
+        """Matrices beside which nothing can be kept, and why."""
+        return []
 
     def attach(self, buckets: Sequence[Bucket]) -> None:
         """The model is to be evaluated with the parameters of these buckets; none: no more."""
@@ -87,15 +111,15 @@ class Direction:
         raise NotImplementedError
 
     def window_ends(self, bucket: Bucket, step: int) -> bool:
-        """Whether what is kept beside the weights must be written after this step."""
+        """Whether what is kept must be written after this step."""
         return False
 
     def pending(self, bucket: Bucket) -> bool:
-        """Whether something kept beside the weights is not yet in them."""
+        """Whether something that is kept is not yet in the weights."""
         return False
 
     def settle(self, bucket: Bucket, rounding: Tensor | None) -> bool:
-        """Write what is kept beside the weights; False if there is nothing."""
+        """Write what is kept; False if there is nothing."""
         return False
 
 

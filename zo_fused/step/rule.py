@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
+from zo_fused.noise.keys import Step
 from zo_fused.step.buckets import Bucket
 from zo_fused.step.direction import Direction, Term
 from zo_fused.step.vectors import Flag, Vector, where
@@ -15,26 +16,32 @@ from zo_fused.step.vectors import Flag, Vector, where
 
 @dataclass
 class Update:
-    """One step's update of one bucket."""
+    """One step's update of one bucket. Vectors have a row a parameter."""
 
     bucket: Bucket
-    groups: list[dict[str, Any]]
+    param_groups: list[dict[str, Any]]
     seed: int
-    step: int
+    step: Step
     displaced: int  # along the z of this query are the weights,
     restore: Vector  # and this coefficient of it takes them back to theta
     grads: list[Vector]  # a query: projected gradient / queries, times the direction's update scale
     lr: Vector
     decay: Vector  # 1 - lr * weight_decay
-    ahead: Vector | None  # coefficient of the next step's z; None: the weights end at rest
+    ahead: Vector | None  # coefficient of the next step's z; None: the weights end at theta
     finite: Flag  # False: no update
     rounding: Tensor | None  # key of the step's rounding stream, int64 [1]; None: to nearest
+
+    @property
+    def number(self) -> int:
+        """The step, for rules that can't be captured."""
+        assert isinstance(self.step, int)
+        return self.step
 
     def if_finite(self, value: Vector, otherwise: Vector | float) -> Vector:
         """The value of a good step, or what stands for it in a step that is skipped."""
         return value if self.finite is True else where(self.finite, value, otherwise)
 
-    def sweep(self, direction: Direction, *terms: Term) -> None:
+    def write(self, direction: Direction, *terms: Term) -> None:
         """``p = decay * p + sum of the terms``, and the next perturbation."""
         if self.ahead is not None:
             terms = (*terms, Term(self.step + 1, self.ahead))
@@ -55,12 +62,20 @@ def check_state(name: str, kept: Tensor, shape: Sequence[int], p: Tensor) -> Non
         )
 
 
-class Rule(Protocol):
-    """Applies an `Update`. `state` is the optimizer's, keyed by parameter."""
+class Rule:
+    """What a projected gradient does to the weights. `state` is the optimizer's, by parameter.
 
-    not_capturable: str  # why a step can't be captured in a CUDA graph; empty if it can
+    Attributes:
+        takes: the kinds of directions that it knows the z of.
+        not_capturable: why a step can't be captured in a CUDA graph; empty if it can.
+    """
+
+    takes: tuple[type[Direction], ...] = (Direction,)
+    not_capturable: str = ""
 
     def prepare(self, update: Update, direction: Any, state: dict[Any, Any]) -> None:
         """Make the state of a new bucket, before anything moves."""
 
-    def apply(self, update: Update, direction: Any, state: dict[Any, Any]) -> None: ...
+    def apply(self, update: Update, direction: Any, state: dict[Any, Any]) -> None:
+        """Take back the perturbation, apply the update and go ahead, in one sweep."""
+        raise NotImplementedError

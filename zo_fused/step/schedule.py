@@ -12,22 +12,22 @@ BLOCK_ORDERS = ("sequential", "simultaneous")
 
 
 class Position(NamedTuple):
-    """``theta + sign * eps * z`` with the z of a query, in one block of parameters or in all."""
+    """``theta + sign * eps * z`` with the z of a query of the step, or of a probe."""
 
     sign: float
     query: int = 0
-    block: int | None = None
+    probe: bool = False
 
-    def to_json(self) -> Any:
-        """The sign, or a list of all that tells the position."""
-        if self.block is not None:
-            return [self.sign, self.query, self.block]
-        return [self.sign, self.query] if self.query else self.sign
+    def to_json(self) -> list[Any]:
+        """As a replay log has it."""
+        return [self.sign, self.query, "probe"] if self.probe else [self.sign, self.query]
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The arguments of optimizers that say which losses a step takes: see `ZerothOrderOptimizer`.
+
+    Blocks have queries of their own: with the blocks b0, b1, .. in order, those of b0 come first.
 
     Raises:
         TypeError: deferred or one_sided is no bool.
@@ -48,33 +48,34 @@ class Schedule:
         if self.deferred and self.block_order is not None:
             raise ValueError("deferred saves nothing where blocks are perturbed one at a time")
 
-    def turn(self, blocks: Sequence[int], step: int) -> int | None:
-        """The only block that a step has to do with; None for all."""
-        return blocks[step % len(blocks)] if self.block_order == "sequential" else None
+    def count(self, blocks: Sequence[int]) -> int:
+        """Queries of a step, and so projected gradients."""
+        return self.queries * (len(blocks) if self.block_order == "simultaneous" else 1)
 
-    def positions(self, blocks: Sequence[int]) -> list[Position]:
+    def block_of(self, blocks: Sequence[int], step: int, query: int = 0) -> int | None:
+        """The only block that a query moves; None: it moves all."""
+        if self.block_order is None:
+            return None
+        turn = step % len(blocks) if self.block_order == "sequential" else query // self.queries
+        return blocks[turn]
+
+    def positions(self, count: int) -> list[Position]:
         """Where a step takes its losses, in the order that costs the fewest sweeps."""
-        apart = blocks if self.block_order == "simultaneous" else [None]
         if not self.one_sided:
-            return [
-                Position(sign, query, block)
-                for block in apart
-                for query in range(self.queries)
-                for sign in (1.0, -1.0)
-            ]
-        out = [Position(1.0, query, block) for block in apart for query in range(self.queries)]
+            return [Position(sign, query) for query in range(count) for sign in (1.0, -1.0)]
+        out = [Position(1.0, query) for query in range(count)]
         # from where the schedule has the weights
         return [out[0], Position(0.0), *out[1:]] if self.deferred else [Position(0.0), *out]
 
-    def pairs(self, losses: Mapping[Position, Any]) -> tuple[list[Any], list[Any]]:
-        """The losses that every projected gradient is the difference of, block by block."""
-        plus = [position for position in losses if position.sign > 0]
-        other = [Position(0.0) if self.one_sided else p._replace(sign=-1.0) for p in plus]
-        return [losses[p] for p in plus], [losses[p] for p in other]
 
-    def usual_path(self, blocks: Sequence[int]) -> list[Any]:
-        """The perturbations of a step as a log has them; at theta, a first one does nothing."""
-        positions = self.positions(blocks)
-        if not self.deferred and positions[0].sign == 0:
-            del positions[0]
-        return [position.to_json() for position in positions]
+def pairs(losses: Mapping[Position, Any]) -> list[tuple[Any, Any, int]]:
+    """The losses that every projected gradient is the difference of, and how many eps they were
+    taken apart."""
+    found = []
+    for position in losses:
+        if position.sign > 0:
+            other = position._replace(sign=-1.0)
+            two_sided = other in losses
+            away = losses[other] if two_sided else losses[Position(0.0)]
+            found.append((losses[position], away, 2 if two_sided else 1))
+    return found

@@ -22,7 +22,7 @@ from zo_fused.directions.factored.side_paths import SidePaths
 from zo_fused.directions.factors import Factors, StepFactors
 from zo_fused.directions.low_rank import LowRank
 from zo_fused.step.buckets import Bucket
-from zo_fused.step.direction import Term
+from zo_fused.step.direction import Beside, Term
 from zo_fused.step.vectors import Vector, float32
 
 # V / 64 and 64 X take part in the forward pass: in float16, x V of large activations would overflow
@@ -30,7 +30,7 @@ from zo_fused.step.vectors import Vector, float32
 FORWARD_SCALE = 64.0
 
 
-class Beside:
+class Kept:
     """What is kept beside the weights of a bucket."""
 
     def __init__(self, bucket: Bucket, factors: Factors) -> None:
@@ -103,7 +103,7 @@ class ForwardFactors:
             torch.mul(flat, factor, out=copy)
 
 
-class Factored(LowRank):
+class Factored(LowRank, Beside):
     """`LowRank` directions; see the top of this file.
 
     Args:
@@ -112,7 +112,6 @@ class Factored(LowRank):
         divide_by_rank: as in `LowRank`.
     """
 
-    beside = True
     fixed: tuple[str, ...] = (*LowRank.fixed, "weight_decay")
 
     def __init__(
@@ -137,8 +136,8 @@ class Factored(LowRank):
         self.__dict__.update(state)
         self._reset()
 
-    def _beside(self, bucket: Bucket) -> Beside:
-        return bucket.once("beside", lambda: Beside(bucket, self.factors(bucket)))
+    def _beside(self, bucket: Bucket) -> Kept:
+        return bucket.once("beside", lambda: Kept(bucket, self.factors(bucket)))
 
     def sweep(
         self,
@@ -168,7 +167,7 @@ class Factored(LowRank):
         kept = self._beside(bucket)
         assert kept.step is not None
         key = ("settle", kept.step.number)
-        sweep = bucket.sweep("lowrank_", kept.xs, kept.step.vs, key=key)
+        sweep = bucket.prepared("lowrank_", kept.xs, kept.step.vs, key=key)
         sweep(torch.ones_like(kept.scale), kept.scale, rounding)
         kept.clear()
         return True
@@ -230,7 +229,7 @@ class Factored(LowRank):
             halves = [pair[side] for pair in copies]
             torch._foreach_copy_(halves, bucket.params)
             key = (side, now.number)
-            sweep = bucket.sweep("lowrank_", now.us, now.vs, key=key, params=halves)
+            sweep = bucket.prepared("lowrank_", now.us, now.vs, key=key, params=halves)
             sweep(coeffs, torch.ones_like(coeffs))
         return list(zip(bucket.params, copies, strict=True))
 
@@ -246,7 +245,7 @@ class Factored(LowRank):
                 bs += kept.bs.parts
                 scales += [
                     scale if bucket.fixed[group]["weight_decay"] else None
-                    for scale, group in zip(kept.scale.unbind(), bucket.group, strict=True)
+                    for scale, group in zip(kept.scale.unbind(), bucket.group_of, strict=True)
                 ]
             self._paths = SidePaths(self.module, params, vs, bs, scales)
             self._of, self._watched = beside, False

@@ -6,6 +6,7 @@ One header line, then one line an event:
   a loss was not finite; nothing applied), after the header's usual path of perturbations
 * ``[step, g, path]``: the same after other perturbations
 * ``[step, "restore", path]``: perturbations that were taken back without an update
+* ``[.., path, {"probes": [...]}]``: one of these after probes, with their projected gradients
 * ``{"groups": [...]}``: hyper-parameters of the groups from here on
 * ``{"trainable": [...]}``: positions of the trainable parameters from here on
 * ``{"in_place": [...]}``: those that a factored run perturbs in place all the same
@@ -25,11 +26,11 @@ from typing import Any, NamedTuple
 
 FORMAT = "zo_fused replay log"
 VERSION = 1
-USUAL_PATH = [1.0, -1.0]  # where a header has none
+USUAL_PATH = [[1.0, 0], [-1.0, 0]]  # where a header has none
 
 
 Settings = dict[str, Any]  # the values of these names, as the log has them
-_SETTINGS = ("groups", "trainable", "in_place")
+SETTINGS = ("groups", "trainable", "in_place")
 _FORMS = {
     "method": str,
     "base": str,
@@ -59,6 +60,7 @@ class Event:
     groups: list[dict[str, Any]]
     trainable: list[int]
     in_place: list[int]
+    probes: list[float] | None = None  # what they found; None: there were none
 
 
 @dataclass
@@ -67,9 +69,6 @@ class Log:
 
     header: dict[str, Any]
     events: list[Event] = field(default_factory=list)
-
-
-# ---- reading ------------------------------------------------------------------------------------
 
 
 def _must(condition: bool, message: str) -> None:
@@ -119,7 +118,7 @@ class _Reader:
             _scalar(value, name)
         self._queries = _whole(options.get("queries", 1), "queries", _MOST_QUERIES)
         self._simultaneous = options.get("block_order") == "simultaneous"
-        self.settings = self._changed({name: header[name] for name in _SETTINGS}, {})
+        self.settings = self._changed({name: header[name] for name in SETTINGS}, {})
         self.usual_path = self._path(header.get("path", USUAL_PATH))
         self._next_step: int = header["first_step"]
 
@@ -143,7 +142,7 @@ class _Reader:
             self.settings = self._changed(value, self.settings)
             return None
         fields = _list(value, "a line")
-        _must(len(fields) in (2, 3), f"it has {len(fields)} values, not two or three")
+        _must(2 <= len(fields) <= 4, f"it has {len(fields)} values, not two to four")
         step, what, *rest = fields
         restored = what == "restore"
         _must(bool(rest) or not restored, "a restore has no path")
@@ -152,12 +151,13 @@ class _Reader:
         path = self._path(rest[0]) if rest else self.usual_path
         grads = None if restored or what is None else self._grads(what)
         self._next_step += not restored
-        return Event(step, path, grads, restored, **self.settings)
+        probes = self._probes_of(rest[1], path) if len(rest) == 2 else None
+        return Event(step, path, grads, restored, **self.settings, probes=probes)
 
     def _changed(self, changes: dict[str, Any], settings: Settings) -> Settings:
         _must(bool(changes), "it changes nothing")
         for name, value in changes.items():
-            _must(name in _SETTINGS, f"there is no setting {_short(name)}")
+            _must(name in SETTINGS, f"there is no setting {_short(name)}")
             _list(value, name)
             if name == "groups":
                 count = f"there are {len(value)} groups, not {self._groups}"
@@ -176,20 +176,28 @@ class _Reader:
         return [self._perturbation(entry) for entry in _list(value, "the path")]
 
     def _perturbation(self, entry: Any) -> Any:
+        """``[sign, query]``, ``[sign, query, "probe"]`` or ``{"at": [...]}``."""
         if isinstance(entry, dict):
             _must(entry.keys() == {"at"}, f"{_short(entry)} is no perturbation")
             at = [_number(x, "a coefficient") for x in _list(entry["at"], "at")]
             _must(len(at) == self._groups, f"at has {len(at)} values, not {self._groups}")
             return {"at": at}
-        if not isinstance(entry, list):
-            return [_number(entry, "a sign")]
+        if not isinstance(entry, list):  # as earlier versions wrote the first query
+            return [_number(entry, "a sign"), 0]
         _must(len(entry) in (2, 3), f"{_short(entry)} is no perturbation")
-        sign, query = _number(entry[0], "a sign"), _whole(entry[1], "a query", self._queries)
-        if len(entry) == 2:
-            return [sign, query]
-        known = type(entry[2]) is int and entry[2] in self._blocks()
-        _must(known, f"there is no block {_short(entry[2])}")
-        return [sign, query, entry[2]]
+        if entry[2:] == ["probe"]:
+            return [_number(entry[0], "a sign"), _whole(entry[1], "a probe", _MOST_QUERIES), True]
+        count = self._queries if len(entry) == 3 else self._count()
+        sign, query = _number(entry[0], "a sign"), _whole(entry[1], "a query", count)
+        if len(entry) == 3:  # earlier versions numbered the queries of a block apart
+            known = type(entry[2]) is int and entry[2] in self._blocks()
+            _must(known, f"there is no block {_short(entry[2])}")
+            query += sorted(self._blocks()).index(entry[2]) * self._queries
+        return [sign, query]
+
+    def _count(self) -> int:
+        """Queries of a step."""
+        return self._queries * (len(self._blocks()) if self._simultaneous else 1)
 
     def _blocks(self) -> set[int]:
         """Of the parameters that move."""
@@ -198,9 +206,18 @@ class _Reader:
 
     def _grads(self, value: Any) -> list[float]:
         values = value if isinstance(value, list) else [value]
-        wanted = self._queries * (len(self._blocks()) if self._simultaneous else 1)
+        wanted = self._count()
         _must(len(values) == wanted, f"it has {len(values)} projected gradients, not {wanted}")
         return [_number(x, "a projected gradient", _FLOAT32_INFINITY) for x in values]
+
+    @staticmethod
+    def _probes_of(value: Any, path: list[Any]) -> list[float]:
+        right = isinstance(value, dict) and value.keys() == {"probes"}
+        _must(right, f"{_short(value)} is not what probes found")
+        found = [_number(x, "a probe", _FLOAT32_INFINITY) for x in _list(value["probes"], "probes")]
+        probes = {entry[1] for entry in path if isinstance(entry, list) and len(entry) == 3}
+        _must(len(found) == len(probes), f"it has {len(found)} probes, its path {len(probes)}")
+        return found
 
 
 def _check_group(group: Any, example: dict[str, Any]) -> None:
@@ -246,9 +263,10 @@ class Line(NamedTuple):
     header: dict[str, Any]
     settings: Settings  # from here on
     event: Event | None  # None: the header, or a change of settings
+    usual_path: list[Any]  # of the header
 
 
-def _lines(path: Path, contract: int) -> Iterator[Line]:
+def read_lines(path: Path, contract: int) -> Iterator[Line]:
     """The lines one after the other, as far as they are looked at.
 
     Raises:
@@ -276,7 +294,7 @@ def _lines(path: Path, contract: int) -> Iterator[Line]:
             except (ValueError, RecursionError) as error:
                 what = "a header" if reader is None else "an event"
                 raise ValueError(f"{path}, line {number}: not {what} ({error})") from None
-            yield Line(text, header, reader.settings, event)
+            yield Line(text, header, reader.settings, event, reader.usual_path)
     if reader is None:
         raise ValueError(f"{path} is not a zo_fused replay log: it has no complete header line")
 
@@ -288,129 +306,7 @@ def read(path: str | os.PathLike[str], contract: int) -> Log:
         FileNotFoundError: no such file.
         ValueError: not a log, of another version, or damaged (with the line number).
     """
-    lines = _lines(Path(path), contract)
-    log = Log({"path": USUAL_PATH} | next(lines).header)
+    lines = read_lines(Path(path), contract)
+    log = Log(next(lines).header)
     log.events += [line.event for line in lines if line.event is not None]
     return log
-
-
-# ---- writing ------------------------------------------------------------------------------------
-
-
-class Writer:
-    """Writes a log as the run goes. The file is closed between lines, so nothing is left behind;
-    but it must stay the file that it was: another would lack the header.
-
-    Raises:
-        OSError: from a method, a line can't be written, or the file is gone or was changed.
-    """
-
-    def __init__(self, path: Path, settings: Settings, usual_path: list[Any]) -> None:
-        self._path = path
-        self._settings = settings
-        self._usual_path = usual_path
-        self._size = path.stat().st_size  # a cheap sign of whether it is still the same file
-
-    @classmethod
-    def create(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> Writer:
-        """Start a new log, replacing a file of that name."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("", encoding="utf-8")
-        writer = cls(path, {name: header[name] for name in _SETTINGS}, header["path"])
-        writer._write({"format": FORMAT, "version": VERSION, **header})
-        return writer
-
-    @classmethod
-    def resume(
-        cls, path: str | os.PathLike[str], header: dict[str, Any], step: int, restores: int
-    ) -> Writer:
-        """Go on with a log from `step`, after dropping what was written later than that.
-
-        Args:
-            path: the log.
-            header: what the present run would write; must describe the same run.
-            step: steps that the weights at hand have seen.
-            restores: restores since the last of them, which the weights have seen as well.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: the log is damaged, of another run, or misses steps.
-        """
-        path = Path(path)
-        kept: list[bytes] = []
-        settings: Settings = {}
-        usual_path: list[Any] = []  # the file's, whatever the present one is
-        next_step = -1
-        for line in _lines(path, header["contract"]):
-            event = line.event
-            if not kept:
-                for name in ("method", "seed", "options", "parameters"):
-                    if line.header[name] != header[name]:
-                        raise ValueError(f"{path} is the log of another run: {name} differs")
-                usual_path = line.header.get("path", USUAL_PATH)
-                next_step = line.header["first_step"]
-            elif event is not None and not event.restored:
-                if event.step >= step:
-                    break
-                next_step = event.step + 1
-            elif event is not None and event.step >= step:
-                if event.step > step or restores == 0:
-                    break
-                restores -= 1
-            settings = line.settings
-            kept.append(line.text)
-        if next_step != step:
-            raise ValueError(
-                f"{path} can't be continued at step {step}: its last complete step before that "
-                f"leads to step {next_step}"
-            )
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(b"".join(kept))
-        os.replace(temporary, path)
-        return cls(path, settings, usual_path)
-
-    def update(
-        self,
-        step: int,
-        path: list[Any],
-        projected_grads: list[float] | None,
-        settings: Settings,
-    ) -> None:
-        """An update was applied, or skipped (None)."""
-        self._set(settings)
-        grads: Any = projected_grads
-        if projected_grads is not None and len(projected_grads) == 1:
-            (grads,) = projected_grads
-        event = [step, grads]
-        self._write(event if path == self._usual_path else [*event, path])
-
-    def restore(self, step: int, path: list[Any], settings: Settings) -> None:
-        """Perturbations were taken back, and what was kept beside the weights written."""
-        self._set(settings)
-        self._write([step, "restore", path])
-
-    def _set(self, settings: Settings) -> None:
-        for name in _SETTINGS:
-            if settings[name] != self._settings[name]:
-                self._write({name: settings[name]})
-        self._settings = settings
-
-    def _write(self, value: Any) -> None:
-        text = (json.dumps(value, separators=(",", ":")) + "\n").encode()
-        size, self._size = self._size, -1  # no line may follow one that is not there
-        try:
-            file = os.open(self._path, os.O_WRONLY | os.O_APPEND)  # makes none where it is gone
-            try:
-                whole = os.fstat(file).st_size == size and os.write(file, text) == len(text)
-            finally:
-                os.close(file)
-        except OSError as error:
-            error.filename = str(self._path)
-            raise
-        if not whole:  # the disk is full, another run's file lies there, or it was edited
-            raise OSError(
-                f"{self._path}: a line of the replay log could not be written whole, or something "
-                "else wrote there"
-            )
-        self._size = size + len(text)

@@ -1,0 +1,272 @@
+"""torch's contract of an optimizer: groups that are checked, a state that can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_fused.checks import whole
+from zo_fused.noise.streams import CONTRACT_VERSION, plain_name
+from zo_fused.step.access import Access, plain_tensors
+from zo_fused.step.buckets import parameter_ids
+from zo_fused.step.capture import Capture
+from zo_fused.step.direction import Direction
+from zo_fused.step.evaluation import Evaluation
+from zo_fused.step.groups import COUNTERS, Groups
+from zo_fused.step.guard import Guard
+from zo_fused.step.hyper import check_group, hyper
+from zo_fused.step.optimizer_state import check_saved, in_order
+from zo_fused.step.parameters import Parameters
+from zo_fused.step.report import Report
+from zo_fused.step.rule import Rule
+from zo_fused.step.schedule import Schedule
+from zo_fused.step.timing import Timer
+from zo_fused.step.weights import Weights
+
+
+class Base(torch.optim.Optimizer):
+    """What `ZerothOrderOptimizer` has of `torch.optim.Optimizer`.
+
+    Attributes:
+        weights: where they are, and who takes them elsewhere.
+        rule: what a projected gradient does.
+        schedule: which losses a step takes.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        direction: Direction,
+        rule: Rule,
+        seed: int,
+        schedule: Schedule,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        seed = whole("seed", seed, 0, bits=64)
+        module = params if isinstance(params, nn.Module) else None
+        if module is not None:
+            params = module.named_parameters()
+        elif isinstance(params, Mapping) or callable(params):
+            raise TypeError(
+                "params must be a module, its named_parameters() or parameters(), or param groups, "
+                f"got {type(params).__name__}"
+            )
+        _check_pair(rule, direction)
+        counters: dict[str, Any] = {
+            "seed": seed,
+            "step": 0,
+            "restores": 0,
+            "contract": CONTRACT_VERSION,
+        }
+        counters |= {"in_place": (), "method": _kind(self, rule, direction)}
+        defaults = {"block": 0, **{name: hyper(name, value) for name, value in defaults.items()}}
+        defaults |= counters
+        self._assemble(
+            direction, rule, schedule, {**asdict(schedule), **(options or {})}, defaults, module
+        )
+        super().__init__(params, defaults)
+
+    def _assemble(
+        self,
+        direction: Direction,
+        rule: Rule,
+        schedule: Schedule,
+        options: dict[str, Any],
+        defaults: dict[str, Any],
+        module: nn.Module | None,
+    ) -> None:
+        self.rule = rule
+        self.schedule = schedule
+        self._options = options
+        self.projected_grad: Tensor | None = None
+        self._groups = Groups(defaults, self.check_group)
+        guard = Guard(self._show_theta)
+        by_block = schedule.block_order is not None
+        parameters = Parameters(self._groups, by_block, module, guard)
+        self.weights = Weights(self._groups, direction, schedule, parameters)
+        self._capture = Capture(self.weights)
+        self._access = Access(self, self.weights, self._capture, guard)
+        self._timer = Timer(parameters)
+        self._report = Report()
+        self._evaluation = Evaluation(self.weights, self._timer, self._report)
+
+    def _bind(self) -> None:
+        """The groups and the state may be other objects now."""
+        self._groups.all = self.param_groups
+        self.weights.direction.state = self.state
+
+    def _show_theta(self) -> None:
+        """For whoever looks at a parameter, from any thread."""
+        self._access.flush(wait=True)
+
+    def flush(self) -> None:
+        """Put the weights at theta (up to rounding), whatever the schedule keeps beside them.
+
+        One sweep, or none if they are there.
+        """
+        self._access.flush()
+
+    @property
+    def direction(self) -> Direction:
+        """How z is made."""
+        return self.weights.direction
+
+    @property
+    def seed(self) -> int:
+        """Base seed of the run."""
+        return self._groups.seed
+
+    @property
+    def step_count(self) -> int:
+        """Steps taken, skipped ones included (after a capture, this waits for the device)."""
+        self._capture.ask()
+        return self._groups.step
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were not applied because a loss was not finite (waits for the device)."""
+        return int(self._report.skipped)
+
+    @property
+    def timings(self) -> dict[str, float] | None:
+        return self._timer.timings
+
+    @timings.setter
+    def timings(self, timings: dict[str, float] | None) -> None:
+        self._timer.timings = timings
+
+    # ---- param groups ---------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its counters are those of the run.
+
+        Raises:
+            TypeError, ValueError: a hyper-parameter is not what it should be or none of this method
+                (see `zo_fused.step.hyper.check_group`), or two parameters share a name.
+            RuntimeError: a replay log is open, which has the groups of its start.
+        """
+        self._bind()
+        if self.weights.log.is_open:
+            raise RuntimeError("a replay log has the groups of its start: close_log() first")
+        if self.param_groups:
+            self.flush()
+            self._access.pending = None
+        if "seed" in param_group and "contract" not in param_group:
+            raise ValueError("seed is the run's: give it to the optimizer, not to a param group")
+        counters = self.param_groups[0] if self.param_groups else self.defaults
+        param_group |= {name: counters[name] for name in COUNTERS}
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            if "param_names" in group:
+                group["param_names"] = [plain_name(name) for name in group["param_names"]]
+            self.check_group(group)
+            parameter_ids(self.param_groups)
+        except BaseException:
+            del self.param_groups[-1]
+            raise
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Convert and check what a group says, in place. A method with hyper-parameters of its own
+        looks at them here."""
+        check_group(type(self).__name__, group, self.defaults)
+        if group.get("rounding") != self.param_groups[0].get("rounding"):
+            raise ValueError("rounding must be the same in all param groups: one sweep serves them")
+
+    def __repr__(self) -> str:
+        hidden = {"params", "param_names", *COUNTERS} - {"seed"}
+        lines = [f"{type(self).__name__} ("]
+        for number, group in enumerate(self.param_groups):
+            lines.append(f"Parameter Group {number}")
+            lines += [f"    {name}: {group[name]}" for name in sorted(group.keys() - hidden)]
+        return "\n".join([*lines, ")"])
+
+    # ---- saving ---------------------------------------------------------------------------------
+
+    def __del__(self) -> None:
+        """An optimizer that goes away leaves its weights at theta, also after `perturb`."""
+        weights = getattr(self, "weights", None)
+        if weights is not None and weights.place.at and not weights.ahead:
+            # else parameters keep it alive
+            with suppress(Exception):  # the interpreter may be going away, too
+                self.flush()
+
+    def __getstate__(self) -> dict[str, Any]:
+        weights = self.weights
+        if weights.place.at and not weights.ahead and self._access.pending is None:
+            # too late to do it here: the weights may have been copied already
+            raise RuntimeError("weights are perturbed: flush() before copying or pickling")
+        self.flush()  # if weights were copied before, looking at them has done this already
+        parts = (self.direction, self.rule, self.schedule, self._options)
+        return {**super().__getstate__(), "_parts": parts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        if "_parts" in state:  # unpickled, not loaded from a state_dict
+            direction, rule, schedule, options = state.pop("_parts")
+            self._assemble(direction, rule, schedule, options, state["defaults"], None)
+        super().__setstate__(state)
+        self._bind()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, bit for bit; the weights are flushed first."""
+        self.flush()
+        self._groups.count(step=self.step_count)
+        return super().state_dict()
+
+    @plain_tensors
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state. Unlike the base class, tensors keep the dtype in which they were saved.
+        Where parameters have names, each gets the state of its name, whatever the order.
+
+        Raises:
+            ValueError: the state is of another method, of other parameters, or was written under
+                another version of the noise contract.
+        """
+        self.flush()
+        self._access.pending = None
+        groups = state_dict["param_groups"]
+        for group in groups:
+            check_saved(group, _kind(self, self.rule, self.direction))
+        loaded: dict[str, Any] = {}
+        # Registered last, so it sees what the user's own hooks made of the state.
+        hook = self.register_load_state_dict_pre_hook(lambda _, state: loaded.update(state))
+        try:
+            groups = in_order(groups, self.param_groups)
+            super().load_state_dict({**state_dict, "param_groups": groups})
+        finally:
+            hook.remove()
+        saved = [i for group in loaded["param_groups"] for i in group["params"]]
+        for index, p in zip(saved, self._groups.params(), strict=True):
+            for name, value in loaded["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][name] = value.detach().to(p.device, copy=True)
+        for group in self.param_groups:  # a state of an earlier version has none
+            group.setdefault("block", 0)
+        self.weights.parameters.forget()
+
+
+def _kind(optimizer: Base, rule: Rule, direction: Direction) -> str:
+    """What a state must be of to be loaded."""
+    words = [type(rule).__name__, *map(str, direction.options.values())]
+    return f"{type(optimizer).__name__} ({', '.join(words)})"
+
+
+def _check_pair(rule: Rule, direction: Direction) -> None:
+    """A rule makes its own sweeps only of directions whose z it knows.
+
+    Raises:
+        TypeError: it does not know that of this one.
+    """
+    if not isinstance(direction, rule.takes):
+        known = " or ".join(kind.__name__ for kind in rule.takes)
+        raise TypeError(
+            f"the rule {type(rule).__name__} is for directions of {known}, and "
+            f"{type(direction).__name__} is none: it would not take back the perturbation"
+        )

@@ -1,0 +1,118 @@
+"""The parameters of an optimizer, in buckets, looked at before every step."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_fused.step.buckets import Bucket, labels, make_buckets, signature
+from zo_fused.step.direction import Beside, Direction
+from zo_fused.step.groups import Groups
+from zo_fused.step.guard import Guard
+
+logger = logging.getLogger("zo_fused")
+
+
+class Parameters:
+    """Those that move, a bucket a device.
+
+    Args:
+        groups: of the optimizer.
+        by_block: whether the parameters of a block have a bucket of their own.
+        module: that was given to the optimizer.
+        guard: of what is swept.
+
+    Attributes:
+        trainable: positions of the parameters that move; None: those that require gradients.
+    """
+
+    def __init__(
+        self, groups: Groups, by_block: bool, module: nn.Module | None, guard: Guard
+    ) -> None:
+        self.buckets: list[Bucket] = []
+        self.trainable: set[int] | None = None
+        self._groups = groups
+        self._by_block = by_block
+        self._guard = guard
+        self._signature: tuple[Any, ...] | None = None
+        self._versioned: list[Tensor] = []  # those whose changes autograd can be told
+        self._places: tuple[list[Any], ...] = ([], [], [])  # a module's tables, names, parameters
+        for part in module.modules() if module is not None else ():
+            for name, p in part._parameters.items():
+                for column, value in zip(self._places, (part._parameters, name, p), strict=True):
+                    column.append(value)
+
+    def check_module(self) -> None:
+        """The module may hold another parameter now, which the forward pass then uses."""
+        tables, names, params = self._places
+        held = list(map(dict.get, tables, names, params))  # in loops of C
+        if not all(map(operator.is_, held, params)):
+            name = next(n for n, now, p in zip(names, held, params, strict=True) if now is not p)
+            raise RuntimeError(
+                f"the module holds another parameter {name!r} than when the optimizer was made "
+                "(load_state_dict(assign=True), or an assignment?): make the optimizer anew"
+            )
+
+    def changed(self, direction: Direction) -> bool:
+        """Whether the buckets must be made anew: what requires gradients, or where it lies, is not
+        what it was."""
+        return self._now(direction) != self._signature
+
+    def renew(self, direction: Direction) -> None:
+        """Make the buckets."""
+        in_place = None
+        while in_place is None or in_place != self._in_place(direction):
+            in_place = self._in_place(direction)
+            signature_now, names = self._now(direction), self._names(direction)
+            self.buckets = make_buckets(
+                self._groups.all, self.trainable, names, in_place, self._by_block
+            )
+            self._signature = signature_now
+            if not isinstance(direction, Beside):
+                break
+            for p, reason in direction.out_of_reach(self.buckets):
+                self.keep_in_place(p, reason)
+        self._watch()
+
+    def forget(self) -> None:
+        """The buckets are of no use any more."""
+        self.buckets, self._signature = [], None
+
+    def keep_in_place(self, param: Tensor, reason: str) -> None:
+        """From the next evaluation on, this parameter is perturbed in place."""
+        position = next(i for i, p in enumerate(self._groups.params()) if p is param)
+        name = labels(self._groups.all)[position].strip("'")
+        known = self._groups.shared("in_place")
+        if position in known:
+            raise RuntimeError(f"parameter {name} {reason} although it is perturbed in place")
+        logger.info("parameter %s is perturbed in place: it %s", name, reason)
+        self._groups.count(in_place=(*known, position))
+
+    def tell_autograd(self) -> None:
+        """A graph that was built over the weights before must not be differentiated now."""
+        torch.autograd.graph.increment_version(self._versioned)
+        torch.clear_autocast_cache()  # of an outer autocast: it has cast weights of before
+
+    def _now(self, direction: Direction) -> tuple[Any, ...]:
+        """What buckets are made from."""
+        seen = signature(self._groups.all, self._names(direction))
+        return seen, self.trainable, self._in_place(direction)
+
+    def _names(self, direction: Direction) -> tuple[str, ...]:
+        """Hyper-parameters that buckets hold on to."""
+        return (*direction.fixed, "block") if self._by_block else direction.fixed
+
+    def _in_place(self, direction: Direction) -> set[int] | None:
+        """Positions of the matrices beside which nothing can be kept, where something is kept."""
+        return set(self._groups.shared("in_place")) if isinstance(direction, Beside) else None
+
+    def _watch(self) -> None:
+        """Guard what is swept, also under another parameter that has the same memory."""
+        params = [p for bucket in self.buckets for p in bucket.params]
+        self._versioned = [p for p in params if not p.is_inference()]
+        swept = set(map(torch.Tensor.data_ptr, params))
+        self._guard.over([p for p in self._groups.params() if p.data_ptr() in swept])

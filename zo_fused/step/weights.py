@@ -1,0 +1,292 @@
+"""Where the weights are, and the sweeps that take them elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zo_fused.noise.keys import DeviceStep, Step, Stream, stream_keys
+from zo_fused.noise.streams import Purpose
+from zo_fused.step.buckets import Bucket
+from zo_fused.step.direction import Beside, Direction, Term
+from zo_fused.step.groups import Groups
+from zo_fused.step.log import StepLog
+from zo_fused.step.parameters import Parameters
+from zo_fused.step.rule import Rule, Update
+from zo_fused.step.schedule import Position, Schedule
+from zo_fused.step.vectors import Flag, Vector, all_finite, flag_on
+
+_KEEPS_NOTHING = Beside()
+
+
+class Place(NamedTuple):
+    """``theta + at[group] * z`` with the z of a query, or of a probe; no numbers: theta."""
+
+    at: tuple[float, ...] = ()
+    query: int = 0
+    probe: bool = False
+
+
+THETA = Place()
+
+
+class Weights:
+    """The parameters of an optimizer and where they are. Knows no losses.
+
+    Attributes:
+        direction: whose z they move along.
+        place: where they are.
+        ahead: whether the last step's sweep has put them there; the present step has not begun.
+        log: what is done to them is written there.
+        moved: whether they were written since autograd was told.
+        half_applied: whether some buckets have made the step and others not.
+        device_step: in a step that is captured: its number.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        direction: Direction,
+        schedule: Schedule,
+        parameters: Parameters,
+    ) -> None:
+        self.groups = groups
+        self.direction = direction
+        self.schedule = schedule
+        self.parameters = parameters
+        self.log = StepLog(groups)
+        self.place = THETA
+        self.ahead = False
+        self.moved = False
+        self.half_applied = False
+        self.device_step: DeviceStep | None = None
+        self._eps: list[float] = []  # of the groups, when this step first perturbed
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        return self.parameters.buckets
+
+    @property
+    def beside(self) -> Beside:
+        """What the direction keeps beside the weights."""
+        return self.direction if isinstance(self.direction, Beside) else _KEEPS_NOTHING
+
+    @property
+    def step(self) -> Step:
+        """The number of the present step."""
+        return self.groups.step if self.device_step is None else self.device_step
+
+    def blocks(self) -> list[int]:
+        """The numbers of the blocks, in their order."""
+        return sorted({bucket.block for bucket in self.buckets})
+
+    def queries(self) -> int:
+        """Queries of a step."""
+        return self.schedule.count(self.blocks())
+
+    def away(self) -> bool:
+        """Whether theta is not in the weights, or not all of it."""
+        return bool(self.place.at) or any(map(self.beside.pending, self.buckets))
+
+    # ---- looking at the parameters --------------------------------------------------------------
+
+    def look(self) -> None:
+        """Look at the groups before a step: what requires gradients, and where it lies."""
+        self.groups.check_changes()
+        self.parameters.check_module()
+        if self.parameters.changed(self.direction):
+            self.flush()  # over the parameters and in the windows that it began with
+            self.tell_autograd()
+            self.direction.leave()
+            self.parameters.renew(self.direction)
+        if not self.buckets:
+            raise ValueError("zo_fused: no parameter requires gradients; there is nothing to tune")
+
+    def look_again(self) -> None:
+        """User code has run: parameters may have other memory."""
+        try:
+            for bucket in self.buckets:
+                bucket.look_again()
+        except (TypeError, ValueError):  # another shape or dtype, so new buckets are needed
+            if self.away():
+                raise
+            self.parameters.forget()
+
+    def tell_autograd(self) -> None:
+        """Graphs that were built over the weights before must not be differentiated now."""
+        if self.moved:
+            self.moved = False
+            self.parameters.tell_autograd()
+
+    # ---- going somewhere ------------------------------------------------------------------------
+
+    def visit(self, position: Position) -> None:
+        """Put them at a position of the present step."""
+        begins = self.ahead or not (self.place.at or self.log.path)
+        if self.ahead or not self.place.at:
+            self.look()
+        else:
+            self.groups.check_changes()
+        self.check_eps(begins)
+        self.go(self.along(position), position.to_json())
+
+    def along(self, position: Position) -> Place:
+        """Where a position is."""
+        if position.sign == 0:
+            return THETA
+        block = None
+        if not position.probe:
+            block = self.schedule.block_of(self.blocks(), self.groups.step, position.query)
+        radii = zip(self.groups.all, self.groups.eps(), strict=True)
+        at = [position.sign * eps if block in (None, g["block"]) else 0.0 for g, eps in radii]
+        query = position.query if position.probe else position.query % self.schedule.queries
+        return Place(tuple(at), query, position.probe)
+
+    def check_eps(self, begins: bool = False) -> None:
+        """The losses of a step tell a slope only if they were taken eps apart."""
+        now = self.groups.eps()
+        if begins:
+            self._eps = now
+        elif now != self._eps:
+            raise ValueError(
+                f"eps changed in the middle of a step, from {self._eps} to {now}: change it between"
+                " steps"
+            )
+
+    def go(self, there: Place, entry: Any = None) -> None:
+        """Put them at a place: one sweep, or none if they are there.
+
+        Args:
+            entry: what the log says of it, if not the numbers of the place.
+        """
+        if self._move(there) or self.ahead:
+            at = list(there.at or (0.0,) * len(self.groups.all))
+            self.log.path.append({"at": at} if entry is None else entry)
+        self.ahead = False
+
+    def flush(self) -> None:
+        """Put them at theta, with all that is kept beside them."""
+        self.look_again()
+        moved = self._move(THETA)
+        settled = self._settle(self.groups.restores + 1)
+        (path, probes), self.ahead = self.log.begin(), False
+        if moved or settled or path:
+            self.log.restored(path, probes, self.buckets)
+            self.groups.count(restores=self.groups.restores + 1)
+
+    def _move(self, there: Place) -> bool:
+        """False if they were there."""
+        if not any(there.at):
+            there = THETA
+        if there == self.place:
+            return False
+        for bucket in self.buckets:
+            if terms := self._way(bucket, there):
+                self.moved = True
+                self.direction.sweep(bucket, self.groups.seed, terms, bucket.ones)
+        self.place = there
+        self.beside.attach(self.buckets if there.at else [])
+        return True
+
+    def _way(self, bucket: Bucket, there: Place) -> list[Term]:
+        """What a bucket's weights lack at the new place."""
+        ends = [place for place in (self.place, there) if place.at and bucket.has(place.at)]
+        zeros = (0.0,) * len(self.groups.all)
+        if len(ends) == 2 and ends[0][1:] != ends[1][1:]:
+            moves = [([-a for a in ends[0].at], ends[0]), (ends[1].at, ends[1])]
+        else:
+            distance = zip(self.place.at or zeros, there.at or zeros, strict=True)
+            moves = [([b - a for a, b in distance], place) for place in ends[-1:]]
+        return [
+            Term(self.step, bucket.constant(by), query=place.query, probe=place.probe)
+            for by, place in moves
+            if bucket.has(by)
+        ]
+
+    def _settle(self, query: int) -> bool:
+        """Write what the direction keeps beside them; False if there is nothing."""
+        beside = self.beside
+        done = [beside.settle(b, self._rounding_key(b.device, query)) for b in self.buckets]
+        self.moved |= any(done)
+        return any(done)
+
+    # ---- learning and updating ------------------------------------------------------------------
+
+    def learn(self, found: Sequence[float]) -> None:
+        """The direction gets the projected gradients of a step's probes."""
+        self.log.probes = list(found)
+        self.direction.learn(self.buckets, self.groups.seed, self.groups.step, found)
+
+    def update(self, rule: Rule, grads: Vector, state: dict[Any, Any]) -> Flag:
+        """Take back the perturbation and apply the update of these projected gradients: the end of
+        the step. Returns whether it was applied: whether all are finite."""
+        self.groups.check_changes()
+        if self.place.at and not self.ahead:
+            self.check_eps()
+        else:
+            self.look()
+        step, finite = self.groups.step, all_finite(grads)
+        self._apply(rule, [u for b in self.buckets if (u := self._of(b, grads, finite))], state)
+        if any(self.beside.window_ends(bucket, step) for bucket in self.buckets):
+            self._settle(query=0)
+        path, probes = self.log.begin()
+        try:
+            if self.log.is_open:
+                self.log.updated(step, path, probes, grads if finite else None, self.buckets)
+        finally:  # the weights have made the step, also where its line can't be written
+            self.groups.count(step=step + 1, restores=0)
+        return finite
+
+    def _of(self, bucket: Bucket, grads: Vector, finite: Flag) -> Update | None:
+        """The update of a bucket; None if no query of this step moves it."""
+        groups, blocks, queries = self.groups.all, self.blocks(), self.schedule.queries
+        mine = [
+            grad
+            for query, grad in enumerate(grads.to(bucket.device, torch.float64).unbind())
+            if self.schedule.block_of(blocks, self.groups.step, query) in (None, bucket.block)
+        ]
+        if not mine:
+            return None
+        lr, eps = bucket.hyper(groups, "lr"), bucket.hyper(groups, "eps", 1.0)
+        # A group with its own eps has its own estimate from the same two losses.
+        share = self.groups.eps()[0] / eps
+        scale = self.direction.update_scale(bucket)
+        shares = [grad * share / queries for grad in mine]
+        return Update(
+            bucket=bucket,
+            param_groups=groups,
+            seed=self.groups.seed,
+            step=self.step,
+            displaced=self.place.query,
+            restore=bucket.constant([-a for a in self.place.at] or [0.0] * len(groups)),
+            grads=shares if scale is None else [grad * scale for grad in shares],
+            lr=lr,
+            decay=1 - lr * bucket.hyper(groups, "weight_decay", 0.0),
+            ahead=eps if self.schedule.deferred else None,
+            finite=flag_on(finite, bucket.device),
+            rounding=self._rounding_key(bucket.device),
+        )
+
+    def _apply(self, rule: Rule, updates: list[Update], state: dict[Any, Any]) -> None:
+        """Restore, update and the next perturbation, in one sweep of every bucket."""
+        for update in updates:  # if there is no memory for its state, nothing has moved yet
+            make = partial(rule.prepare, update, self.direction, state)
+            update.bucket.once("state", make)
+        self.moved = True
+        for update in updates:
+            rule.apply(update, self.direction, state)
+            self.half_applied = True
+        self.half_applied = False
+        self.ahead = self.schedule.deferred
+        self.place = Place(tuple(self.groups.eps())) if self.ahead else THETA
+        self.beside.attach(self.buckets if self.ahead else [])
+
+    def _rounding_key(self, device: torch.device, query: int = 0) -> Tensor | None:
+        if self.groups.shared("rounding", "nearest") == "nearest":
+            return None
+        stream = Stream(Purpose.ROUNDING, self.step, query=query)
+        return stream_keys(self.groups.seed, [stream], device)
