@@ -79,8 +79,10 @@ def test_state_and_what_is_kept_beside_the_weights(kind, dtype, case):
     )
     state, beside, _ = measured(model, method, settings, batch=2, length=4)
     assert want.state == state
-    # a few numbers are the optimizer's, not a parameter's
-    assert want.beside == pytest.approx(beside, abs=128)
+    # a few numbers are the optimizer's, and it keeps up to 32 vectors of a step's numbers with a
+    # row a parameter (`Bucket.constant`), as many as there were: one after another at random places
+    rows = sum(1 for _ in model.parameters()) if "onservative" in case[0] else 0
+    assert want.beside == pytest.approx(beside, abs=128 + 32 * 8 * rows)
 
 
 SMALL = {"hidden_size": 128, "intermediate_size": 344, "vocab_size": 2000}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from zo_fused.methods.conservative import ZOConservative as ZOConservative
     from zo_fused.methods.forward_grad import ForwardGrad as ForwardGrad
     from zo_fused.methods.hybrid import Hybrid as Hybrid
+    from zo_fused.methods.kerzoo import KerZOO as KerZOO
     from zo_fused.methods.layers import first_layers as first_layers
     from zo_fused.methods.layers import layer_blocks as layer_blocks
     from zo_fused.methods.lozo import LOZO as LOZO
@@ -34,6 +35,7 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "ForwardGrad": "zo_fused.methods.forward_grad",
     "Hybrid": "zo_fused.methods.hybrid",
+    "KerZOO": "zo_fused.methods.kerzoo",
     "LOZO": "zo_fused.methods.lozo",
     "MeZO": "zo_fused.methods.mezo",
     "ZOAdam": "zo_fused.methods.adam",

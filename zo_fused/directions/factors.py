@@ -8,7 +8,7 @@ where a schedule looks ahead, or the last one's, where momentum moves to a new w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from zo_fused.sweeps import operators
 from zo_fused.sweeps.functions import int64_tensor
 
 Pair = tuple[list[Tensor], list[Tensor]]
+Basis = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -34,6 +35,7 @@ class StepFactors:
     us: list[Tensor]  # parts of flat_u, (m, rank) each
     vs: list[Tensor]
     number: int  # 0 or 1
+    qs: list[Tensor]  # of matrices, where there is a basis: (m, rank) each
     step: Any = None  # what tells whose U is in it: of which step and query
     windows: Any = None  # the same of V, over all groups
 
@@ -42,10 +44,17 @@ class Factors:
     """U fresh every step and V fixed for a window of ``interval`` steps, from their own streams.
 
     One-dimensional parameters get dense noise: U is the noise itself, V is 1.
+
+    With a basis, U of a matrix is ``Q Z``: Q (m, rank) is made with V once a window, Z (rank, rank)
+    is fresh every step.
+
+    Args:
+        basis: from a matrix and normals of the shapes of Q and V to Q and V; None: there is no Q.
     """
 
-    def __init__(self, bucket: Bucket) -> None:
+    def __init__(self, bucket: Bucket, basis: Basis | None = None) -> None:
         self._bucket = bucket
+        self._basis = basis
         shapes = [
             (*operators.matrix_shape(p), bucket.fixed[g]["rank"])
             if p.dim() >= 2
@@ -56,6 +65,7 @@ class Factors:
         self.v_shapes = [(n, rank) for _, n, rank in shapes]
         self._all = list(range(len(shapes)))
         self._matrices = [i for i, p in enumerate(bucket.params) if p.dim() >= 2]
+        self._vectors = [i for i, p in enumerate(bucket.params) if p.dim() < 2]
         self._intervals = [group["interval"] for group in bucket.fixed]
         vector = int64_tensor([int(p.dim() < 2) for p in bucket.params])
         self._is_vector = on_device(vector, bucket.device)
@@ -69,7 +79,12 @@ class Factors:
     def _slot(self, number: int) -> StepFactors:
         u, us = self.buffer(self.u_shapes)
         v, vs = self.buffer(self.v_shapes)
-        return StepFactors(u, v.fill_(1.0), us, vs, number)  # the ones of vectors stay
+        qs = (
+            []
+            if self._basis is None
+            else self.buffer([self.u_shapes[i] for i in self._matrices])[1]
+        )
+        return StepFactors(u, v.fill_(1.0), us, vs, number, qs)  # the ones of vectors stay
 
     def buffer(
         self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32
@@ -90,12 +105,17 @@ class Factors:
         slot = self._slots[step.ahead if isinstance(step, DeviceStep) else step % 2]
         now = (seed, step, query)
         if slot.step != now:
-            self._draw_u(slot, seed, step, query)
             windows = self.windows(seed, step)
             if slot.windows != windows:
-                self._draw_v(slot, seed, step)
+                self._draw_v(slot, seed, step, windows)
+            self._draw_u(slot, seed, step, query)
             slot.step, slot.windows = now, windows
         return slot
+
+    def forget(self) -> None:
+        """What a direction has learnt changes the basis: it is made anew."""
+        for slot in self._slots:
+            slot.step = slot.windows = None
 
     def windows(self, seed: int, step: Step) -> Any:
         """What tells whose V a step has."""
@@ -104,15 +124,43 @@ class Factors:
         return (seed, *(step // interval for interval in self._intervals))
 
     def _draw_u(self, slot: StepFactors, seed: int, step: Step, query: int) -> None:
-        streams = [Stream(purpose, step, query=query) for purpose in (Purpose.U, Purpose.DENSE)]
+        matrices = Purpose.U if self._basis is None else Purpose.CORE
+        streams = [Stream(purpose, step, query=query) for purpose in (matrices, Purpose.DENSE)]
         keys = stream_keys(seed, streams, self._bucket.device)[self._is_vector]
-        self._bucket.fill(slot.us, self._all, ("u", slot.number))(keys)
+        if self._basis is None:
+            self._bucket.fill(slot.us, self._all, ("u", slot.number))(keys)
+            return
+        us = [slot.us[i] for i in self._vectors]
+        self._bucket.fill(us, self._vectors, ("u", slot.number))(keys[self._vectors])
+        cores = self._bucket.once("cores", self._cores)
+        self._bucket.fill(cores, self._matrices, "cores drawn")(keys[self._matrices])
+        for i, q, core in zip(self._matrices, slot.qs, cores, strict=True):
+            slot.us[i].copy_(small_product(q, core))
 
-    def _draw_v(self, slot: StepFactors, seed: int, step: Step) -> None:
-        streams = [Stream(Purpose.V, step, interval) for interval in self._intervals]
-        keys = stream_keys(seed, streams, self._bucket.device)[self._group_of_matrix]
+    def _cores(self) -> list[Tensor]:
+        return self.buffer([(self.u_shapes[i][1],) * 2 for i in self._matrices])[1]
+
+    def _draw_v(self, slot: StepFactors, seed: int, step: Step, windows: Any) -> None:
         vs = [slot.vs[i] for i in self._matrices]
-        self._bucket.fill(vs, self._matrices, ("v", slot.number))(keys)
+        self._draw_for_window(vs, slot.number, seed, step, Purpose.V)
+        if self._basis is None or not vs:
+            return
+        other = self._slots[1 - slot.number]
+        if other.windows == windows:
+            torch._foreach_copy_(slot.qs + vs, other.qs + [other.vs[i] for i in self._matrices])
+            return
+        self._draw_for_window(slot.qs, slot.number, seed, step, Purpose.LEFT)
+        for i, q, v in zip(self._matrices, slot.qs, vs, strict=True):
+            left, right = self._basis(self._bucket.params[i], q, v)
+            q.copy_(left)
+            v.copy_(right)
+
+    def _draw_for_window(
+        self, outs: list[Tensor], number: int, seed: int, step: Step, purpose: Purpose
+    ) -> None:
+        streams = [Stream(purpose, step, interval) for interval in self._intervals]
+        keys = stream_keys(seed, streams, self._bucket.device)[self._group_of_matrix]
+        self._bucket.fill(outs, self._matrices, (purpose, number))(keys)
 
     def add(self, number: int, coeffs: Vector, factor: Tensor, first: bool) -> list[Tensor]:
         """``sum += coeff * factor``, from zero at first, in buffer 0 or 1; its parts.
@@ -149,3 +197,12 @@ class Factors:
             for side in (0, 1)
         ]
         return us, vs, halves
+
+
+def small_product(tall: Tensor, small: Tensor) -> Tensor:
+    """``tall @ small`` for a small square matrix, float32: bit for bit the same on every device, as
+    the sum runs in a fixed order in float64."""
+    total = torch.zeros(tall.shape, dtype=torch.float64, device=tall.device)
+    for column, row in zip(tall.unbind(1), small.double().unbind(), strict=True):
+        total += column[:, None].double() * row
+    return total.float()

@@ -32,9 +32,27 @@ class LowRank(Direction):
             return "whether the next step has the same V is for the host to say; deferred=False"
         return ""
 
+    # Whether U is Q Z with a basis Q of the window: see `Factors` and `basis`.
+    has_basis = False
+
+    def basis(self, p: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Q (m, rank) and V (n, rank) of a matrix for a window. What was learnt is in `state`
+        (`Factors.forget` makes them anew); before that, and in a step that is skipped because a
+        probe was not finite, any will do.
+
+        Args:
+            left, right: normals of these shapes, from streams (left, window) and (V, window).
+        """
+        return left, right
+
+    def square(self, n: int) -> float:
+        """V^T V of a matrix (m, n) is about this number times the identity."""
+        return n
+
     def factors(self, bucket: Bucket) -> Factors:
         """The factors of a bucket."""
-        return bucket.once("factors", lambda: Factors(bucket))
+        basis = self.basis if self.has_basis else None
+        return bucket.once("factors", lambda: Factors(bucket, basis))
 
     def sweep(
         self,

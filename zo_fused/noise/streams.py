@@ -79,6 +79,17 @@ def _derived(seed: int, purpose: int, step: int, query: int) -> int:
     return words[0] | words[1] << 32
 
 
+def uniform(seed: int, step: int, query: int = 0, element: int = 0) -> float:
+    """A number in (-1, 1) that a step's query has for all parameters, exact in float32.
+
+    ``(2 (w >> 9) + 1) 2^-23 - 1`` with the word w of an element of stream (SCALAR, step, query),
+    parameter id 0.
+    """
+    key = derive_key(seed, Purpose.SCALAR, step, query)
+    words = philox4x32((element // 4, 0, 0, 0), (key & MASK32, key >> 32))
+    return (2 * (words[element % 4] >> 9) + 1) * 2.0**-23 - 1.0
+
+
 # What torch puts between the parts of a name where it wraps a module.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 

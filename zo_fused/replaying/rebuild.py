@@ -29,6 +29,7 @@ from zo_fused.step.weights import Place
 
 METHODS = {
     "ForwardGrad": "zo_fused.methods.forward_grad",
+    "KerZOO": "zo_fused.methods.kerzoo",
     "LOZO": "zo_fused.methods.lozo",
     "MeZO": "zo_fused.methods.mezo",
     "ZOAdam": "zo_fused.methods.adam",

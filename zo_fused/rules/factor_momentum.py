@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_fused.directions.factors import Factors
+from zo_fused.directions.factors import Factors, small_product
 from zo_fused.directions.low_rank import LowRank
 from zo_fused.step.direction import Term
 from zo_fused.step.rule import Rule, Update, check_state
@@ -47,8 +47,9 @@ class FactorMomentum(Rule):
             old = factors.of(u.seed, u.number - 1).vs
             new = factors.of(u.seed, u.number).vs
             for row, (p, g) in enumerate(zip(bucket.params, bucket.group_of, strict=True)):
+                square = direction.square(new[row].shape[0])
                 if p.dim() >= 2 and u.number % bucket.fixed[g]["interval"] == 0:
-                    moments[row].copy_(project(moments[row], old[row], new[row]))
+                    moments[row].copy_(project(moments[row], old[row], new[row], square))
                     state[p]["momentum_window"].fill_(u.number // bucket.fixed[g]["interval"])
         beta = bucket.hyper(u.param_groups, "momentum")
         flat.mul_(factors.spread(u.if_finite(beta, 1.0)))
@@ -84,11 +85,11 @@ def gathered(
 GRID = 2.0**40  # |v_old * v_new| < 44, so 2**17 rows sum below 2**63
 
 
-def project(moment: Tensor, v_old: Tensor, v_new: Tensor) -> Tensor:
-    """``moment @ (v_old.T @ v_new) / n`` through the r x r product, float32 (m, r).
+def project(moment: Tensor, v_old: Tensor, v_new: Tensor, square: float) -> Tensor:
+    """``moment @ (v_old.T @ v_new) / square`` through the r x r product, float32 (m, r).
 
     Bit for bit the same on every device: the sum over n runs on a fixed-point grid (integers add
-    in any order), the sum over r in a fixed order in float64.
+    in any order).
     """
     n, rank = v_new.shape
     parts = max(1, -(-n // (1 << 17)))
@@ -97,8 +98,4 @@ def project(moment: Tensor, v_old: Tensor, v_new: Tensor) -> Tensor:
         for q in range(rank):
             terms = old[:, q, None].double() * new.double() * GRID
             product[q] += terms.round().to(torch.int64).sum(0).double() / GRID
-    product /= n
-    total = torch.zeros(moment.shape, dtype=torch.float64, device=moment.device)
-    for q in range(rank):
-        total += moment[:, q, None].double() * product[q]
-    return total.float()
+    return small_product(moment, product / square)

@@ -18,7 +18,7 @@ from zo_fused.step.evaluation import Closure, Loss, check_closure
 from zo_fused.step.generators import capturing
 from zo_fused.step.schedule import Position, pairs
 from zo_fused.step.vectors import Vector, as_float32, stacked
-from zo_fused.step.weights import Place
+from zo_fused.step.weights import THETA, Place
 
 _NEEDS_LOSSES = (
     "step() needs a closure, step(lambda: model(**batch).loss), or loss_plus and loss_minus. There "
@@ -89,8 +89,13 @@ class ZerothOrderOptimizer(BetweenSteps):
             self.weights.look()  # what blocks there are
         probes = self.probes()
         if probes:
-            found = self.losses_at(probes, closure)
-            if not self._learn(found):  # then the step is skipped
+            if self.schedule.deferred:
+                raise ValueError(
+                    f"{type(self).__name__} learns its directions before a step, which a deferred "
+                    "sweep would need at the end of the last one: deferred=False"
+                )
+            if not self._learn(self.losses_at(probes, closure)):  # then the step is skipped
+                self.weights.go(THETA)
                 return self.difference(dict.fromkeys(self.positions(), math.nan))
         return self.difference(self.losses_at(self.positions(), closure, again=bool(probes)))
 

@@ -1,0 +1,379 @@
+"""Any direction goes with any rule, or is refused; and what a new method may hook into.
+
+The directions, rules and methods made up here are none of the package: they are what an author of
+a method would write.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zo_fused
+from zo_fused.directions.dense import Dense
+from zo_fused.directions.low_rank import LowRank
+from zo_fused.methods.kerzoo import Stretched
+from zo_fused.noise import Purpose, derive_key, normal, parameter_id
+from zo_fused.noise.streams import uniform
+from zo_fused.rules.factor_momentum import FactorMomentum
+from zo_fused.rules.history import AdamOfHistory
+from zo_fused.rules.moments import Adam, Momentum, Sign
+from zo_fused.rules.sgd import SGD, ScalarSign
+from zo_fused.step.direction import Direction
+from zo_fused.step.optimizer import ZerothOrderOptimizer
+from zo_fused.step.rule import Rule
+from zo_fused.step.schedule import Position, Schedule
+from zo_fused.step.weights import Place
+
+
+class Orthonormal(LowRank):
+    """``z = s Q Z V^T`` with orthonormal Q and V of a window (SubZero, arXiv 2410.08989)."""
+
+    has_basis = True
+
+    def basis(self, p: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        scale = math.sqrt(p.numel()) / left.shape[1]
+        return torch.linalg.qr(left).Q * scale, torch.linalg.qr(right).Q
+
+    def square(self, n: int) -> float:
+        return 1.0
+
+
+DIRECTIONS: dict[str, Callable[[], Direction]] = {
+    "Dense": Dense,
+    "Rademacher": lambda: Dense("rademacher"),
+    "Stretched": Stretched,
+    "LowRank": LowRank,
+    "Orthonormal": Orthonormal,
+}
+RULES: dict[str, Callable[[], Rule]] = {
+    "SGD": SGD,
+    "ScalarSign": ScalarSign,
+    "Momentum": lambda: Momentum("float32"),
+    "Adam": lambda: Adam("float32"),
+    "Sign": Sign,
+    "AdamOfHistory": lambda: AdamOfHistory(4),
+    "FactorMomentum": FactorMomentum,
+}
+HYPER = {
+    "eps": 1e-2,
+    "weight_decay": 0.0,
+    "momentum": 0.9,
+    "dampening": 0.0,
+    "betas": (0.9, 0.99),
+    "adam_eps": 1e-8,
+    "rank": 2,
+    "interval": 3,
+}
+
+
+class Made(ZerothOrderOptimizer):
+    """Any direction and any rule."""
+
+    def __init__(self, params: Any, direction: Direction, rule: Rule, **kw: Any) -> None:
+        hyper = {**HYPER, **{name: kw.pop(name) for name in list(kw) if name in HYPER}}
+        defaults = {"lr": kw.pop("lr", 0.0), **hyper}
+        super().__init__(params, defaults, direction, rule, kw.pop("seed", 3), Schedule(**kw))
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+def loss_of(model: nn.Module) -> Callable[[], Tensor]:
+    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
+    return lambda: model(x).square().mean()
+
+
+def vector_of(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("kw", [{}, {"deferred": True, "queries": 2}], ids=["plain", "deferred"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_each_pair_goes_home_or_is_refused(direction: str, rule: str, kw: dict[str, Any]) -> None:
+    """With lr = 0 no weight moves: what a rule takes back is what was perturbed."""
+    model = network()
+    before = vector_of(model)
+    made = DIRECTIONS[direction](), RULES[rule]()
+    if not isinstance(made[0], made[1].takes):
+        with pytest.raises(TypeError, match=f"{type(made[0]).__name__} is none"):
+            Made(model, *made, **kw)
+        return
+    if rule == "AdamOfHistory":
+        kw = {**kw, "queries": 1}  # as ZOAdam demands
+    opt = Made(model, *made, **kw)
+    for _ in range(20):
+        opt.step(loss_of(model))
+    assert opt.skipped_steps == 0
+    opt.flush()
+    # 20 steps of 4 sweeps, each rounding weights below 2 to half of 2^-23, as a random walk
+    torch.testing.assert_close(vector_of(model), before, rtol=0, atol=2.0**-23 * math.sqrt(80))
+
+
+def test_which_pairs_there_are() -> None:
+    works = {
+        (direction, rule)
+        for direction, make in DIRECTIONS.items()
+        for rule, make_rule in RULES.items()
+        if isinstance(make(), make_rule().takes)
+    }
+    dense, low_rank = ("Dense", "Rademacher", "Stretched"), ("LowRank", "Orthonormal")
+    of_any = {(d, r) for d in DIRECTIONS for r in ("SGD", "ScalarSign")}
+    of_dense = {(d, r) for d in dense for r in ("Momentum", "Adam", "Sign", "AdamOfHistory")}
+    assert works == of_any | of_dense | {(d, "FactorMomentum") for d in low_rank}
+
+
+# ---- a length of z, and a stage between losses and rule ------------------------------------------
+
+
+def test_a_uniform_number_of_a_query() -> None:
+    words = zo_fused.noise.random_bits(8, derive_key(5, Purpose.SCALAR, 7, 2), 0)
+    for element, word in enumerate((words.to(torch.int64) & 0xFFFFFFFF).tolist()):
+        number = uniform(5, 7, 2, element)
+        assert number == (2 * (word >> 9) + 1) / 2**23 - 1
+        assert number == float(torch.tensor(number, dtype=torch.float32))
+    drawn = torch.tensor([uniform(1, step) for step in range(4000)], dtype=torch.float64)
+    # standard errors of the first two moments of U(-1, 1) over 4000: 0.009, 0.005
+    assert abs(float(drawn.mean())) < 0.04
+    assert abs(float(drawn.square().mean()) - 1 / 3) < 0.02
+
+
+def test_the_kernel_of_kerzoo() -> None:
+    """Its moments over U(-1, 1) are 0, 1, 0, 0 (orders 0 to 3), by exact quadrature."""
+    import numpy as np
+
+    r, weights = np.polynomial.legendre.leggauss(8)
+    kernel = 15 / 4 * r * (5 - 7 * r**2)
+    moments = [float((weights / 2 * kernel * r**k).sum()) for k in range(4)]
+    assert np.allclose(moments, [0, 1, 0, 0], atol=1e-12)
+    assert np.isclose((weights / 2 * (kernel * r) ** 2).sum(), 6.25)
+
+
+@pytest.mark.parametrize("kw", [{}, {"deferred": True}, {"one_sided": True, "queries": 2}], ids=str)
+def test_kerzoo_follows_its_textbook(kw: dict[str, Any]) -> None:
+    model, eps, lr, decay, seed = network(), 1e-2, 1e-2, 0.1, 11
+    opt = zo_fused.KerZOO(model, lr=lr, eps=eps, weight_decay=decay, seed=seed, **kw)
+    theta = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(1)).double()
+
+    def loss(weights: dict[str, Tensor]) -> float:
+        return float(torch.func.functional_call(network().double(), weights, (x,)).square().mean())
+
+    start = vector_of(model)
+    queries, one_sided = kw.get("queries", 1), kw.get("one_sided", False)
+    for step in range(12):
+        opt.step(loss_of(model))
+        steps = {name: torch.zeros_like(w) for name, w in theta.items()}
+        for query in range(queries):
+            r = uniform(seed, step, query)
+            u = {
+                name: normal(
+                    w.numel(), derive_key(seed, Purpose.DENSE, step, query), parameter_id(name)
+                )
+                .double()
+                .view(w.shape)
+                for name, w in theta.items()
+            }
+            plus = loss({name: w + eps * r * u[name] for name, w in theta.items()})
+            away = 0.0 if one_sided else -1.0
+            minus = loss({name: w + away * eps * r * u[name] for name, w in theta.items()})
+            c = (plus - minus) / (eps * (1 if one_sided else 2))
+            for name in theta:
+                steps[name] += 15 / 4 * r * (5 - 7 * r * r) * c * u[name] / queries
+        theta = {name: w - lr * (steps[name] + decay * w) for name, w in theta.items()}
+    got = vector_of(model).double()
+    expected = torch.cat([w.flatten() for w in theta.values()])
+    moved = float((expected - start.double()).abs().max())
+    # losses near 0.3 are rounded to 2^-25, so estimates to 2^-25 / eps, times lr K |u|, 12 steps
+    assert float((got - expected).abs().max()) < 2e-5
+    assert moved > 1e-3
+
+
+# ---- what a direction learns: state, probes ------------------------------------------------------
+
+
+class Remembering(LowRank):
+    """V is the mean of what probes found in the first step of each window: ``sum c_j z_j``'s first
+    columns, as P-GAP's space would be."""
+
+    has_basis = True
+
+    def learn(self, buckets: Sequence[Any], seed: int, step: int, grads: Sequence[float]) -> None:
+        for bucket in buckets:
+            self.factors(bucket).forget()
+            for p, id_ in zip(bucket.params, bucket.id_list, strict=True):
+                if p.dim() < 2:
+                    continue
+                found = torch.zeros(p.numel())
+                for probe, grad in enumerate(grads):
+                    key = derive_key(seed, Purpose.PROBE, step, probe)
+                    found += grad * normal(p.numel(), key, id_)
+                self.state[p]["found"] = found.view(p.shape)
+
+    def basis(self, p: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.state[p].get("found")
+        return left, right if found is None else right + found[: right.shape[1]].T
+
+    def sweep(self, bucket, seed, terms, decay, rounding=None):  # type: ignore[no-untyped-def]
+        probes = [term for term in terms if term.probe]
+        if probes:
+            Dense().sweep(bucket, seed, probes, bucket.ones)
+            terms = [term for term in terms if not term.probe]
+        if terms:
+            super().sweep(bucket, seed, terms, decay, rounding)
+
+
+class Probing(ZerothOrderOptimizer):
+    """Probes at the start of each window."""
+
+    def __init__(self, params: Any, lr: float = 1e-2, rank: int = 2, interval: int = 3, **kw: Any):
+        defaults = {"lr": lr, "eps": 1e-2, "weight_decay": 0.0, "rank": rank, "interval": interval}
+        seed = kw.pop("seed", 0)
+        super().__init__(params, defaults, Remembering(), SGD(), seed, Schedule(**kw))
+
+    def probes(self) -> list[Position]:
+        learnt = any("found" in state for state in self.state.values())
+        if learnt and self.step_count % self.param_groups[0]["interval"]:
+            return []
+        return [Position(sign, probe, True) for probe in range(2) for sign in (1.0, -1.0)]
+
+
+def test_probes_are_taken_logged_and_replayed(tmp_path: Path, monkeypatch: Any) -> None:
+    from zo_fused.replaying import rebuild
+
+    model, copy = network(), network()
+    opt = Probing(model, deferred=False)
+    opt.start_log(tmp_path / "log.jsonl")
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        return loss_of(model)()
+
+    for step in range(7):
+        opt.step(closure)
+        assert calls == 2 * (step + 1) + 4 * (1 + step // 3)
+    opt.flush()
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert sum('"probes":[' in line for line in lines) == 3
+    monkeypatch.setitem(rebuild.METHODS, "Probing", __name__)
+    zo_fused.replay(copy, tmp_path / "log.jsonl")
+    assert torch.equal(vector_of(model), vector_of(copy))
+
+
+def test_what_a_direction_learns_is_in_the_state() -> None:
+    one, two = network(), network()
+    first = Probing(one)
+    for _ in range(4):
+        first.step(loss_of(one))
+    second = Probing(two)
+    two.load_state_dict(one.state_dict())
+    second.load_state_dict(first.state_dict())
+    for _ in range(2):  # in the window of the probes, which are not taken again
+        first.step(loss_of(one))
+        second.step(loss_of(two))
+    assert torch.equal(vector_of(one), vector_of(two))
+
+
+def test_a_probe_that_is_not_finite_skips_the_step() -> None:
+    model = network()
+    opt = Probing(model)
+    before = vector_of(model)
+    calls = iter([1.0, math.nan, 1.0, 1.0])
+    opt.step(lambda: next(calls))
+    assert opt.skipped_steps == opt.step_count == 1
+    torch.testing.assert_close(vector_of(model), before, rtol=0, atol=2.0**-22)
+    assert not any("found" in state for state in opt.state.values())
+    opt.step(loss_of(model))  # takes them again
+    assert any("found" in state for state in opt.state.values())
+
+
+def test_probes_and_a_deferred_sweep_are_refused() -> None:
+    model = network()
+    with pytest.raises(ValueError, match="deferred=False"):
+        Probing(model, deferred=True).step(loss_of(model))
+
+
+def test_a_basis_follows_its_textbook() -> None:
+    """float64, with the orthonormal Q and V of the same normals."""
+    model, eps, lr, seed, rank, interval = network(), 1e-2, 1e-2, 3, 2, 3
+    opt = Made(model, Orthonormal(), SGD(), lr=lr, rank=rank, interval=interval, seed=seed)
+    theta = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(1)).double()
+    reference = network().double()
+
+    def loss(weights: dict[str, Tensor]) -> float:
+        return float(torch.func.functional_call(reference, weights, (x,)).square().mean())
+
+    def drawn(name: str, rows: int, columns: int, purpose: Purpose, step: int) -> Tensor:
+        noise = normal(rows * columns, derive_key(seed, purpose, step), parameter_id(name))
+        return noise.view(rows, columns)
+
+    def z_of(name: str, w: Tensor, step: int) -> Tensor:
+        if w.dim() < 2:
+            return drawn(name, w.numel(), 1, Purpose.DENSE, step).double().view(w.shape)
+        m, n = w.shape
+        q = torch.linalg.qr(drawn(name, m, rank, Purpose.LEFT, step // interval)).Q.double()
+        v = torch.linalg.qr(drawn(name, n, rank, Purpose.V, step // interval)).Q.double()
+        z = drawn(name, rank, rank, Purpose.CORE, step).double()
+        return math.sqrt(m * n) / rank * q @ z @ v.T
+
+    for step in range(8):
+        opt.step(loss_of(model))
+        z = {name: z_of(name, w, step) for name, w in theta.items()}
+        plus = loss({name: w + eps * z[name] for name, w in theta.items()})
+        minus = loss({name: w - eps * z[name] for name, w in theta.items()})
+        theta = {k: w - lr * (plus - minus) / (2 * eps) * z[k] for k, w in theta.items()}
+    expected = torch.cat([w.flatten() for w in theta.values()])
+    # as in test_kerzoo_follows_its_textbook: the rounding of losses, without the kernel
+    assert float((vector_of(model).double() - expected).abs().max()) < 2e-5
+
+
+class Clipped(zo_fused.MeZO):
+    """Estimates as their sign, by the stage between losses and rule, which counts itself."""
+
+    def transform(self, grads: Tensor, plus: Sequence[Any], minus: Sequence[Any]) -> Tensor:
+        kept = self.state.setdefault("transform", {"seen": 0})
+        kept["seen"] += 1
+        assert len(plus) == len(minus) == len(grads)
+        return grads.sign()
+
+
+def test_a_stage_between_losses_and_rule() -> None:
+    model = network()
+    opt = Clipped(model, lr=1e-3, queries=3)
+    for _ in range(3):
+        opt.step(loss_of(model))
+        assert opt.projected_grad.abs().tolist() == [1.0, 1.0, 1.0]
+    other = Clipped(network(), queries=3)
+    other.load_state_dict(opt.state_dict())
+    assert other.state["transform"] == {"seen": 3}
+
+
+def test_a_loss_anywhere_on_the_line() -> None:
+    """`loss_at` is where a method looks beyond its positions."""
+    model = network()
+    seen: list[Any] = []
+
+    class Looking(zo_fused.MeZO):
+        def measure(self, closure: Any) -> Any:
+            estimate = super().measure(closure)
+            seen.append(self.loss_at(Place((3e-3,)), closure))
+            return estimate
+
+    opt = Looking(model, lr=0.0)
+    before = vector_of(model)
+    opt.step(loss_of(model))
+    opt.flush()
+    assert len(seen) == 1
+    torch.testing.assert_close(vector_of(model), before, rtol=0, atol=2.0**-21)
