@@ -106,7 +106,7 @@ def test_whole_numbers_of_other_libraries(value: Any, tmp_path: Path) -> None:
     assert same(weights(base), weights(model))
     forward = zo_fused.ForwardGrad(network(), queries=value)
     forward.start_log(tmp_path / "forward.jsonl")
-    assert zo_fused.ZOAdam(network(), history=value)._rule.history == 2  # type: ignore[attr-defined]
+    assert zo_fused.ZOAdam(network(), history=value).rule.history == 2  # type: ignore[attr-defined]
 
 
 REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
