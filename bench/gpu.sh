@@ -97,9 +97,9 @@ sanitize() {
 checks=$((budget - 215 - SECONDS)) # the benchmarks take about two minutes, and may take more
 ((checks > 170)) && checks=170
 ((checks < 60)) && checks=60
-compiles=(tests/test_triton_compile.py) # needs no GPU, but takes this machine's Triton
+compiles=(tests/sweeps/test_triton_compile.py) # needs no GPU, but takes this machine's Triton
 marked=()
-for file in $(grep -lE 'mark\.gpu\b' tests/test_*.py); do
+for file in $(grep -rlE 'mark\.gpu\b' tests --include='test_*.py'); do
   case $file in
     *test_gpu_script.py | *test_triton*.py | *test_cuda.py) ;;
     *) marked+=("$file") ;;
@@ -109,9 +109,9 @@ done
   export OMP_NUM_THREADS=2
   # In three, because Triton compiles a kernel for every form of a sweep.
   tests gpu -m gpu -k "not every_operator" "${marked[@]}" &
-  tests gpu-sweeps -m gpu -k "every_operator and not moments" tests/test_gpu.py &
-  tests gpu-moments -m gpu -k "every_operator and moments" tests/test_gpu.py &
-  for file in tests/test_triton*.py tests/test_cuda.py; do
+  tests gpu-sweeps -m gpu -k "every_operator and not moments" tests/sweeps/test_gpu.py &
+  tests gpu-moments -m gpu -k "every_operator and moments" tests/sweeps/test_gpu.py &
+  for file in tests/sweeps/test_triton*.py tests/sweeps/test_cuda.py; do
     [[ -e $file && $file != "${compiles[0]}" ]] && tests "$(basename "$file" .py)" "$file" &
   done
   [[ -e ${compiles[0]} ]] && tests "triton-compile" "${compiles[@]}" &

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 GPU = torch.cuda.is_available()
+pytest.register_assert_rewrite("support")  # its assertions show values, too
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the other workers have the other cores
     torch.set_num_threads(1)

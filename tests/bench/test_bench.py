@@ -1,0 +1,78 @@
+"""The benchmarks that stand behind tables in the docs: what they compute, and that they run."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import findings
+import overhead
+import pytest
+import sass
+import small_updates
+import torch
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+def test_outcome_of_known_moves() -> None:
+    torch.manual_seed(0)
+    start, asked = torch.randn(1000), torch.randn(1000).double()
+    end = (start.double() + 0.25 * asked).float()
+    found = small_updates.outcome(start, end, asked)
+    assert found.realised == pytest.approx(0.25, abs=1e-6)
+    assert found.drift < 1e-6
+    noise = torch.randn(1000).double()
+    found = small_updates.outcome(torch.zeros(1000), noise.float(), asked)
+    assert found.drift == pytest.approx(1, abs=0.1)
+    assert abs(found.realised) < 4 * found.error
+    assert found.error == pytest.approx(1 / math.sqrt(1000), rel=0.1)
+
+
+def test_small_updates_run_and_keep_what_was_asked_in_float32(tmp_path: Path) -> None:
+    out = tmp_path / "table.md"
+    command = [sys.executable, BENCH / "small_updates.py", "--elements", "2000", "--steps", "10"]
+    subprocess.run([*command, "--out", out], check=True, capture_output=True)
+    rows = [line for line in out.read_text().splitlines() if line.startswith("| fp32")]
+    assert len(rows) == sum("rounding" not in options for *_, options in small_updates.METHODS)
+    assert all(row.count("1.00 ± 0.00") == 4 for row in rows)
+
+
+def test_tables_of_machine_code() -> None:
+    def facts(count: float, opcode: str = "FFMA", **more: object) -> dict[str, object]:
+        fast = {"mix": {opcode: count}, "per_element": count}
+        return {"fast": fast, "bytes": 4, "registers": 80, "shared": 0, "local": [], **more}
+
+    found = {
+        "sm_90": {"dense": facts(80), "low rank": facts(8, local=["STL", "LDL"])},
+        "gfx942": {
+            "dense": facts(40, "v_fma_f32", shared=4096),
+            "low rank": {"registers": 99, "shared": 0, "stack": 0},
+        },
+    }
+    lines = list(sass.tables(found))
+    assert "| dense | 80.0 / 80 | 40.0 / 80 s |" in lines
+    assert "| low rank | 8.0 / 80 L2 | not counted / 99 |" in lines
+    # 0.8 of what an H100 issues, 128 * 132 * 1.755e9 a second, against 3e12 / 4 elements.
+    assert any(line.startswith("| dense | 0.40 issue |") for line in lines)
+
+
+def test_findings_train_and_tabulate() -> None:
+    pytest.importorskip("transformers")
+    names = [run.method for run in findings.alignment(4) + findings.queries(4, [1, 2])]
+    assert set(names) == {*findings.ZEROTH, *findings.FIRST}
+    cells = {}
+    for method, queries in (("MeZO", 2), ("SGD", 1)):
+        run = findings.Run((method, "a"), method, 1.0, 0, steps=1, template=False, queries=queries)
+        cells[run.cell] = (1.0, [findings.train(run)])
+    assert all(0.3 < runs[0].before < 0.7 for _, runs in cells.values())
+    table = findings.accuracy_table(cells)
+    assert [line.split(" ")[1] for line in table[2:]] == ["MeZO", "SGD"]
+
+
+def test_overhead_measures_every_variant() -> None:
+    for _, cls, options in overhead.VARIANTS:
+        step, kernels = overhead.microseconds(cls, options, steps=2)
+        assert 0 < kernels < step

@@ -1,0 +1,405 @@
+"""The one GPU command on the CPU: the benchmark with tiny sizes, the report, the shell script over
+stand-ins for its programs, and how results are compared under the sanitizer."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gpu
+import gpu_report
+import pytest
+import sanitize
+import torch
+
+from zo_fused.sweeps import dispatch
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+RESULTS = {"gpu.json", "gpu.md", "sweeps.png", "steps.png"}
+LOGS = {"build.log", "tests.log", "sanitizer.log", "bench.log"}
+
+native = pytest.mark.skipif(
+    dispatch.why_not("cpu", "cpu") is not None, reason="the C++ extension is not built"
+)
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "OUT")}
+    return {**kept, "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+# ---- gpu.py and its report ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu")
+    command = [sys.executable, "bench/gpu.py", "--device", "cpu", "--quick", "--out", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(results: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((results / "gpu.json").read_text())
+    return found
+
+
+def numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, dict):
+        for inner in value.values():
+            yield from numbers(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from numbers(inner)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+
+
+@native
+def test_quick_run_writes_everything(results: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert {path.name for path in results.iterdir()} == RESULTS
+    assert all(path.stat().st_size > 500 for path in results.iterdir())
+    assert (results / "sweeps.png").read_bytes().startswith(b"\x89PNG")
+
+
+@native
+def test_quick_run_measured_everything(data: dict[str, Any]) -> None:
+    assert data["finished"]
+    assert not data["stopped"]
+    assert "errors" not in data
+    assert len(data["copy"]) == 2
+    for section in ("copy", "sweeps", "steps", "rivals", "overhead"):
+        found = list(numbers(data[section]))
+        assert found
+        assert all(math.isfinite(x) and x > 0 for x in found), section
+    assert {row["dtype"] for row in data["sweeps"]} == {"fp16", "bf16", "fp32"}
+    halves = [row["sweep"] for row in data["sweeps"] if row["dtype"] == "fp16"]
+    assert len(set(halves)) == len(halves)
+    assert {"dense", "dense, 2 directions", "dense, stochastic", "low-rank r=64"} <= set(halves)
+    assert {row["method"] for row in data["steps"]} == {"MeZO", "LOZO", "LOZO-M"}
+    # What needs a GPU is named, with the reason.
+    skipped = {row["what"]: row["reason"] for row in data["skipped"]}
+    assert "GPU" in skipped["graphs"]
+    assert "rivals, tl.randn" in skipped
+
+
+@native
+def test_page_has_machine_goals_and_tables(results: Path) -> None:
+    page = (results / "gpu.md").read_text()
+    for part in (
+        "torch",
+        "driver",
+        "commit",
+        "Copy bandwidth",
+        "## Goals",
+        "## Sweeps",
+        "## Steps",
+    ):
+        assert part in page
+    assert page.count("not measured") == 3  # fast, OPT-13B, memory
+    plots = importlib.util.find_spec("matplotlib") is not None
+    assert ("![sweeps](sweeps.png)" in page) == plots
+    widths = {line.count("|") for line in page.split("## Sweeps")[1].split("## ")[0].splitlines()}
+    assert len(widths - {0}) == 1
+
+
+@native
+def test_a_run_out_of_time_keeps_what_it_had(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    command = ["gpu.py", "--device", "cpu", "--quick", "--budget", "0", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert gpu.main() == 0
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["stopped"]
+    assert found["finished"]
+    assert "cut short" in (tmp_path / "gpu.md").read_text()
+
+
+def test_goals_are_judged() -> None:
+    half = {"dtype": "fp16"}
+    sweeps = [
+        {**half, "sweep": "dense", "backend": "triton", "of copy": 0.8},
+        {**half, "sweep": "dense", "backend": "cuda", "of copy": 0.9},
+        {"dtype": "fp32", "sweep": "dense, fast", "backend": "cuda", "of copy": 1.0},
+    ]
+    for rank, fraction in zip(gpu_report.LOW_RANKS, (0.97, 0.96, 0.95, 0.92), strict=True):
+        name = f"low-rank r={rank}"
+        sweeps.append({**half, "sweep": name, "backend": "triton", "of copy": fraction})
+    step = {"model": "opt-13b", "method": "MeZO", "who": "triton"}
+    steps = [
+        {**step, "times published": 7.5, "peak_extra_bytes": 4096},
+        {**step, "who": "published", "peak_extra_bytes": 5e9},
+    ]
+    found = gpu_report.goals({"sweeps": sweeps, "steps": steps})
+    assert [goal["met"] for goal in found] == [True, None, False, True, True]
+    assert [goal["by"] for goal in found] == ["cuda", "", "triton", "triton", "triton"]
+    assert found[4]["measured"] == 4096 / 1e6
+    assert gpu_report.goals({})[0]["met"] is None
+
+
+# ---- what only a GPU has, over stand-ins --------------------------------------------------------
+
+
+class Event:
+    """Of `torch.cuda`, on the host's clock."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, later: Event) -> float:
+        return 1e3 * (later.at - self.at)
+
+
+class Graph:
+    """Of `torch.cuda`, of nothing."""
+
+    def replay(self) -> None:
+        time.sleep(1e-6)
+
+
+class Properties:
+    name, total_memory, multi_processor_count, major, minor = "NVIDIA H100 80GB HBM3", 1, 132, 9, 0
+
+
+@pytest.fixture
+def bench_of_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> gpu.Bench:
+    """A bench that takes the CPU for a GPU."""
+    stand_ins: dict[str, Any] = {
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "graph": lambda graph: contextlib.nullcontext(),
+        "mem_get_info": lambda: (1 << 40, 1 << 40),
+        "get_device_properties": lambda device: Properties,
+        "memory_allocated": lambda: 100,
+        "max_memory_allocated": lambda: 612,
+    }
+    nothing = ("_sleep", "synchronize", "empty_cache", "reset_peak_memory_stats")
+    for name in (*nothing, "set_sync_debug_mode"):
+        stand_ins[name] = lambda *_: None
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(gpu, "compiled", lambda bench: None)  # takes a while
+    sass = tmp_path / "sass.json"
+    sass.write_text('{"dense fp16": {"fast": {"mix": {"FFMA": 80.0}}, "bytes": 4}}')
+    options = argparse.Namespace(
+        device="cpu", quick=True, dtypes=["fp16"], sass=sass, budget=100.0, out=tmp_path
+    )
+    data: dict[str, Any] = {"machine": gpu.machine("cuda"), "quick": True, "finished": False}
+    data |= {"budget": 100.0, "deadline": time.time() + 100, "stopped": False}
+    data |= {"done": [], "seconds": {}}
+    bench = gpu.Bench(options, gpu.Record(tmp_path / "gpu.json", data))
+    bench.on_gpu, bench.backends = True, ("cpu",)
+    return bench
+
+
+@native
+@pytest.mark.filterwarnings("ignore:CUDA is not available")  # says the profiler
+@torch.no_grad()
+def test_sections_of_a_gpu(bench_of_gpu: gpu.Bench, tmp_path: Path) -> None:
+    assert gpu.run(bench_of_gpu)
+    data = bench_of_gpu.record.data
+    assert "errors" not in data
+    assert {row["how"] for row in data["graphs"]} == {"optimizer", "functions", "graph"}
+    assert {row["peak_extra_bytes"] for row in data["steps"]} == {512}
+    assert all(row["waits"] == 0 for row in data["overhead"])
+    gpu_report.write(tmp_path)
+    page = (tmp_path / "gpu.md").read_text()
+    assert "NVIDIA H100" in page
+    assert "## Three sweeps of MeZO" in page
+    assert "| 0.000512 | cpu | met |" in page
+    # The roofline is drawn for Triton's kernels.
+    predicted = bench_of_gpu.predicted("dense fp16")
+    assert 0 < predicted["predicted"] < 1
+    assert predicted["limit"] in ("fp32", "issue")
+    assert bench_of_gpu.predicted("dense bf16") == {}
+
+
+@native
+@pytest.mark.filterwarnings("ignore:CUDA is not available")  # says the profiler
+@torch.no_grad()
+def test_a_broken_context_is_left_to_a_fresh_process(
+    bench_of_gpu: gpu.Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(bench: gpu.Bench) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    few = {"copy": gpu.copy, "rivals": broken, "graphs": gpu.graphs, "end": gpu.end}
+    monkeypatch.setattr(gpu, "sections", lambda bench: few)
+    assert not gpu.run(bench_of_gpu)
+    data = bench_of_gpu.record.data
+    assert [row["section"] for row in data["errors"]] == ["rivals"]
+    assert "graphs" not in data["done"]
+    assert gpu.run(bench_of_gpu)  # as the fresh process does
+    assert len(data["errors"]) == 1
+    assert data["done"][-1] == "end"
+
+
+def test_an_alarm_rings() -> None:
+    with pytest.raises(TimeoutError, match="1 s"), gpu.alarm(1):
+        time.sleep(3)
+
+
+# ---- gpu.sh -------------------------------------------------------------------------------------
+
+PYTHON = """#!/bin/bash
+case "$*" in
+  -c*) printf 'NVIDIA Test GPU (80GB)\\n9.0\\n' ;;
+  *build_ext*) echo "built for $TORCH_CUDA_ARCH_LIST"; [[ $ZO_FUSED_NATIVE != "$BROKEN" ]] ;;
+  bench/sass.py*) echo '{}' ;;
+  bench/gpu.py*--quick*) ;;
+  bench/gpu.py*) while [[ $1 != --out ]]; do shift; done
+    echo '{}' >"$2/gpu.json"; printf '## Goals\\n\\n| a |\\n\\n## End\\n' >"$2/gpu.md" ;;
+  *pytest*test_triton.py) echo "====== 1 failed, 3 passed in 1s ======"; exit ${PYTEST:-0} ;;
+  *pytest*) echo "====== 3 passed in 1s ======" ;;
+esac
+"""
+
+
+def shell(folder: Path, **more: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """The script over a stand-in for python and for compute-sanitizer."""
+    programs, out = folder / "programs", folder / "out"
+    programs.mkdir()
+    (programs / "python").write_text(PYTHON)
+    (programs / "compute-sanitizer").write_text("#!/bin/bash\necho $*\n")
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    path = f"{programs}:{os.environ['PATH']}"
+    given = {"PATH": path, "PYTHON": str(programs / "python"), "BUDGET": "120", **more}
+    done = subprocess.run(
+        ["bash", "bench/gpu.sh", str(out)],
+        cwd=ROOT, env=environment(**given), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    return done, out
+
+
+def test_script_parses() -> None:
+    subprocess.run(["bash", "-n", ROOT / "bench" / "gpu.sh"], check=True)
+
+
+def test_script_runs_every_stage(tmp_path: Path) -> None:
+    done, out = shell(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = {path.name for path in out.iterdir()}
+    assert names >= LOGS | {"gpu.json", "gpu.md"}
+    assert len(names) <= 8
+    assert "built for 9.0" in (out / "build.log").read_text()
+    for tool in ("memcheck", "racecheck"):
+        assert f"--tool {tool}" in (out / "sanitizer.log").read_text()
+    tests = (out / "tests.log").read_text()
+    for file in ("test_gpu.py", "test_cuda.py", "test_triton.py", "test_triton_compile.py"):
+        assert file in tests or not (ROOT / "tests" / "sweeps" / file).exists()
+    assert "-m gpu" in tests
+    page = (out / "gpu.md").read_text()
+    for stage in ("build", "gpu", "test_triton", "memcheck", "racecheck", "benchmarks"):
+        assert f"| {stage} | ok |" in page
+    assert "| a |" in done.stdout
+
+
+def test_script_goes_on_after_failures_and_tells(tmp_path: Path) -> None:
+    done, out = shell(tmp_path, BROKEN="cuda", PYTEST="1")
+    assert done.returncode == 1
+    page = (out / "gpu.md").read_text()
+    assert "| build | FAILED (1) |" in page
+    assert "| build without CUDA | ok |" in page
+    assert "| test_triton | FAILED (1) |" in page
+    assert "| benchmarks | ok |" in page
+    assert "1 failed, 3 passed" in done.stdout
+
+
+def test_script_wants_a_gpu(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", "bench/gpu.sh", str(tmp_path / "out")],
+        cwd=ROOT, env=environment(PYTHON="false"), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "no GPU" in done.stderr
+
+
+# ---- sanitize.py --------------------------------------------------------------------------------
+
+
+@native
+@pytest.mark.parametrize("family", ["fill", "lowrank_momentum", "scripts"])
+def test_cases_agree_on_the_cpu(family: str) -> None:
+    for case in sanitize.FAMILIES[family]():
+        if sanitize.served(case, "cpu"):
+            assert sanitize.differences(case, "cpu", CPU) == []
+
+
+def test_cases_cover_every_operator_and_have_names_of_their_own() -> None:
+    cases = [case for family in sanitize.FAMILIES.values() for case in family()]
+    assert {case.operator for case in cases} == set(sanitize.WRITTEN)
+    assert len({case.name for case in cases}) == len(cases)
+    from zo_fused.sweeps import operators
+
+    for name, schema in operators.SCHEMAS.items():
+        assert len(sanitize.WRITTEN[name]) == schema.count("!)[]")
+
+
+def test_a_difference_of_one_bit_is_found() -> None:
+    wanted = torch.ones(9, dtype=torch.float16)
+    got = wanted.clone()
+    assert sanitize.difference(got, wanted) is None
+    got.view(torch.int16)[4] += 1
+    assert "first at 4" in str(sanitize.difference(got, wanted))
+    assert sanitize.difference(got, wanted, exact=False) is None
+    assert sanitize.difference(-torch.zeros(1), torch.zeros(1)) is not None
+    assert sanitize.difference(wanted[:3], wanted) is not None
+    assert sanitize.difference(wanted + 0.1, wanted, exact=False) is not None
+    assert sanitize.difference(torch.full((2,), torch.nan), torch.ones(2), exact=False) is not None
+
+
+def test_a_write_beside_a_tensor_is_found() -> None:
+    for place in (63, 64 + 5):
+        islands = sanitize.Islands(CPU, misalignment=0, guard=64)
+        islands.put(torch.zeros(5))
+        assert islands.intact()
+        islands.made[0][0][place] = 0
+        assert not islands.intact()
+
+
+@native
+def test_a_wrong_backend_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from zo_fused.sweeps.backends import cpu
+
+    right = cpu.dense_
+
+    def wrong(params: Any, *args: Any) -> None:
+        right(params, *args)
+        params[-1].view(-1)[-1] += 1
+
+    monkeypatch.setattr(cpu, "dense_", wrong)
+    case = next(sanitize.FAMILIES["dense"]())
+    assert sanitize.differences(case, "cpu", CPU) != []
+
+
+def test_tensors_are_misaligned_as_asked() -> None:
+    for misalignment in (0, 1, 3):
+        view = sanitize.Islands(CPU, misalignment, guard=64).put(torch.zeros(5, dtype=torch.half))
+        assert view.data_ptr() % 16 == 2 * misalignment
+
+
+def test_an_absent_backend_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sanitize.py", "--backend", "cuda", "--device", "cpu"])
+    assert sanitize.main() == 2
+    assert "cuda" in capsys.readouterr().err

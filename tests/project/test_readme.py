@@ -1,0 +1,71 @@
+"""The README's and docs' Python examples run as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import zo_fused
+
+ROOT = Path(__file__).parents[2]
+EMBEDDED = Path(zo_fused.__file__).parent / "embedded" / "model"
+BLOCKS = [
+    pytest.param(block, id=f"{path.name}-{i}")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for i, block in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
+]
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of models on the Hugging Face hub stand for the embedded model."""
+    transformers = pytest.importorskip("transformers")
+
+    def embedded(auto: Any) -> Any:
+        original = auto.from_pretrained
+
+        def from_pretrained(name: str, *args: Any, **options: Any) -> Any:
+            return original(name if Path(name).is_dir() else EMBEDDED, *args, **options)
+
+        return from_pretrained
+
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+        monkeypatch.setattr(auto, "from_pretrained", embedded(auto))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.usefixtures("no_hub")
+def test_example_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "example", "exec"), {"__name__": "__main__"})
+
+
+def test_the_first_example_tunes_and_saves(
+    no_hub: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    assert len([line for line in block.splitlines() if line and line[0] != "#"]) <= 19
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block.replace("lr=1e-6", "lr=1e-4"), "example", "exec"), {})
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "tuned" / "model.safetensors").is_file()
+    assert (tmp_path / "tuned" / "tokenizer.json").is_file()
+
+
+def test_there_are_examples() -> None:
+    assert BLOCKS
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=str
+)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+        assert (path.parent / target).exists(), target

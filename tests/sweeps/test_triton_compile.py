@@ -1,0 +1,316 @@
+"""What Triton's compiler makes of the kernels, for NVIDIA and AMD GPUs, on a machine with neither.
+
+Run as a script, this file compiles the kernels for one target with `bench/sass.py` and prints what
+it found as JSON. The tests start it so, once a target, because Triton can't compile in a process
+that interprets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))  # for the script
+
+import roofline
+import sass
+
+from zo_fused.sweeps.backends.triton import PAIRS
+
+pytestmark = pytest.mark.slow
+
+NVIDIA = [target for target in sass.TARGETS if target.startswith("sm_")]
+
+# Every Triton that some PyTorch requires has a column in the tables. To add one: install it, run
+# ``python THIS_FILE TARGET`` and read `per_element` and `local` of every case.
+VERSIONS = tuple(dict.fromkeys(PAIRS.values()))  # 3.6.0, 3.7.1, 3.8.0, 3.9.0
+
+# Instructions per element, of everything, with the search for the parameter shared out, as they
+# were measured. A compiler makes the same code of the same source, so there is no room to get worse
+# but what rounding to a decimal takes. An H100 can issue 39.5 in the time that its memory takes for
+# one element in 16 bits.
+ROUNDING = 0.1
+INSTRUCTIONS: dict[str, dict[str, tuple[float, ...]]] = {
+    "sm_80": {
+        "dense fp16": (33.1, 34.0, 33.7, 33.7),
+        "dense, stochastic fp16": (50.1, 51.6, 48.5, 48.5),
+        "moments, adam, m fp32 fp16": (68.4, 69.3, 67.8, 67.8),
+        "low-rank r=4 fp16": (10.0, 10.0, 10.0, 10.0),
+        "dense, stochastic bf16": (44.1, 45.6, 43.7, 43.7),
+        "dense, fast bf16": (23.9, 24.8, 23.4, 23.4),
+        "moments, adam, m fp32 bf16": (68.9, 69.8, 68.3, 68.3),
+        "dense, 2 directions fp32": (62.5, 64.5, 61.5, 61.5),
+        "dense, stochastic fp32": (32.9, 33.8, 32.4, 32.4),
+        "moments, adam, m fp32 fp32": (67.5, 68.5, 65.3, 65.3),
+        "low-rank r=64 fp32": (91.4, 91.3, 91.1, 91.1),
+    },
+    "sm_90": {
+        "dense fp16": (34.1, 35.1, 33.7, 33.9),
+        "dense bf16": (34.6, 35.6, 34.2, 34.4),
+        "dense fp32": (34.0, 35.0, 33.5, 33.8),
+        "dense, 2 directions fp16": (64.0, 66.0, 63.6, 63.6),
+        "dense, 2 directions fp32": (62.5, 64.5, 61.3, 61.7),
+        "dense, stochastic fp16": (52.8, 53.2, 51.7, 52.2),
+        "dense, stochastic bf16": (44.2, 45.7, 45.7, 46.3),
+        "dense, rademacher fp16": (17.0, 18.0, 17.1, 17.2),
+        "dense, rademacher fp32": (17.5, 17.3, 16.9, 16.3),
+        "dense, fast fp16": (23.4, 24.3, 23.5, 23.2),
+        "dense, fast fp32": (22.7, 24.0, 22.2, 22.4),
+        "moments, momentum, m fp32 fp16": (44.6, 45.3, 43.7, 44.0),
+        "moments, adam, m fp32 fp16": (68.1, 69.1, 69.3, 67.8),
+        "moments, adam, m fp32 fp32": (67.2, 68.2, 66.2, 67.9),
+        "moments, sign fp16": (44.8, 45.7, 44.3, 44.5),
+        "low-rank r=1 fp16": (7.2, 7.2, 7.0, 7.1),
+        "low-rank r=4 fp16": (10.2, 10.2, 10.2, 10.0),
+        "low-rank r=8 fp16": (14.2, 14.2, 14.2, 14.2),
+        "low-rank r=16 fp16": (28.1, 28.2, 28.3, 28.3),
+        "low-rank r=64 fp16": (81.1, 81.1, 81.5, 81.5),
+        "low-rank r=4 fp32": (11.2, 11.2, 11.2, 10.5),
+    },
+    "sm_100": {
+        "dense fp16": (33.1, 33.1, 32.7, 32.9),
+        "dense, stochastic fp16": (51.1, 51.0, 50.0, 50.7),
+        "moments, adam, m fp32 fp16": (68.1, 69.3, 64.3, 63.4),
+        "low-rank r=4 fp16": (10.2, 10.2, 10.2, 9.2),
+        "dense, stochastic bf16": (45.2, 45.1, 44.5, 45.2),
+        "dense, fast bf16": (23.6, 23.4, 23.1, 23.2),
+        "moments, adam, m fp32 bf16": (68.6, 69.7, 64.8, 63.9),
+        "dense, 2 directions fp32": (62.7, 62.7, 63.4, 63.9),
+        "dense, stochastic fp32": (34.0, 34.2, 33.3, 33.6),
+        "moments, adam, m fp32 fp32": (67.2, 67.3, 59.0, 62.0),
+        "low-rank r=64 fp32": (121.6, 121.2, 121.2, 121.2),
+    },
+}
+
+# Local accesses, that is registers that didn't suffice, where there are any.
+LOCAL: dict[str, dict[str, tuple[int, ...]]] = {
+    "sm_80": {
+        "dense, any directions fp32": (0, 8, 0, 0),
+        "script, stochastic fp16": (12, 0, 0, 0),
+    },
+    "sm_90": {
+        "dense, rademacher fp16": (0, 0, 6, 0),
+        "dense, fast fp16": (0, 0, 9, 0),
+        "dense, any directions fp32": (0, 8, 0, 0),
+        "script fp16": (16, 0, 0, 0),
+        "script fp32": (0, 2, 0, 0),
+        "script, stochastic fp16": (12, 0, 12, 0),
+    },
+    "sm_100": {
+        "moments, adam, m fp32 fp16": (0, 2, 0, 0),
+        "dense, fast bf16": (2, 0, 0, 0),
+        "moments, adam, m fp32 bf16": (0, 2, 0, 0),
+        "dense, 2 directions fp32": (0, 0, 4, 0),
+    },
+}
+
+
+def wanted(target: str, name: str) -> bool:
+    """Compiling takes a second a case: everything that has a budget or a form of its own, once."""
+    if target == "sm_90":
+        return name in INSTRUCTIONS[target] or "r=" not in name
+    singles = (
+        "dense fp16",
+        "dense, fast bf16",
+        "low-rank r=4 fp16",
+        "low-rank r=64 fp32",
+    )
+    return name in singles or any(x in name for x in ("stochastic", "adam", "directions fp32"))
+
+
+# ---- the script ---------------------------------------------------------------------------------
+
+
+def kernels_of_twenty_steps(compiled: list[Any]) -> list[str]:
+    """Names of the kernels that twenty steps of MeZO and LOZO-M compile, where lr, seed and
+    projected gradient change from step to step."""
+    import torch
+
+    import zo_fused
+    from zo_fused.sweeps import dispatch
+    from zo_fused.sweeps.backends import triton
+
+    dispatch.select = lambda device_type: triton  # type: ignore[assignment]
+    shapes = ((64, 48), (48,), (16, 64))
+    for method, options in ((zo_fused.MeZO, {}), (zo_fused.LOZO, {"rank": 4, "momentum": 0.9})):
+        for seed in (0, 2**63 + 1):
+            params = [torch.nn.Parameter(torch.zeros(s, dtype=torch.float16)) for s in shapes]
+            opt = method(params, lr=1e-3, seed=seed, **options)
+            for step in range(10):
+                opt.param_groups[0]["lr"] = 1e-3 / (1 + step)
+                opt.param_groups[0]["weight_decay"] = 0.1 * step
+                opt.step(lambda step=step: float(step**2))
+    return sorted(kernel.metadata.name for kernel in {id(k): k for k in compiled}.values())
+
+
+def report(target: str) -> dict[str, Any]:
+    import triton
+    from zo_fused_kernels import lowrank
+
+    compiled = sass.record_kernels(target)
+    found = sass.examine(target, compiled, lambda name: wanted(target, name))
+    compiled.clear()
+    names = kernels_of_twenty_steps(compiled)
+    compiled.clear()
+    # What the tests would see if contraction were on.
+    lowrank.OPTIONS["enable_fp_fusion"] = True
+    contracted = sass.examine(target, compiled, lambda name: "in the factor" in name)
+    return {
+        "triton": triton.__version__,
+        "cases": found,
+        "twenty steps": names,
+        "contracted": next(iter(contracted.values())),
+    }
+
+
+# ---- the tests ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reports() -> Iterator[Callable[[str], dict[str, Any]]]:
+    """A function: what the script printed for a target. All targets are compiled side by side."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    running = {
+        target: subprocess.Popen(
+            [sys.executable, __file__, target],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for target in sass.TARGETS
+    }
+    done: dict[str, dict[str, Any]] = {}
+
+    def report(target: str) -> dict[str, Any]:
+        if target not in done:
+            output, errors = running[target].communicate(timeout=500)
+            assert running[target].returncode == 0, errors[-3000:]
+            done[target] = json.loads(output)
+        return done[target]
+
+    yield report
+    for process in running.values():
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def column(report: dict[str, Any]) -> int:
+    """Of the tables, for the Triton that made the report."""
+    version = report["triton"].partition("+")[0]
+    if version not in VERSIONS:
+        pytest.skip(f"nothing was measured with Triton {version}, only with {VERSIONS}")
+    return VERSIONS.index(version)
+
+
+def test_tables_have_every_supported_version() -> None:
+    for table in (INSTRUCTIONS, LOCAL):
+        for rows in table.values():
+            assert {len(row) for row in rows.values()} <= {len(VERSIONS)}
+
+
+@pytest.mark.parametrize("target", sass.TARGETS)
+def test_fused_are_only_the_operations_that_the_source_fuses(
+    target: str, reports: Callable[[str], dict[str, Any]]
+) -> None:
+    for case, facts in reports(target)["cases"].items():
+        assert not facts["fast_math"], case
+        if target in NVIDIA:
+            assert not facts["unrounded"], case
+            assert facts["made_fmas"] <= facts["asked_fmas"], case
+        elif "adam" not in case:  # root and quotient are made of more
+            assert facts["made_fmas"] == facts["asked_fmas"], case
+    # And this test can tell.
+    contracted = reports(target)["contracted"]
+    assert contracted["made_fmas"] > contracted["asked_fmas"]
+
+
+@pytest.mark.parametrize("target", sass.TARGETS)
+def test_kernels_neither_widen_nor_flush(
+    target: str, reports: Callable[[str], dict[str, Any]]
+) -> None:
+    for case, facts in reports(target)["cases"].items():
+        if target in NVIDIA:
+            assert not facts["double"], case
+            # (Root and quotient scale what is subnormal on their slow paths.)
+            assert not facts["flushes"] or "fast" in case or "adam" in case, case
+        else:
+            assert facts["stack"] == 0, case
+            assert facts["keeps_subnormals"], case
+
+
+@pytest.mark.parametrize("target", sass.TARGETS)
+def test_nothing_is_shared_between_threads(
+    target: str, reports: Callable[[str], dict[str, Any]]
+) -> None:
+    for case, facts in reports(target)["cases"].items():
+        assert facts["shared"] == 0, case
+
+
+@pytest.mark.parametrize("target", sass.TARGETS)
+def test_twenty_steps_compile_every_kernel_once(
+    target: str, reports: Callable[[str], dict[str, Any]]
+) -> None:
+    assert reports(target)["twenty steps"] == [
+        "_dense_kernel",
+        "_fill_kernel",
+        "_lowrank_kernel",
+    ]
+
+
+@pytest.mark.parametrize("target", sass.TARGETS)
+def test_weights_and_states_move_128_bits_at_a_time(
+    target: str, reports: Callable[[str], dict[str, Any]]
+) -> None:
+    narrow = r"(LDG|STG)\..*[US](8|16)$|(buffer|global)_(load|store)_(u?short|[us]byte)"
+    for case, facts in reports(target)["cases"].items():
+        if "fast" not in facts:
+            continue
+        fast = facts["fast"]
+        assert fast is not None, f"{case}: no path with all stores in 128 bits"
+        assert not [op for op in fast["inside"] if re.match(narrow, op)], case
+        stores = [op for op in fast["inside"] if re.match(r"STG|(buffer|global)_store", op)]
+        assert all("128" in op or "x4" in op for op in stores), case
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_registers_suffice(target: str, reports: Callable[[str], dict[str, Any]]) -> None:
+    version = column(reports(target))
+    for case, facts in reports(target)["cases"].items():
+        measured = LOCAL[target][case][version] if case in LOCAL[target] else 0
+        assert len(facts["local"]) <= measured, case
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_instructions_an_element(target: str, reports: Callable[[str], dict[str, Any]]) -> None:
+    version = column(reports(target))
+    for case, row in INSTRUCTIONS[target].items():
+        count = reports(target)["cases"][case]["fast"]["per_element"]
+        assert count <= row[version] + ROUNDING, case
+        assert count > 0.5 * row[version], f"{case}: the path that was counted isn't the whole"
+
+
+def test_the_model_predicts_what_was_published() -> None:
+    """Triton's own noise, an element a Philox: 119.4 instructions (mostly arithmetic that runs at
+    full rate), 8 bytes; measured 210 G elements/s of float32 on a 132-unit Hopper."""
+    fraction, limit = roofline.predict({"LOP3": 59.4, "FFMA": 60.0}, 8, "H100")
+    assert limit == "issue"
+    assert fraction * 3.0e12 / 8 == pytest.approx(210e9, rel=0.15)
+    assert roofline.predict({"FFMA": 4.0}, 4, "H100") == (1.0, "memory")
+    # Special functions at an eighth of the rate come first; a 64-bit product takes two slots.
+    assert roofline.predict({"MUFU.SIN": 10.0}, 4, "A100")[1] == "special"
+    assert roofline.slots({"IMAD.WIDE.U32": 2.0})["multiply"] == 4
+
+
+if __name__ == "__main__":
+    print(json.dumps(report(sys.argv[1])))
