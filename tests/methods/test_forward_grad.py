@@ -154,7 +154,7 @@ def test_what_has_no_tangent_is_an_error_and_weights_stay() -> None:
 )
 def test_operators_without_a_tangent_are_named_with_their_cure(kind, cure):
     pytest.importorskip("transformers")
-    import tiny_models
+    from support import tiny_models
 
     model = tiny_models.causal_model(kind)
     before = {name: p.clone() for name, p in model.named_parameters()}
