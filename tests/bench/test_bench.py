@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import findings
-import overhead
 import pytest
-import sass
-import small_updates
 import torch
 
-BENCH = Path(__file__).parents[2] / "bench"
+from bench.cpu import overhead
+from bench.gpu import sass
+from bench.training import findings, small_updates
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_outcome_of_known_moves() -> None:
@@ -33,8 +33,16 @@ def test_outcome_of_known_moves() -> None:
 
 def test_small_updates_run_and_keep_what_was_asked_in_float32(tmp_path: Path) -> None:
     out = tmp_path / "table.md"
-    command = [sys.executable, BENCH / "small_updates.py", "--elements", "2000", "--steps", "10"]
-    subprocess.run([*command, "--out", out], check=True, capture_output=True)
+    command = [
+        sys.executable,
+        "-m",
+        "bench.training.small_updates",
+        "--elements",
+        "2000",
+        "--steps",
+        "10",
+    ]
+    subprocess.run([*command, "--out", out], check=True, capture_output=True, cwd=ROOT)
     rows = [line for line in out.read_text().splitlines() if line.startswith("| fp32")]
     assert len(rows) == sum("rounding" not in options for *_, options in small_updates.METHODS)
     assert all(row.count("1.00 ± 0.00") == 4 for row in rows)

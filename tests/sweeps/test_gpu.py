@@ -7,13 +7,13 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import gpu
 import pytest
-import sanitize
 import torch
 from torch import Tensor, nn
 
 import zo_fused
+from bench.gpu import sanitize
+from bench.gpu.steps import launches
 from zo_fused import noise
 from zo_fused.sweeps import dispatch
 from zo_fused.sweeps.functions import int64_tensor
@@ -413,7 +413,7 @@ def test_a_sweep_is_one_launch_a_dtype(backend: str, device: torch.device, count
         (lambda: ops.normal_(us, ids, offsets, keys), 1),
     ):
         sweep()
-        found = gpu.launches(sweep)
+        found = launches(sweep)
         assert sum(found.values()) == wanted, found
 
 

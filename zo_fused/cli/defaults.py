@@ -67,7 +67,7 @@ def by_method() -> dict[str, dict[str, Any]]:
 
 
 # The embedded model is tiny, so it bears far larger steps than a real one, and sweeps over its
-# weights cost less than what a factored step adds to every layer. Rates: bench/learning_rates.py.
+# weights cost less than what a factored step adds to every layer. Rates: bench/training.
 EMBEDDED_COMMON: dict[str, Any] = {"steps": 600, "eval_steps": 50}
 EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "mezo": {"lr": 3e-5},

@@ -1,5 +1,5 @@
 """Steps a second of a replay, many in one pass against one after the other:
-``python bench/replay.py --out FILE.md``.
+``python -m bench.cpu.replay --out FILE.md``.
 
 The log is of a run over random weights; it has no forward passes, so its projected gradients are
 made up. Both ways take turns, each on the same weights, and write the same bits. Medians.
@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import DTYPES, OPT, opt_parameters
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import zo_fused
+from bench import machine
+from bench.models import DTYPES, OPT, opt_parameters
 from zo_fused.replaying import rebuild
 
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -103,8 +104,6 @@ def rows(
 
 def main() -> None:
     """Command line."""
-    from conftest import _machine  # in a test, `conftest` is another
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="opt-125m", choices=list(OPT))
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="comma-separated")
@@ -117,9 +116,9 @@ def main() -> None:
     lines = [
         f"# Replay, {options.model.upper()} shapes, CPU\n",
         "How to read it: [bench/README.md](../README.md).\n",
-        f"`python bench/replay.py --model {options.model} --steps {options.steps} "
+        f"`python -m bench.cpu.replay --model {options.model} --steps {options.steps} "
         f"--repeats {options.repeats}`\n",
-        "  \n".join([*_machine(), f"load at the start: {os.getloadavg()[0]:.1f}"]) + "\n",
+        "  \n".join([*machine.of_cpu(), f"load at the start: {os.getloadavg()[0]:.1f}"]) + "\n",
     ]
     sizes = (options.steps, options.repeats)
     lines += rows(options.model, options.dtypes.split(","), chosen, *sizes)

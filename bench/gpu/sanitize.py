@@ -1,8 +1,8 @@
 """Every kernel of a GPU backend over awkward tensors, compared with the reference bit for bit.
 
-``python bench/sanitize.py`` is made to run under ``compute-sanitizer``: many small launches over
-aligned, misaligned, odd-sized and empty tensors, through every branch of the kernels. It exits with
-1 if a result differs or memory beside a tensor was written. With ``--guard 0`` and
+``python -m bench.gpu.sanitize`` is made to run under ``compute-sanitizer``: many small launches
+over aligned, misaligned, odd-sized and empty tensors, through every branch of the kernels. It exits
+with 1 if a result differs or memory beside a tensor was written. With ``--guard 0`` and
 ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` a tensor ends where its memory does, so that memcheck sees
 every read beyond it. The GPU tests run the same cases.
 """
@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from models import DTYPES
 from torch import Tensor
 
 import zo_fused
+from bench.models import DTYPES
 from zo_fused.noise import Purpose, derive_key
 from zo_fused.sweeps import dispatch
 from zo_fused.sweeps.functions import int64_tensor

@@ -1,5 +1,5 @@
-"""Learning rates for the embedded model: ``python bench/learning_rates.py --out FILE.md``, or with
-``--vary eps`` perturbation radii.
+"""Learning rates for the embedded model:
+``python -m bench.training.learning_rates --out FILE.md``; with ``--vary eps``, perturbation radii.
 
 Every method with rates a factor sqrt(10) apart around its default (radii: 10), all with the same
 budget of forward passes and the machinery of ``zo-fused compare``: two runs at a time with a thread

@@ -1,4 +1,4 @@
-"""``gpu.json`` as a Markdown page and two plots. ``python bench/gpu_report.py DIR`` writes them."""
+"""``gpu.json`` as a Markdown page and two plots. ``python -m bench.gpu.report DIR`` writes them."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ SECTIONS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
         "sweeps",
         "Sweeps",
         "Bytes a sweep must move over the time it takes. `predicted`: from the instructions of the "
-        "Triton kernels (`bench/roofline.py`).",
+        "Triton kernels (`bench/gpu/roofline.py`).",
         {
             "dtype": "weights",
             "sweep": "sweep",

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import DTYPES, opt_parameters
-from published import EPS, LR, METHODS
 
 import zo_fused
+from bench.models import DTYPES, opt_parameters
+from bench.published import EPS, LR, METHODS
 from zo_fused import noise
 
 Race = Callable[..., None]

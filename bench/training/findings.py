@@ -1,9 +1,9 @@
 """The qualitative findings of the ZO benchmark (arXiv 2402.11592), on the embedded task:
-``python bench/findings.py --out bench/results/findings.md``.
+``python -m bench.training.findings --out bench/results/findings.md``.
 
 Task alignment, queries, blocks. Every run is of the embedded model on the embedded data, one
 thread, two runs at a time; of each learning rate of a grid the mean over the seeds counts, chosen
-by the accuracy on dev, shown on test. Memory is `bench/hybrid_memory.py`.
+by the accuracy on dev, shown on test. Memory is `bench/training/hybrid_memory.py`.
 """
 
 from __future__ import annotations
@@ -279,7 +279,7 @@ def main() -> None:
     options = parser.parse_args()
     made = {"variance": variance_part, "alignment": alignment_part, "queries": queries_part}
     parts = [made[name](options) for name in options.parts]
-    command = shlex.join(["python", "bench/findings.py", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "bench.training.findings", *sys.argv[1:]])
     options.out.write_text(page(command, parts))
 
 

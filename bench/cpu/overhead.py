@@ -1,4 +1,4 @@
-"""What a step costs besides kernels and forward passes: ``python bench/overhead.py``.
+"""What a step costs besides kernels and forward passes: ``python -m bench.cpu.overhead``.
 
 The parameters of OPT-125M, each shrunk to two elements a dimension, so that sweeps have next to
 nothing to compute, and a closure that returns a constant. One thread; medians of the later steps.
@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from models import opt_shapes
 from torch import nn
 
 import zo_fused
+from bench.models import opt_shapes
 from zo_fused.sweeps.prepared import Prepared
 
 WARM_UP, STEPS = 50, 500

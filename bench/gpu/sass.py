@@ -1,7 +1,7 @@
 """What Triton's compiler makes of the kernels, on a machine with no GPU.
 
-``python bench/sass.py`` (``make sass``) compiles every kernel for each GPU generation and prints
-tables: instructions per element on the path that nearly all elements take, registers, memory
+``python -m bench.gpu.sass`` (``make sass``) compiles every kernel for each GPU generation and
+prints tables: instructions per element on the path that nearly all elements take, registers, memory
 accesses, and the fraction of a GPU's bandwidth that `roofline` predicts from them. ``--json
 TARGET`` prints all that was found for one target; the tests read that. Kernels are compiled by the
 launchers themselves; only the last step, the launch, is left out.
@@ -27,9 +27,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import roofline
 import torch
-from models import DTYPES
+
+from bench.gpu import roofline
+from bench.models import DTYPES
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -438,7 +439,7 @@ def reports(targets: list[str], wanted: str = "") -> dict[str, dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
     def report(target: str) -> dict[str, Any]:
-        command = [sys.executable, __file__, "--json", target, "--only", wanted]
+        command = [sys.executable, "-m", "bench.gpu.sass", "--json", target, "--only", wanted]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{target}: {done.stderr[-3000:]}")
