@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import zo_fused
+from bench import machine
 from zo_fused.cli.defaults import EMBEDDED_DATA, EMBEDDED_MODEL
 from zo_fused.task.data import read_examples
 from zo_fused.task.encoding import Encoded, Encoder, maximum_length
@@ -259,9 +260,7 @@ def queries_part(options: argparse.Namespace) -> tuple[str, list[str]]:
 
 def page(command: str, parts: list[tuple[str, list[str]]]) -> str:
     """The Markdown text."""
-    from conftest import _machine  # in a test, `conftest` is another
-
-    where = "  \n".join(_machine())
+    where = "  \n".join(machine.of_cpu())
     body = [f"# Findings on the embedded task\n\n`{command}`\n\n{where}"]
     body += [f"## {title}\n\n" + "\n".join(lines) for title, lines in parts]
     return "\n\n".join(body) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import machine
 from bench.cpu import overhead
 from bench.gpu import sass
 from bench.training import findings, small_updates
+from zo_fused.sweeps.backends import cpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,6 +83,21 @@ def test_findings_train_and_tabulate() -> None:
     assert [line.split(" ")[1] for line in table[2:]] == ["MeZO", "SGD"]
 
 
+def test_findings_are_a_page_that_names_the_machine() -> None:
+    page = findings.page("the command", [("Queries", ["a line"])])
+    assert "`the command`" in page
+    assert all(line in page for line in [*machine.of_cpu(), "## Queries\n\na line\n"])
+    assert f"torch {torch.__version__}" in page
+
+
+def test_every_benchmark_loads() -> None:
+    for needed in ("tqdm", "transformers", "triton"):
+        pytest.importorskip(needed)
+    for path in (ROOT / "bench").rglob("*.py"):
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+
+
+@pytest.mark.skipif(cpu.why_not("cpu") is not None, reason="the C++ extension is not built")
 def test_overhead_measures_every_variant() -> None:
     for _, cls, options in overhead.VARIANTS:
         step, kernels = overhead.microseconds(cls, options, steps=2)

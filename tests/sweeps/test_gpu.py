@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import zo_fused
 from bench.gpu import sanitize
 from bench.gpu.steps import launches
+from bench.gpu.sweep_cases import FAMILIES
 from zo_fused import noise
 from zo_fused.sweeps import dispatch
 from zo_fused.sweeps.functions import int64_tensor
@@ -69,13 +70,13 @@ def no_waiting() -> Iterator[None]:
 # ---- the same bits ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", list(sanitize.FAMILIES))
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_every_operator_equals_the_reference(
     backend: str, device: torch.device, family: str
 ) -> None:
     """All operators, dtypes, ranks, rules, roundings, odd sizes, offsets, alignments."""
     found = []
-    for case in sanitize.FAMILIES[family]():
+    for case in FAMILIES[family]():
         found += sanitize.differences(case, backend, device, misalignments=(0, 1, 3))
     assert found == []
 
@@ -83,7 +84,7 @@ def test_every_operator_equals_the_reference(
 def test_the_cpu_backend_equals_the_reference() -> None:
     if dispatch.why_not("cpu", "cpu") is not None:
         pytest.skip("the C++ extension is not built")
-    for family in sanitize.FAMILIES.values():
+    for family in FAMILIES.values():
         for case in family():
             if sanitize.served(case, "cpu"):
                 assert sanitize.differences(case, "cpu", CPU, misalignments=(1,)) == []
