@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from bench import machine
+from bench.page import table
 
 ROWS: list[dict[str, Any]] = []
 
@@ -77,19 +78,12 @@ def race(benchmark: Any) -> Callable[..., None]:
     return run
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
-    return str(value)
-
-
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if not ROWS:
         return
-    columns = list(dict.fromkeys(name for row in ROWS for name in row))
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(_cell(row.get(c, "")) for c in columns) + " |" for row in ROWS]
-    text = "\n".join([*machine.of_cpu(), "", *lines])
+    columns = dict.fromkeys(name for row in ROWS for name in row)
+    lines = [*machine.of_cpu(), "", *table(ROWS, {name: name for name in columns})]
+    text = "\n".join(lines)
     terminalreporter.write_line("\n" + text)
     if config.getoption("--table"):
         config.getoption("--table").write_text(text + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from tqdm import tqdm
 import zo_fused
 from bench import machine
 from bench.models import DTYPES, OPT, opt_parameters
+from bench.page import publish
 from zo_fused.replaying import rebuild
 
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -48,12 +50,8 @@ def write_log(path: Path, method: str, params: dict[str, nn.Parameter], steps: i
 
 def step_by_step(tensors: dict[str, Tensor], log: Path) -> None:
     """A replay that repeats every sweep by itself."""
-    recorder = rebuild._recorder
-    rebuild._recorder = lambda optimizer: None
-    try:
+    with mock.patch.object(rebuild, "recorder_of", return_value=None):
         zo_fused.replay(tensors, log)
-    finally:
-        rebuild._recorder = recorder
 
 
 WAYS: dict[str, Callable[[dict[str, Tensor], Path], Any]] = {
@@ -122,10 +120,7 @@ def main() -> None:
     ]
     sizes = (options.steps, options.repeats)
     lines += rows(options.model, options.dtypes.split(","), chosen, *sizes)
-    text = "\n".join(lines)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    publish(lines, options.out)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from bench.published import EPS, LR, METHODS
 from zo_fused import noise
 
 Race = Callable[..., None]
-ROUNDS = {"opt-125m": (9, 3), "opt-1.3b": (5, 1)}  # of zo_fused, of the published code
+# Of zo_fused, of the published code.
+ROUNDS = {"opt-tiny": (2, 1), "opt-125m": (9, 3), "opt-1.3b": (5, 1)}
 
 
 @pytest.fixture(params=list(DTYPES))

@@ -30,6 +30,7 @@ import torch
 from bench.gpu import roofline
 from bench.gpu.machine_code import Unit, fast_path, parse_gcn, parse_sass
 from bench.models import DTYPES
+from bench.page import publish
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -356,10 +357,7 @@ def main() -> None:
         compiled = record_kernels(options.json)
         print(json.dumps(examine(options.json, compiled, lambda name: options.only in name)))
         return
-    text = "\n".join(tables(reports(options.targets, options.only)))
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    publish(tables(reports(options.targets, options.only)), options.out)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from tqdm import tqdm
 import zo_fused
 from bench import published
 from bench.models import DTYPES
+from bench.page import publish
 from zo_fused import noise
 
 EPS, RANK, INTERVAL = 1e-3, 2, 50
@@ -144,10 +145,7 @@ def main() -> None:
             if (d, m) == (dtype, method)
         ]
         lines.append(f"| {dtype} | {method} | " + " | ".join(cells) + " |")
-    text = "\n".join(lines)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    publish(lines, options.out)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,21 @@ def test_tables_of_machine_code() -> None:
     assert "| low rank | 8.0 / 80 L2 | not counted / 99 |" in lines
     # 0.8 of what an H100 issues, 128 * 132 * 1.755e9 a second, against 3e12 / 4 elements.
     assert any(line.startswith("| dense | 0.40 issue |") for line in lines)
+
+
+def test_make_bench_tabulates_every_sweep_and_step(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    makefile = (ROOT / "Makefile").read_text()
+    (folder,) = re.findall(r"pytest -q (\S+) --benchmark-disable-gc", makefile)
+    command = [sys.executable, "-m", "pytest", "-q", folder, "--models", "opt-tiny"]
+    command += ["-p", "no:cacheprovider", "--table", str(tmp_path / "table.md")]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    found = (tmp_path / "table.md").read_text()
+    assert f"torch {torch.__version__}" in found
+    header, _, *rows = [line[2:-2].split(" | ") for line in found.splitlines() if line[:1] == "|"]
+    assert {"what", "ms", "GB/s", "of copy", "published ms"} <= set(header)
+    assert len(rows) == 3 * (3 + 2 + 1 + 3)  # in every dtype
+    assert all(len(row) == len(header) for row in rows)
 
 
 def test_findings_train_and_tabulate() -> None:

@@ -197,7 +197,7 @@ def replayed(
     model = network(dtype)
     with patch.context() as context:
         if limit is None:
-            context.setattr(rebuild, "_recorder", lambda optimizer: None)
+            context.setattr(rebuild, "recorder_of", lambda optimizer: None)
         else:
             context.setattr(rebuild, "Recorder", lambda d: recorder.Recorder(d, limit))
         zo_fused.replay(model, log)
@@ -293,13 +293,13 @@ def test_new_buckets_wait_for_the_old_ones(tmp_path: Path, sweeps: list[str]) ->
 
 @pytest.mark.parametrize("method", ["MeZO-M", "ZOAdam", "ZOSignSGD"])
 def test_rules_that_sweep_themselves_are_not_recorded(method: str) -> None:
-    assert rebuild._recorder(METHODS[method](network())) is None
+    assert rebuild.recorder_of(METHODS[method](network())) is None
 
 
 def test_memory_is_bounded() -> None:
     """A tape that never ends: what waits is never more than the limit."""
     opt = METHODS["MeZO"](network())
-    waiting = rebuild._recorder(opt)
+    waiting = rebuild.recorder_of(opt)
     assert waiting is not None
     for sign in range(2 * recorder.SWEEPS):
         opt.perturb(1 + sign % 5)

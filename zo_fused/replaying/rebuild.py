@@ -58,7 +58,7 @@ def replay(
         from tqdm import tqdm
 
         events = tqdm(events, desc="replay", unit="step")
-    recorder = _recorder(optimizer)
+    recorder = recorder_of(optimizer)
     for event in events:
         with uninterrupted():
             _repeat(optimizer, event)
@@ -97,7 +97,7 @@ def _repeat(optimizer: ZerothOrderOptimizer, event: log_lines.Event) -> None:
     optimizer.update(vector(grads, weights.buckets[0].device).float())
 
 
-def _recorder(optimizer: ZerothOrderOptimizer) -> Recorder | None:
+def recorder_of(optimizer: ZerothOrderOptimizer) -> Recorder | None:
     """What the sweeps of an optimizer wait in from here on. None where it would bring nothing (a
     direction keeps a part of the weights beside them) or miss some (of rules that make their own).
     """
