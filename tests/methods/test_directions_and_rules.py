@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import zo_fused
 from zo_fused.directions.dense import Dense
 from zo_fused.directions.low_rank import LowRank
+from zo_fused.methods import table
 from zo_fused.methods.kerzoo import Stretched
 from zo_fused.noise import Purpose, derive_key, normal, parameter_id
 from zo_fused.noise.streams import uniform
@@ -28,7 +29,7 @@ from zo_fused.rules.sgd import SGD, ScalarSign
 from zo_fused.step.direction import Direction
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.rule import Rule
-from zo_fused.step.schedule import Position, Schedule
+from zo_fused.step.schedule import Position
 from zo_fused.step.weights import Place
 
 
@@ -79,7 +80,7 @@ class Made(ZerothOrderOptimizer):
     def __init__(self, params: Any, direction: Direction, rule: Rule, **kw: Any) -> None:
         hyper = {**HYPER, **{name: kw.pop(name) for name in list(kw) if name in HYPER}}
         defaults = {"lr": kw.pop("lr", 0.0), **hyper}
-        super().__init__(params, defaults, direction, rule, kw.pop("seed", 3), Schedule(**kw))
+        super().__init__(params, direction, rule, defaults, **{"seed": 3, **kw})
 
 
 def network() -> nn.Sequential:
@@ -237,8 +238,7 @@ class Probing(ZerothOrderOptimizer):
 
     def __init__(self, params: Any, lr: float = 1e-2, rank: int = 2, interval: int = 3, **kw: Any):
         defaults = {"lr": lr, "eps": 1e-2, "weight_decay": 0.0, "rank": rank, "interval": interval}
-        seed = kw.pop("seed", 0)
-        super().__init__(params, defaults, Remembering(), SGD(), seed, Schedule(**kw))
+        super().__init__(params, Remembering(), SGD(), defaults, **kw)
 
     def probes(self) -> list[Position]:
         learnt = any("found" in state for state in self.state.values())
@@ -248,8 +248,6 @@ class Probing(ZerothOrderOptimizer):
 
 
 def test_probes_are_taken_logged_and_replayed(tmp_path: Path, monkeypatch: Any) -> None:
-    from zo_fused.replaying import rebuild
-
     model, copy = network(), network()
     opt = Probing(model, deferred=False)
     opt.start_log(tmp_path / "log.jsonl")
@@ -266,7 +264,9 @@ def test_probes_are_taken_logged_and_replayed(tmp_path: Path, monkeypatch: Any) 
     opt.flush()
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert sum('"probes":[' in line for line in lines) == 3
-    monkeypatch.setitem(rebuild.METHODS, "Probing", __name__)
+    with pytest.raises(ValueError, match="method of your own must be imported first"):
+        zo_fused.replay(copy, tmp_path / "log.jsonl")
+    monkeypatch.setitem(table.METHODS, "Probing", Probing)
     zo_fused.replay(copy, tmp_path / "log.jsonl")
     assert torch.equal(vector_of(model), vector_of(copy))
 

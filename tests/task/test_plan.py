@@ -35,7 +35,7 @@ def one_thread_and_no_network(monkeypatch):
 
 def hyper(method, more):
     table = defaults.defaults(method, embedded=False)
-    return {key: value for key, value in table.items() if key in defaults.BY_METHOD[method]} | more
+    return {key: value for key, value in table.items() if key in defaults.by_method()[method]} | more
 
 
 def measured(model, method, settings, batch, length):

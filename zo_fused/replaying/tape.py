@@ -208,6 +208,11 @@ class Recorder(Direction):
         assert isinstance(self._direction, LowRank)
         return self._direction.factors(bucket)
 
+    def square(self, n: int) -> float:
+        """As `LowRank.square`."""
+        assert isinstance(self._direction, LowRank)
+        return self._direction.square(n)
+
     def leave(self) -> None:
         self.run()
         self._tapes = {}

@@ -60,11 +60,11 @@ class ZerothOrderOptimizer(BetweenSteps):
         params: ``model.named_parameters()`` (best: noise is tied to names), ``model.parameters()``
             (noise is tied to positions), param groups, or the module itself. Only parameters that
             require gradients move; this is looked up at every step.
-        defaults: hyper-parameters of the groups.
         direction, rule: see above.
-        seed: base seed of the run, ``0 <= seed < 2**64``. The global generators are never used.
-        schedule: deferred, one_sided, queries, block_order: see above.
+        defaults: hyper-parameters of the groups.
         options: arguments of the method that groups don't tell, recorded in the replay log.
+        seed: base seed of the run, ``0 <= seed < 2**64``. The global generators are never used.
+        deferred, one_sided, queries, block_order: see above. All methods take them by name.
 
     Attributes:
         projected_grad: g of the last step, float32 tensor [] on the device of the first parameter;
@@ -76,6 +76,13 @@ class ZerothOrderOptimizer(BetweenSteps):
     needs_closure = False  # whether `step` can't do with losses
 
     # ---- what a method may say ------------------------------------------------------------------
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes over a batch that an ordinary step takes."""
+        with self._access.alone():
+            self.weights.look()
+        return len(self.positions())
 
     def probes(self) -> list[Position]:
         """Where this step takes losses beforehand, for the direction to learn from."""
