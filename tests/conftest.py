@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -71,6 +72,14 @@ def use_backend() -> Iterator[Callable[[str | None], None]]:
 def make(request: pytest.FixtureRequest) -> Case:
     """Every method and every variant of it, one after the other."""
     return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def fresh_heap() -> Iterator[None]:
+    """`gc.collect()` looks at what the test makes. Through all that is loaded it takes seconds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -32,7 +32,10 @@ def parse(*words):
         (["finetune", "--method", "adam"], "argument --method: invalid choice: 'adam'"),
         (["finetune", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["finetune", "--method", "lozzo-m"], "choice: 'lozzo-m' (did you mean lozo-m?)"),
-        (["finetune", "--method", "sgd"], "invalid choice: 'sgd' (choose from forward-grad, kerzoo, lozo,"),
+        (
+            ["finetune", "--method", "sgd"],
+            "invalid choice: 'sgd' (choose from forward-grad, kerzoo, lozo,",
+        ),
         (["finetune", "--steps", str(10**30)], "--steps: must be a whole number >= 1, got '1000"),
         (["finetune", "--rank", str(2**31)], "argument --rank: must be below 2**31, got '2147"),
         (["finetune", "--seed", "9" * 5000], "argument --seed: must be a whole number below 2**64"),

@@ -57,7 +57,9 @@ def test_star_and_import_load_no_more_than_they_must() -> None:
 @pytest.mark.parametrize("name", [n for n in table.methods() if n in zo_fused.__all__])
 def test_a_method_is_documented(name: str) -> None:
     rows = (ROOT / "docs" / "methods.md").read_text()
-    assert re.search(rf"^\|.*`{name}\b", rows, re.MULTILINE), f"docs/methods.md has no row of {name}"
+    assert re.search(rf"^\|.*`{name}\b", rows, re.MULTILINE), (
+        f"docs/methods.md has no row of {name}"
+    )
     assert "Args:" in table.methods()[name].__doc__
 
 

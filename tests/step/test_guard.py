@@ -168,6 +168,7 @@ def test_a_compiled_model_is_not_compiled_again_by_steps() -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.usefixtures("fresh_heap")
 def test_an_optimizer_that_is_gone_has_left_theta(
     resting: tuple[nn.Sequential, Any, Tensor],
 ) -> None:
@@ -177,6 +178,7 @@ def test_an_optimizer_that_is_gone_has_left_theta(
     assert torch.equal(nn.utils.parameters_to_vector(net.parameters()), theta)
 
 
+@pytest.mark.usefixtures("fresh_heap")
 def test_an_optimizer_that_is_gone_after_perturb() -> None:
     net = network()
     theta = in_memory(net)
@@ -188,6 +190,7 @@ def test_an_optimizer_that_is_gone_after_perturb() -> None:
     torch.testing.assert_close(in_memory(net), theta, rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("fresh_heap")
 def test_the_guard_does_not_keep_an_optimizer_at_theta_alive() -> None:
     import weakref
 

@@ -50,7 +50,7 @@ METHODS = {
     "MeZO-M": Method(zo_fused.MeZO, {"momentum": 0.9, "dampening": 0.5}),
     "LOZO": Method(
         zo_fused.LOZO,
-        LOW_RANK,
+        {**LOW_RANK, "divide_by_rank": True},
         (*USUAL, "in turn", "factored", "queries, factored", "queries, paired"),
     ),
     "LOZO-M": Method(
