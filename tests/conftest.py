@@ -21,6 +21,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the other workers have the other core
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from support.methods import CASES, Case  # noqa: E402
+
 # A run started in the background inherits an ignored SIGINT, and the tests of Ctrl-C need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -63,6 +65,12 @@ def use_backend() -> Iterator[Callable[[str | None], None]]:
     zo_fused.set_backend(previous)
     yield zo_fused.set_backend
     zo_fused.set_backend(previous)
+
+
+@pytest.fixture(params=CASES.values(), ids=str)
+def make(request: pytest.FixtureRequest) -> Case:
+    """Every method and every variant of it, one after the other."""
+    return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture

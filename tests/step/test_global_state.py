@@ -22,9 +22,6 @@ from torch import Tensor, nn
 import zo_fused
 from zo_fused import noise
 
-# torch's own, of forward-mode derivatives
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-
 State = Callable[[], AbstractContextManager[Any]]
 
 

@@ -593,7 +593,6 @@ def test_a_state_s_counters_are_whole_numbers(step: Any) -> None:
         opt.load_state_dict(state)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_a_flush_is_not_recorded() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -618,8 +617,6 @@ def test_a_flush_is_not_recorded() -> None:
 
 # ---- states -------------------------------------------------------------------------------------
 
-TORCHS_OWN = "ignore:.torch.jit:DeprecationWarning"  # of forward-mode differentiation
-
 STATES: dict[str, Callable[[Any], Any]] = {
     "MeZO": zo_fused.MeZO,
     "MeZO rademacher": lambda params: zo_fused.MeZO(params, distribution="rademacher"),
@@ -634,7 +631,6 @@ STATES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings(TORCHS_OWN)
 def test_a_state_of_another_method_is_refused() -> None:
     net = network()
     states = {}
@@ -713,7 +709,6 @@ def test_distributed_checkpoints_take_a_state_and_change_nothing(name: str) -> N
 # ---- the two halves of a step -------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings(TORCHS_OWN)
 @pytest.mark.parametrize("name", [*STATES, *RESTING])
 def test_two_halves_are_a_step(name: str, tmp_path: Path) -> None:
     """Bit for bit; and up to rounding where somebody looks in between, which a replay knows."""

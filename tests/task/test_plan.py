@@ -57,7 +57,6 @@ def measured(model, method, settings, batch, length):
     return sum(t.numel() * t.element_size() for t in tensors), live.now, live.peak
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, of forward-grad
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
@@ -115,7 +114,6 @@ def test_activations_are_those_that_are_alive(kind):
         del loss
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, of forward-grad
 @pytest.mark.parametrize("name", ["MeZO", "LOZO, factored", "ZO-Adam", "Forward-Grad"])
 def test_the_peak_of_a_step(name, tmp_path, capsys):
     tiny_models.config("llama", **SMALL).save_pretrained(tmp_path)
