@@ -90,7 +90,9 @@ def main() -> int:
     args = parser.parse_args()
     methods = args.methods.split(",")
     if args.vary == "eps":  # forward-grad has none
-        methods = [name for name in methods if "eps" in defaults.by_method()[name.partition(":")[0]]]
+        methods = [
+            name for name in methods if "eps" in defaults.by_method()[name.partition(":")[0]]
+        ]
     seeds = [int(seed) for seed in args.seeds.split(",")]
     # dev is evaluated before and after alone; test is not looked at
     data = defaults.EMBEDDED_DATA

@@ -142,6 +142,9 @@ def test_a_uniform_number_of_a_query() -> None:
         number = uniform(5, 7, 2, element)
         assert number == (2 * (word >> 9) + 1) / 2**23 - 1
         assert number == float(torch.tensor(number, dtype=torch.float32))
+    # the vectors of docs/noise.md
+    assert uniform(42, 7, 0) * 2**23 == -1276363
+    assert uniform(42, 7, 2) * 2**23 == -6762809
     drawn = torch.tensor([uniform(1, step) for step in range(4000)], dtype=torch.float64)
     # standard errors of the first two moments of U(-1, 1) over 4000: 0.009, 0.005
     assert abs(float(drawn.mean())) < 0.04

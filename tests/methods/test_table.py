@@ -86,7 +86,7 @@ def test_unknown_keywords_are_refused_with_the_nearest_one() -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(TypeError, match=r"MeZO\(\) .* 'one_side'; did you mean 'one_sided'"):
         zo_fused.MeZO(model, one_side=True)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'$"):
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'nonsense'$"):
         zo_fused.LOZO(model, nonsense=1)  # type: ignore[call-arg]
 
 

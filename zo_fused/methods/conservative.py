@@ -18,7 +18,7 @@ from zo_fused.step.vectors import Vector, all_finite
 from zo_fused.step.weights import THETA, Place
 
 
-class Stay(Rule):
+class Chosen(Rule):
     """The weights are where the step goes: that is theta from here on."""
 
     not_capturable = "the host compares the candidates"
@@ -71,7 +71,7 @@ class ZOConservative(ZerothOrderOptimizer):
         super().__init__(
             params,
             Dense(distribution),
-            Stay(),
+            Chosen(),
             defaults,
             options,
             seed=seed,

@@ -252,7 +252,7 @@ class ZerothOrderOptimizer(BetweenSteps):
                 raise TypeError(f"{type(self).__name__}.step() needs a closure")
             self._groups.check_changes()
             apart = 1 if self.schedule.one_sided else 2
-            plus, minus = self._given(loss_plus), self._given(loss_minus)
+            plus, minus = self._evaluation.given(loss_plus), self._evaluation.given(loss_minus)
             sides = [(above, below, apart) for above, below in zip(plus, minus, strict=True)]
             return self._finish(self._estimated(sides))
 
@@ -266,7 +266,7 @@ class ZerothOrderOptimizer(BetweenSteps):
         """The second half of a step."""
         self._access.pending = None
         self.weights.look_again()
-        self.weights.check_eps()
+        self._groups.hold_eps()
         if self.weights.parameters.changed(self.direction):
             raise RuntimeError("parameters changed between estimate() and step(): estimate anew")
         return self._finish(pending)
@@ -276,18 +276,6 @@ class ZerothOrderOptimizer(BetweenSteps):
             raise RuntimeError("only a step with a closure can be captured")
         evaluate = self._access.interruptible(closure)
         return self._capture.record(self.rule, lambda: self._finish(self.measure(evaluate)))
-
-    def _given(self, losses: Loss | Sequence[Loss]) -> list[Any]:
-        """The losses that a user gives, one a query."""
-        several = isinstance(losses, Sequence) or (isinstance(losses, Tensor) and losses.dim() == 1)
-        given = list(losses) if several else [losses]  # type: ignore[arg-type]
-        if not self.weights.buckets:
-            self.weights.look()
-        if len(given) != (queries := self.weights.queries()):
-            raise ValueError(
-                f"step() needs loss_plus and loss_minus of {queries} queries each, got {len(given)}"
-            )
-        return [self._evaluation.scalar(loss) for loss in given]
 
 
 def _probed(param_groups: list[dict[str, Any]]) -> bool:
