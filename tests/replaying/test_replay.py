@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.matrix import covering
-from support.methods import CASES, Case, evaluates_both_sides, those
+from support.methods import CASES, Case, evaluates_both_sides, rounds, those
 from support.models import loss_of, network, same
 from torch import Tensor, nn
 
@@ -49,7 +49,7 @@ def eventful_run(opt: ZerothOrderOptimizer, model: nn.Module, split: bool, steps
 
 
 @covering(
-    make=[case for case in CASES.values() if "rounding" in case(network()).defaults],
+    make=[case for case in CASES.values() if rounds(case)],
     dtype=[torch.float16, torch.float32],
     rounding=["nearest", "stochastic"],
 )

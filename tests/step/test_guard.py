@@ -19,22 +19,12 @@ from typing import Any
 import pytest
 import torch
 from support.equality import in_memory
+from support.models import INPUT as X
+from support.models import network
 from torch import Tensor, nn
 
 import zo_fused
 from zo_fused.sweeps.prepared import prepare
-
-
-def network() -> nn.Sequential:
-    generator = torch.Generator().manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(0.5 * torch.randn(p.shape, generator=generator))
-    return net
-
-
-X = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
 
 
 def loss_of(net: Callable[..., Tensor]) -> Callable[[], Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support.matrix import covering
-from support.methods import CASES, METHODS, Case, evaluates_both_sides, those
+from support.methods import CASES, METHODS, Case, evaluates_both_sides, rounds, those
 from support.models import loss_of, network, same, snapshot
 from torch import Tensor, nn
 
@@ -27,7 +27,6 @@ from zo_fused.step.optimizer import ZerothOrderOptimizer
 
 two_sided = those(evaluates_both_sides)
 all_at_once = those(lambda case: case.options.get("block_order") != "sequential")
-rounds = those(lambda case: "rounding" in case(network()).defaults)
 MEZO, LOZO = CASES["MeZO"], CASES["LOZO"]
 
 
@@ -537,7 +536,7 @@ def test_small_updates_add_up_with_stochastic_rounding(dtype: torch.dtype) -> No
     assert 4 * deviation < 0.5
 
 
-@rounds
+@those(rounds)
 def test_stochastic_rounding_leaves_float32_as_it_is(make: Case) -> None:
     one, two = network(), network()
     a = make(one)
@@ -592,7 +591,7 @@ def test_hooks_run_around_step() -> None:
 )
 def test_resume_is_bit_exact(make: Case, dtype: torch.dtype, cut: int, rounding: str) -> None:
     model = network(dtype)
-    options = {"rounding": rounding} if "rounding" in make(model).defaults else {}
+    options = {"rounding": rounding} if rounds(make) else {}
     opt = make(model, **options)
     for _ in range(cut):
         opt.step(loss_of(model))

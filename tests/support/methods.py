@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from support.models import blocks
+from support.models import blocks, network
 from torch import nn
 
 import zo_fused
@@ -71,7 +71,7 @@ METHODS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A method with the options of a variant: called like the method."""
 
@@ -112,6 +112,11 @@ CASES = {case.name: case for row in METHODS.items() for case in _cases(*row)}
 def those(accept: Callable[[Case], bool]) -> pytest.MarkDecorator:
     """Runs a test over the cases that are accepted, instead of over all."""
     return pytest.mark.parametrize("make", list(filter(accept, CASES.values())), ids=str)
+
+
+def rounds(case: Case) -> bool:
+    """Whether its updates may be rounded at random."""
+    return "rounding" in case(network()).defaults
 
 
 def evaluates_both_sides(case: Case) -> bool:
