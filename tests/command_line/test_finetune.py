@@ -179,7 +179,6 @@ METHODS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, of forward-grad
 @pytest.mark.parametrize("words", METHODS, ids=" ".join)
 def test_every_method_keeps_to_its_budget(arguments, base, tmp_path, capsys, words):
     """The forward passes that are counted are those that the plan was made with."""
@@ -220,7 +219,6 @@ def test_a_budget_too_small_for_a_step(arguments, capsys):
     )
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, of forward-grad
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about what peft calls
 @pytest.mark.parametrize(
     ("scheme", "more"),

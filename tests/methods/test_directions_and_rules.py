@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.models import INPUT, loss_of, network
 from torch import Tensor, nn
 
 import zo_fused
@@ -81,16 +82,6 @@ class Made(ZerothOrderOptimizer):
         hyper = {**HYPER, **{name: kw.pop(name) for name in list(kw) if name in HYPER}}
         defaults = {"lr": kw.pop("lr", 0.0), **hyper}
         super().__init__(params, direction, rule, defaults, **{"seed": 3, **kw})
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
-
-
-def loss_of(model: nn.Module) -> Callable[[], Tensor]:
-    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
-    return lambda: model(x).square().mean()
 
 
 def vector_of(model: nn.Module) -> Tensor:
@@ -167,7 +158,7 @@ def test_kerzoo_follows_its_textbook(kw: dict[str, Any]) -> None:
     model, eps, lr, decay, seed = network(), 1e-2, 1e-2, 0.1, 11
     opt = zo_fused.KerZOO(model, lr=lr, eps=eps, weight_decay=decay, seed=seed, **kw)
     theta = {name: p.detach().double().clone() for name, p in model.named_parameters()}
-    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(1)).double()
+    x = INPUT.double()
 
     def loss(weights: dict[str, Tensor]) -> float:
         return float(torch.func.functional_call(network().double(), weights, (x,)).square().mean())
@@ -312,7 +303,7 @@ def test_a_basis_follows_its_textbook() -> None:
     model, eps, lr, seed, rank, interval = network(), 1e-2, 1e-2, 3, 2, 3
     opt = Made(model, Orthonormal(), SGD(), lr=lr, rank=rank, interval=interval, seed=seed)
     theta = {name: p.detach().double().clone() for name, p in model.named_parameters()}
-    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(1)).double()
+    x = INPUT.double()
     reference = network().double()
 
     def loss(weights: dict[str, Tensor]) -> float:

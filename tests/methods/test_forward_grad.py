@@ -12,9 +12,6 @@ from torch import Tensor, nn
 
 import zo_fused
 
-# PyTorch's own, when forward-mode differentiation is first used
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-
 STEPS, SEED = 50, 11  # SEED: that of `dense`
 
 

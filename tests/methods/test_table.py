@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.methods import METHODS
 from torch import nn
 
 import zo_fused
@@ -29,6 +30,12 @@ def test_the_package_has_the_methods_of_the_table() -> None:
             assert getattr(zo_fused, name) is made
             assert name in zo_fused.__all__
             assert name in dir(zo_fused)
+
+
+def test_every_method_is_under_the_tests_that_hold_for_all() -> None:
+    """Hybrid, which is two optimizers, has tests of its own."""
+    ours = {made for name, made in table.methods().items() if name in zo_fused.__all__}
+    assert ours == {row.optimizer for row in METHODS.values()}
 
 
 def test_editors_see_what_the_table_has() -> None:

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from support.models import loss_of, network
+from torch import nn
 
 import zo_fused
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
-
-
-def blocks(model: nn.Module) -> list[dict[str, Any]]:
+def alternating_blocks(model: nn.Module) -> list[dict[str, Any]]:
     named = list(model.named_parameters())
     return [{"params": named[i::2], "block": 3 * i + 2} for i in (0, 1)]
-
-
-def loss_of(model: nn.Module) -> Callable[[], Tensor]:
-    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
-    return lambda: model(x).square().mean()
 
 
 def as_before(entry: Any, queries: int, numbers: list[int] | None) -> Any:
@@ -59,7 +49,9 @@ def test_they_are_replayed_and_continued(
     numbers = [2, 5] if apart else None
 
     def make(model: nn.Module) -> Any:
-        return method(blocks(model) if "block_order" in options else model, lr=1e-2, **options)
+        return method(
+            alternating_blocks(model) if "block_order" in options else model, lr=1e-2, **options
+        )
 
     model = network()
     opt = make(model)

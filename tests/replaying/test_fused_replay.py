@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.equality import assert_same_bits
-from support.methods import METHODS, VARIANTS
+from support.methods import CASES
 from support.models import loss_of, network
 from torch import Tensor, nn
 
@@ -209,6 +209,14 @@ def assert_same_models(a: nn.Module, b: nn.Module) -> None:
         assert_same_bits(p.detach(), q.detach())
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "stochastic": {"rounding": "stochastic"},
+    "deferred": {"deferred": True},
+    "deferred, stochastic": {"deferred": True, "rounding": "stochastic"},
+}
+
+
 def log_of(path: Path, method: str, variant: str, dtype: torch.dtype, **options: Any) -> nn.Module:
     """Nine steps and their log; returns the model."""
     model = network(dtype)
@@ -216,7 +224,7 @@ def log_of(path: Path, method: str, variant: str, dtype: torch.dtype, **options:
     if options.pop("groups", False):
         named = list(model.named_parameters())
         module = [{"params": named[:1], "weight_decay": 0.1}, {"params": named[1:], "eps": 2e-3}]
-    opt = METHODS[method](module, **VARIANTS[variant], **options)
+    opt = CASES[method](module, **{"lr": 1e-2, **VARIANTS[variant], **options})
     opt.start_log(path)
     for _ in range(9):
         opt.step(loss_of(model))
@@ -225,7 +233,7 @@ def log_of(path: Path, method: str, variant: str, dtype: torch.dtype, **options:
 
 
 @pytest.mark.parametrize("groups", [False, True], ids=["one group", "two groups"])
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if "factored" not in v])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("method", RECORDED)
 def test_cut_anywhere(
     method: str, variant: str, groups: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -279,7 +287,7 @@ def test_weights_are_passed_over_once_for_many_steps(tmp_path: Path, sweeps: lis
 def test_new_buckets_wait_for_the_old_ones(tmp_path: Path, sweeps: list[str]) -> None:
     """A parameter that stops to move, and moves again, is in another bucket each time."""
     log, model = tmp_path / "log.jsonl", network()
-    opt = METHODS["MeZO"](model)
+    opt = CASES["MeZO"](model)
     opt.start_log(log)
     for step in range(9):
         model[0].weight.requires_grad_(step // 3 != 1)
@@ -293,12 +301,12 @@ def test_new_buckets_wait_for_the_old_ones(tmp_path: Path, sweeps: list[str]) ->
 
 @pytest.mark.parametrize("method", ["MeZO-M", "ZOAdam", "ZOSignSGD"])
 def test_rules_that_sweep_themselves_are_not_recorded(method: str) -> None:
-    assert rebuild.recorder_of(METHODS[method](network())) is None
+    assert rebuild.recorder_of(CASES[method](network())) is None
 
 
 def test_memory_is_bounded() -> None:
     """A tape that never ends: what waits is never more than the limit."""
-    opt = METHODS["MeZO"](network())
+    opt = CASES["MeZO"](network())
     waiting = rebuild.recorder_of(opt)
     assert waiting is not None
     for sign in range(2 * recorder.SWEEPS):

@@ -110,7 +110,7 @@ class ForwardGrad(ZerothOrderOptimizer):
         with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
             duals: dict[int, Tensor] = {}
             for bucket in self.weights.buckets:
-                term = Term(self.step_count, bucket.ones, query=query)
+                term = Term(self.weights.step, bucket.ones, query=query)
                 tangents = direction.drawn(bucket, self.seed, term)
                 for p, tangent in zip(bucket.params, tangents, strict=True):
                     if p not in places:
