@@ -27,7 +27,7 @@ from zo_fused.rules.factor_momentum import FactorMomentum
 from zo_fused.rules.history import AdamOfHistory
 from zo_fused.rules.moments import Adam, Momentum, Sign
 from zo_fused.rules.sgd import SGD, ScalarSign
-from zo_fused.step.direction import Direction
+from zo_fused.step.direction import Direction, Sweep
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.rule import Rule
 from zo_fused.step.schedule import Position
@@ -218,13 +218,13 @@ class Remembering(LowRank):
         found = self.state[p].get("found")
         return left, right if found is None else right + found[: right.shape[1]].T
 
-    def sweep(self, bucket, seed, terms, decay, rounding=None):  # type: ignore[no-untyped-def]
-        probes = [term for term in terms if term.probe]
+    def sweep(self, sweep: Sweep) -> None:
+        probes = [term for term in sweep.terms if term.probe]
+        others = [term for term in sweep.terms if not term.probe]
         if probes:
-            Dense().sweep(bucket, seed, probes, bucket.ones)
-            terms = [term for term in terms if not term.probe]
-        if terms:
-            super().sweep(bucket, seed, terms, decay, rounding)
+            Dense().sweep(sweep._replace(terms=probes, decay=sweep.bucket.ones))
+        if others:
+            super().sweep(sweep._replace(terms=others))
 
 
 class Probing(ZerothOrderOptimizer):

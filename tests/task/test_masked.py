@@ -1,6 +1,5 @@
 """Masked language models: templates with {mask}, their encoding, and whole runs."""
 
-import importlib
 import json
 import os
 import signal
@@ -24,16 +23,6 @@ from zo_fused.task.masked import MaskEncoder, MaskScorer  # noqa: E402
 from zo_fused.task.prompt import Task  # noqa: E402
 
 WORDS = {"negative": "terrible", "positive": "great"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread_and_no_network(monkeypatch):
-    module = importlib.import_module("huggingface_hub.constants")
-    monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def bert_tokenizer():

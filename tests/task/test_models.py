@@ -1,6 +1,5 @@
 """Loading models: what is incomplete, damaged, dangerous or of a kind that needs help."""
 
-import importlib
 import json
 import sys
 
@@ -20,16 +19,6 @@ from zo_fused.task.models import load_config, load_model, load_tokenizer  # noqa
 from zo_fused.task.scoring import Scorer  # noqa: E402
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread_and_no_network(monkeypatch):
-    module = importlib.import_module("huggingface_hub.constants")
-    monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """``zo-fused plan``: sizes from a configuration against those of real models and steps."""
 
 import gc
-import importlib
 import json
 from pathlib import Path
 
@@ -21,16 +20,6 @@ from zo_fused.task.run import make_optimizer  # noqa: E402
 from zo_fused.task.scoring import Scorer  # noqa: E402
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "plan"
-
-
-@pytest.fixture(autouse=True)
-def one_thread_and_no_network(monkeypatch):
-    module = importlib.import_module("huggingface_hub.constants")
-    monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def hyper(method, more):

@@ -12,7 +12,7 @@ from zo_fused.checks import choice
 from zo_fused.noise.keys import Stream, stream_keys
 from zo_fused.noise.streams import Purpose
 from zo_fused.step.buckets import Bucket
-from zo_fused.step.direction import Direction, Term
+from zo_fused.step.direction import Direction, Sweep, Term
 from zo_fused.step.vectors import Vector, float32, table
 from zo_fused.sweeps import operators
 
@@ -53,14 +53,8 @@ class Dense(Direction):
         pairs = zip(values, lengths, strict=True)
         return [value if length == 1.0 else value * length for value, length in pairs]
 
-    def sweep(
-        self,
-        bucket: Bucket,
-        seed: int,
-        terms: Sequence[Term],
-        decay: Vector,
-        rounding: Tensor | None = None,
-    ) -> None:
+    def sweep(self, sweep: Sweep) -> None:
+        bucket, seed, terms, decay, rounding = sweep
         keys = self.keys(seed, terms, bucket.device)
         coeffs = table(self.stretched(seed, terms, [term.coeffs for term in terms]))
         bucket.prepared("dense_")(keys, coeffs, float32(decay), rounding, **self.options)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zo_fused.directions.factors import Factors, StepFactors
 from zo_fused.step.buckets import Bucket
-from zo_fused.step.direction import Direction, Term
+from zo_fused.step.direction import Direction, Sweep, Term
 from zo_fused.step.vectors import Vector, float32, vector
 
 
@@ -54,14 +54,8 @@ class LowRank(Direction):
         basis = self.basis if self.has_basis else None
         return bucket.once("factors", lambda: Factors(bucket, basis))
 
-    def sweep(
-        self,
-        bucket: Bucket,
-        seed: int,
-        terms: Sequence[Term],
-        decay: Tensor,
-        rounding: Tensor | None = None,
-    ) -> None:
+    def sweep(self, sweep: Sweep) -> None:
+        bucket, seed, terms, decay, rounding = sweep
         (us, vs, key), coeffs = self.product(bucket, seed, terms)
         bucket.prepared("lowrank_", us, vs, key=key)(float32(coeffs), float32(decay), rounding)
 

@@ -39,10 +39,7 @@ class KerZOO(ZerothOrderOptimizer):
 
     Args:
         params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
-        lr: learning rate.
-        eps: perturbation radius.
-        weight_decay: decay, with the learning rate as factor.
-        rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
+        lr, eps, weight_decay, rounding: see `MeZO`.
         distribution: of the elements of u: "gaussian", or "rademacher", -1 or 1.
         common: seed, deferred, one_sided, queries, block_order: see `ZerothOrderOptimizer`.
     """

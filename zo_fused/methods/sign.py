@@ -28,10 +28,8 @@ class ZOSignSGD(ZerothOrderOptimizer):
     Args:
         params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
         lr: learning rate: what each weight moves in a step (element-wise), or the scale of z.
-        eps: perturbation radius.
-        weight_decay: decay, with the learning rate as factor.
+        eps, weight_decay, rounding: see `MeZO`.
         sign: "element" or "scalar", see above.
-        rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
         distribution: of the elements of z: "gaussian", or "rademacher", -1 or 1, with which both
             signs are the same where there is one query.
         common: seed, deferred, one_sided, queries, block_order: see `ZerothOrderOptimizer`.

@@ -8,7 +8,6 @@ registers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from zo_fused.directions.dense import Dense
 from zo_fused.step.buckets import Bucket
-from zo_fused.step.direction import Direction, Term
+from zo_fused.step.direction import Direction, Sweep, Term
 from zo_fused.step.vectors import Vector, float32, table
 
 # At a time: 16 steps, or 24 where they are deferred. More would bring a few percent, and Ctrl-C
@@ -37,11 +36,12 @@ class Tape:
         self._roundings: list[Tensor] = []
         self._drawn: dict[Any, tuple[int, int, Term]] = {}  # with their numbers and seeds
 
-    def add(self, seed: int, terms: Sequence[Term], decay: Vector, rounding: Tensor | None) -> None:
-        """Take down a sweep: the arguments of `Direction.sweep`."""
+    def add(self, sweep: Sweep) -> None:
+        """Take down a sweep."""
+        _, seed, terms, decay, rounding = sweep
         if len(terms) > 2:  # as many directions a sweep of a script has
             self.run()
-            self._direction.sweep(self._bucket, seed, terms, decay, rounding)
+            self._direction.sweep(sweep)
             return
         which = []
         for term in terms:
@@ -89,17 +89,10 @@ class Recorder(Direction):
         self.fixed = direction.fixed
         self.state = direction.state
 
-    def sweep(
-        self,
-        bucket: Bucket,
-        seed: int,
-        terms: Sequence[Term],
-        decay: Vector,
-        rounding: Tensor | None = None,
-    ) -> None:
-        if bucket not in self._tapes:
-            self._tapes[bucket] = Tape(bucket, self._limit, self._direction)
-        self._tapes[bucket].add(seed, terms, decay, rounding)
+    def sweep(self, sweep: Sweep) -> None:
+        if sweep.bucket not in self._tapes:
+            self._tapes[sweep.bucket] = Tape(sweep.bucket, self._limit, self._direction)
+        self._tapes[sweep.bucket].add(sweep)
 
     def run(self) -> None:
         """Make the sweeps that wait."""

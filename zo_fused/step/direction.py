@@ -23,6 +23,16 @@ class Term(NamedTuple):
     probe: bool = False
 
 
+class Sweep(NamedTuple):
+    """``p = decay * p + sum of the terms`` for the parameters of a bucket, at once."""
+
+    bucket: Bucket
+    seed: int
+    terms: Sequence[Term]  # of one step, then perhaps of the next
+    decay: Vector  # factor of the weights
+    rounding: Tensor | None = None  # key of a rounding stream, int64 [1]; None: to nearest
+
+
 class Direction:
     """How z is made.
 
@@ -35,21 +45,8 @@ class Direction:
     fixed: tuple[str, ...] = ()
     state: dict[Any, Any]
 
-    def sweep(
-        self,
-        bucket: Bucket,
-        seed: int,
-        terms: Sequence[Term],
-        decay: Vector,
-        rounding: Tensor | None = None,
-    ) -> None:
-        """``p = decay * p + sum of the terms`` in one sweep.
-
-        Args:
-            terms: of one step, then perhaps of the next.
-            decay: factor of the weights.
-            rounding: key of a rounding stream, int64 [1]; None: to nearest.
-        """
+    def sweep(self, sweep: Sweep) -> None:
+        """Make a sweep."""
         raise NotImplementedError
 
     @property

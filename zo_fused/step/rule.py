@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zo_fused.noise.keys import Step
 from zo_fused.step.buckets import Bucket
-from zo_fused.step.direction import Direction, Term
+from zo_fused.step.direction import Direction, Sweep, Term
 from zo_fused.step.vectors import Flag, Vector, where
 
 
@@ -46,7 +46,7 @@ class Update:
         if self.ahead is not None:
             terms = (*terms, Term(self.step + 1, self.ahead))
         decay = self.if_finite(self.decay, 1.0)
-        direction.sweep(self.bucket, self.seed, terms, decay, self.rounding)
+        direction.sweep(Sweep(self.bucket, self.seed, terms, decay, self.rounding))
 
 
 def check_state(name: str, kept: Tensor, shape: Sequence[int], p: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from zo_fused.noise.keys import DeviceStep, Step, Stream, stream_keys
 from zo_fused.noise.streams import Purpose
 from zo_fused.step.buckets import Bucket
-from zo_fused.step.direction import Beside, Direction, Term
+from zo_fused.step.direction import Beside, Direction, Sweep, Term
 from zo_fused.step.groups import Groups
 from zo_fused.step.log import StepLog
 from zo_fused.step.parameters import Parameters
@@ -175,7 +175,7 @@ class Weights:
         for bucket in self.buckets:
             if terms := self._way(bucket, there):
                 self.moved = True
-                self.direction.sweep(bucket, self.groups.seed, terms, bucket.ones)
+                self.direction.sweep(Sweep(bucket, self.groups.seed, terms, bucket.ones))
         self.place = there
         self.beside.attach(self.buckets if there.at else [])
         return True

@@ -22,7 +22,7 @@ from zo_fused.directions.factored.side_paths import SidePaths
 from zo_fused.directions.factors import Factors, StepFactors
 from zo_fused.directions.low_rank import LowRank
 from zo_fused.step.buckets import Bucket
-from zo_fused.step.direction import Beside, Term
+from zo_fused.step.direction import Beside, Sweep, Term
 from zo_fused.step.vectors import Vector, float32
 
 # V / 64 and 64 X take part in the forward pass: in float16, x V of large activations would overflow
@@ -140,18 +140,11 @@ class Factored(LowRank, Beside):
     def _beside(self, bucket: Bucket) -> Kept:
         return bucket.once("beside", lambda: Kept(bucket, self.factors(bucket)))
 
-    def sweep(
-        self,
-        bucket: Bucket,
-        seed: int,
-        terms: Sequence[Term],
-        decay: Vector,
-        rounding: Tensor | None = None,
-    ) -> None:
-        if not bucket.beside:
-            super().sweep(bucket, seed, terms, decay, rounding)
-            return
-        self._beside(bucket).add(seed, terms, decay)
+    def sweep(self, sweep: Sweep) -> None:
+        if sweep.bucket.beside:
+            self._beside(sweep.bucket).add(sweep.seed, sweep.terms, sweep.decay)
+        else:
+            super().sweep(sweep)
 
     def not_capturable(self, deferred: bool) -> str:
         return 'whether a window ends is for the host to say; mode="inplace"'

@@ -143,13 +143,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._params = {id(p): p for p in params}
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func not in METADATA:
             for value in (*args, *kwargs.values()):
