@@ -19,14 +19,14 @@ from torch import Tensor
 
 import zo_fused
 from bench.gpu.sweep_cases import FAMILIES, Case
-from zo_fused.sweeps import dispatch
+from zo_fused.sweeps import dispatch, operators
 
 POISON = 77
 
 
 def written(operator: str) -> list[str]:
     """The arguments that an operator writes."""
-    schema = getattr(torch.ops.zo_fused, operator).default._schema
+    schema = getattr(operators, operator).default._schema
     return [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
@@ -66,7 +66,7 @@ def run(
     arguments = {name: placed(name, value) for name, value in case.arguments.items()}
     previous = zo_fused.set_backend(backend)
     try:
-        getattr(torch.ops.zo_fused, case.operator)(**arguments)
+        getattr(operators, case.operator)(**arguments)
     finally:
         zo_fused.set_backend(previous)
     results = [x.cpu() for name in written(case.operator) for x in arguments[name]]

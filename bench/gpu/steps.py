@@ -19,7 +19,7 @@ from bench.gpu.measure import LOZO_RANK, SMALL, Bench, Call, summary
 from bench.models import opt_shapes
 from bench.published import EPS, LR, METHODS
 from zo_fused.noise import Purpose, derive_key
-from zo_fused.sweeps.functions import int64_tensor
+from zo_fused.sweeps.conversions import int64_tensor
 
 
 def parameters(

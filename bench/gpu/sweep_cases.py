@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.models import DTYPES
 from zo_fused.noise import Purpose, derive_key
-from zo_fused.sweeps.functions import int64_tensor
+from zo_fused.sweeps.conversions import int64_tensor
 
 SIZES = (1, 7, 0, 4099)
 LONG = (*SIZES, 2**15 + 13)  # longer than the chunk of a program; the reference is slow

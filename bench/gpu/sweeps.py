@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from bench.gpu.measure import LOZO_RANK, SMALL, Bench, Call, summary
 from bench.published import EPS, METHODS
 from zo_fused.noise import Purpose, derive_key
-from zo_fused.sweeps import dispatch
-from zo_fused.sweeps.functions import int64_tensor
+from zo_fused.sweeps import dispatch, operators
+from zo_fused.sweeps.conversions import int64_tensor
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -67,7 +67,7 @@ def dense(weights: Weights, directions: int = 1, rounds: bool = False, transform
     keys, one = weights.keys[:directions], weights.table(1.0)
     coeffs = weights.table(SMALL, directions)
     rounding = weights.rounding if rounds else None
-    return lambda: torch.ops.zo_fused.dense_(
+    return lambda: operators.dense_(
         weights.params,
         weights.ids,
         weights.offsets,
@@ -82,7 +82,7 @@ def dense(weights: Weights, directions: int = 1, rounds: bool = False, transform
 def lowrank(weights: Weights, rank: int) -> Call:
     us, vs = weights.factors(rank)
     coeffs, one = weights.table(SMALL), weights.table(1.0)
-    return lambda: torch.ops.zo_fused.lowrank_(weights.params, us, vs, coeffs, one)
+    return lambda: operators.lowrank_(weights.params, us, vs, coeffs, one)
 
 
 def moments(weights: Weights, rule: str, first: torch.dtype | None) -> Call:
@@ -93,16 +93,14 @@ def moments(weights: Weights, rule: str, first: torch.dtype | None) -> Call:
     row = torch.tensor([0.9, 0.1, 0.999, 0.001, 1e-8, -SMALL], device=weights.device)
     coeffs, one = row.expand(len(weights.params), 6).contiguous(), weights.table(1.0)
     streams = (weights.ids, weights.offsets, weights.keys[:1])
-    return lambda: torch.ops.zo_fused.moments_(
+    return lambda: operators.moments_(
         weights.params, firsts, seconds, *streams, grads, restores, coeffs, one, rule
     )
 
 
 def fill(weights: Weights, transform: str) -> Call:
     outs = weights.like(torch.float32)
-    return lambda: torch.ops.zo_fused.normal_(
-        outs, weights.ids, weights.offsets, weights.keys, transform
-    )
+    return lambda: operators.normal_(outs, weights.ids, weights.offsets, weights.keys, transform)
 
 
 def sweeps_of(weights: Weights, transforms: Sequence[str]) -> Iterator[Sweep]:

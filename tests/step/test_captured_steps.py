@@ -27,7 +27,7 @@ from zo_fused.noise import keys
 from zo_fused.noise.keys import DeviceStep, Stream, stream_keys
 from zo_fused.noise.streams import Purpose, as_int64, derive_key
 from zo_fused.step import access, capture, evaluation, optimizer, vectors
-from zo_fused.sweeps import dispatch, functions
+from zo_fused.sweeps import conversions, dispatch
 
 needs_extension = pytest.mark.skipif(
     dispatch.why_not("cpu", "cpu") is not None,
@@ -50,7 +50,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
         with monkeypatch.context() as inside:
             for module in (access, capture, optimizer):
                 inside.setattr(module, "capturing", lambda: True)
-            inside.setattr(functions, "on_device", no_copies)
+            inside.setattr(conversions, "on_device", no_copies)
             inside.setattr(keys, "on_device", no_copies)
             inside.setattr(torch, "tensor", no_copies)
             yield

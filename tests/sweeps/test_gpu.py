@@ -17,7 +17,7 @@ from bench.gpu.steps import launches
 from bench.gpu.sweep_cases import FAMILIES
 from zo_fused import noise
 from zo_fused.sweeps import dispatch
-from zo_fused.sweeps.functions import int64_tensor
+from zo_fused.sweeps.conversions import int64_tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 

@@ -9,7 +9,7 @@ from zo_fused.checks import whole
 from zo_fused.noise.keys import on_device
 from zo_fused.noise.streams import MAX_ELEMENTS
 from zo_fused.sweeps import operators
-from zo_fused.sweeps.functions import int64_tensor
+from zo_fused.sweeps.conversions import int64_tensor
 
 
 def _fill(op, dtype, numel: int, key: int, id: int, offset: int, device, *options) -> Tensor:  # type: ignore[no-untyped-def]
