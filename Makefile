@@ -47,14 +47,14 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/pytest -q bench --benchmark-disable-gc --benchmark-json=bench/results/latest.json --table bench/results/latest.md $(BENCH)
+	$(BIN)/pytest -q bench/cpu --benchmark-disable-gc --benchmark-json=bench/results/latest.json --table bench/results/latest.md $(BENCH)
 
 sass: $(INSTALLED)
-	$(BIN)/python bench/sass.py $(SASS)
+	$(BIN)/python -m bench.gpu.sass $(SASS)
 
 # Uses the Python, torch and Triton that are there, and no network.
 gpu:
-	bench/gpu.sh $(GPU)
+	bench/gpu/gpu.sh $(GPU)
 
 # A source archive, a wheel from it that any Linux of torch's and any torch >= 2.11 loads, and its
 # tests with the versions of torch in TORCHES (each is fetched).

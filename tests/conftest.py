@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the other workers have the other core
 # Triton decides when kernels are defined, so this must come before the first `import triton`.
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from support.methods import CASES, Case  # noqa: E402
 
 # A run started in the background inherits an ignored SIGINT, and the tests of Ctrl-C need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -65,6 +68,20 @@ def use_backend() -> Iterator[Callable[[str | None], None]]:
     zo_fused.set_backend(previous)
 
 
+@pytest.fixture(params=CASES.values(), ids=str)
+def make(request: pytest.FixtureRequest) -> Case:
+    """Every method and every variant of it, one after the other."""
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def fresh_heap() -> Iterator[None]:
+    """`gc.collect()` looks at what the test makes. Through all that is loaded it takes seconds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def sweeps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the sweeps over weights that optimizers make, as they make them."""
@@ -75,6 +92,8 @@ def sweeps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def sweep(self: Bucket, name: str, *lists: Any, **options: Any) -> Any:
         run = original(self, name, *lists, **options)
+        if name == "factor_momentum_":  # over factors alone
+            return run
         return lambda *args, **options: (made.append(name), run(*args, **options))[1]
 
     monkeypatch.setattr(Bucket, "prepared", sweep)

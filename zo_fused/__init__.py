@@ -32,15 +32,9 @@ if TYPE_CHECKING:  # what editors and type checkers see
 
 __version__ = "0.1.0.dev0"
 
+# Methods are found by their names in the table that their files fill.
 _HOME = {
-    "ForwardGrad": "zo_fused.methods.forward_grad",
     "Hybrid": "zo_fused.methods.hybrid",
-    "KerZOO": "zo_fused.methods.kerzoo",
-    "LOZO": "zo_fused.methods.lozo",
-    "MeZO": "zo_fused.methods.mezo",
-    "ZOAdam": "zo_fused.methods.adam",
-    "ZOConservative": "zo_fused.methods.conservative",
-    "ZOSignSGD": "zo_fused.methods.sign",
     "backend_of": "zo_fused.sweeps.dispatch",
     "first_layers": "zo_fused.methods.layers",
     "layer_blocks": "zo_fused.methods.layers",
@@ -55,18 +49,25 @@ _HOME = {
 }
 _MODULES = ("noise",)
 
-__all__ = ["__version__", *_HOME, *_MODULES]
-
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"zo_fused.{name}")
+    if name == "__all__":
+        return ["__version__", *_HOME, *_MODULES, *_methods()]
     if name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'zo_fused' has no attribute {name!r}")
+    elif name.startswith("_") or name not in _methods():
+        raise AttributeError(f"module 'zo_fused' has no attribute {name!r}")
+    else:
+        value = _methods()[name]
+    globals()[name] = value
+    return value
+
+
+def _methods() -> Any:
+    return importlib.import_module("zo_fused.methods.table").methods()
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(__getattr__("__all__"))

@@ -1,5 +1,5 @@
 // The operators of zo_fused_C: argument unpacking, choice of instruction set, threads.
-// What they compute is explained in zo_fused/sweeps/operators.py, whose router has checked every shape and
+// What they compute is explained in zo_fused/sweeps/reference.py, whose router has checked every shape and
 // device. Parameters come as a table of addresses, made by zo_fused/sweeps/backends/cpu.py, whose callers
 // keep them alive. Only PyTorch's stable ABI is used, so one binary serves many versions.
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-import findings
-import overhead
 import pytest
-import sass
-import small_updates
 import torch
 
-BENCH = Path(__file__).parents[2] / "bench"
+from bench import machine
+from bench.cpu import overhead
+from bench.gpu import sass
+from bench.training import findings, small_updates
+from zo_fused.sweeps.backends import cpu
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_outcome_of_known_moves() -> None:
@@ -33,8 +37,16 @@ def test_outcome_of_known_moves() -> None:
 
 def test_small_updates_run_and_keep_what_was_asked_in_float32(tmp_path: Path) -> None:
     out = tmp_path / "table.md"
-    command = [sys.executable, BENCH / "small_updates.py", "--elements", "2000", "--steps", "10"]
-    subprocess.run([*command, "--out", out], check=True, capture_output=True)
+    command = [
+        sys.executable,
+        "-m",
+        "bench.training.small_updates",
+        "--elements",
+        "2000",
+        "--steps",
+        "10",
+    ]
+    subprocess.run([*command, "--out", out], check=True, capture_output=True, cwd=ROOT)
     rows = [line for line in out.read_text().splitlines() if line.startswith("| fp32")]
     assert len(rows) == sum("rounding" not in options for *_, options in small_updates.METHODS)
     assert all(row.count("1.00 ± 0.00") == 4 for row in rows)
@@ -59,6 +71,21 @@ def test_tables_of_machine_code() -> None:
     assert any(line.startswith("| dense | 0.40 issue |") for line in lines)
 
 
+def test_make_bench_tabulates_every_sweep_and_step(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    makefile = (ROOT / "Makefile").read_text()
+    (folder,) = re.findall(r"pytest -q (\S+) --benchmark-disable-gc", makefile)
+    command = [sys.executable, "-m", "pytest", "-q", folder, "--models", "opt-tiny"]
+    command += ["-p", "no:cacheprovider", "--table", str(tmp_path / "table.md")]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    found = (tmp_path / "table.md").read_text()
+    assert f"torch {torch.__version__}" in found
+    header, _, *rows = [line[2:-2].split(" | ") for line in found.splitlines() if line[:1] == "|"]
+    assert {"what", "ms", "GB/s", "of copy", "published ms"} <= set(header)
+    assert len(rows) == 3 * (3 + 2 + 1 + 3)  # in every dtype
+    assert all(len(row) == len(header) for row in rows)
+
+
 def test_findings_train_and_tabulate() -> None:
     pytest.importorskip("transformers")
     names = [run.method for run in findings.alignment(4) + findings.queries(4, [1, 2])]
@@ -72,6 +99,21 @@ def test_findings_train_and_tabulate() -> None:
     assert [line.split(" ")[1] for line in table[2:]] == ["MeZO", "SGD"]
 
 
+def test_findings_are_a_page_that_names_the_machine() -> None:
+    page = findings.page("the command", [("Queries", ["a line"])])
+    assert "`the command`" in page
+    assert all(line in page for line in [*machine.of_cpu(), "## Queries\n\na line\n"])
+    assert f"torch {torch.__version__}" in page
+
+
+def test_every_benchmark_loads() -> None:
+    for needed in ("tqdm", "transformers", "triton"):
+        pytest.importorskip(needed)
+    for path in (ROOT / "bench").rglob("*.py"):
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+
+
+@pytest.mark.skipif(cpu.why_not("cpu") is not None, reason="the C++ extension is not built")
 def test_overhead_measures_every_variant() -> None:
     for _, cls, options in overhead.VARIANTS:
         step, kernels = overhead.microseconds(cls, options, steps=2)

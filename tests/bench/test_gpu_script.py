@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gpu
-import gpu_report
 import pytest
-import sanitize
 import torch
 
+from bench import machine
+from bench.gpu import main, measure, report, sanitize, steps, sweeps
+from bench.gpu.sweep_cases import FAMILIES
 from zo_fused.sweeps import dispatch
 from zo_fused.sweeps.signatures import SWEEPS
 
@@ -40,13 +40,22 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "CUDA_VISIBLE_DEVICES": "", **more}
 
 
-# ---- gpu.py and its report ----------------------------------------------------------------------
+# ---- the measurements and their report ----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpu")
-    command = [sys.executable, "bench/gpu.py", "--device", "cpu", "--quick", "--out", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.gpu.main",
+        "--device",
+        "cpu",
+        "--quick",
+        "--out",
+        str(folder),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -124,7 +133,7 @@ def test_a_run_out_of_time_keeps_what_it_had(
 ) -> None:
     command = ["gpu.py", "--device", "cpu", "--quick", "--budget", "0", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
-    assert gpu.main() == 0
+    assert main.main() == 0
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["stopped"]
     assert found["finished"]
@@ -138,7 +147,7 @@ def test_goals_are_judged() -> None:
         {**half, "sweep": "dense", "backend": "cuda", "of copy": 0.9},
         {"dtype": "fp32", "sweep": "dense, fast", "backend": "cuda", "of copy": 1.0},
     ]
-    for rank, fraction in zip(gpu_report.LOW_RANKS, (0.97, 0.96, 0.95, 0.92), strict=True):
+    for rank, fraction in zip(report.LOW_RANKS, (0.97, 0.96, 0.95, 0.92), strict=True):
         name = f"low-rank r={rank}"
         sweeps.append({**half, "sweep": name, "backend": "triton", "of copy": fraction})
     step = {"model": "opt-13b", "method": "MeZO", "who": "triton"}
@@ -146,11 +155,11 @@ def test_goals_are_judged() -> None:
         {**step, "times published": 7.5, "peak_extra_bytes": 4096},
         {**step, "who": "published", "peak_extra_bytes": 5e9},
     ]
-    found = gpu_report.goals({"sweeps": sweeps, "steps": steps})
+    found = report.goals({"sweeps": sweeps, "steps": steps})
     assert [goal["met"] for goal in found] == [True, None, False, True, True]
     assert [goal["by"] for goal in found] == ["cuda", "", "triton", "triton", "triton"]
     assert found[4]["measured"] == 4096 / 1e6
-    assert gpu_report.goals({})[0]["met"] is None
+    assert report.goals({})[0]["met"] is None
 
 
 # ---- what only a GPU has, over stand-ins --------------------------------------------------------
@@ -181,7 +190,7 @@ class Properties:
 
 
 @pytest.fixture
-def bench_of_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> gpu.Bench:
+def bench_of_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> measure.Bench:
     """A bench that takes the CPU for a GPU."""
     stand_ins: dict[str, Any] = {
         "Event": Event,
@@ -197,16 +206,16 @@ def bench_of_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> gpu.Bench:
         stand_ins[name] = lambda *_: None
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(gpu, "compiled", lambda bench: None)  # takes a while
+    monkeypatch.setattr(main, "compiled", lambda bench: None)  # takes a while
     sass = tmp_path / "sass.json"
     sass.write_text('{"dense fp16": {"fast": {"mix": {"FFMA": 80.0}}, "bytes": 4}}')
     options = argparse.Namespace(
         device="cpu", quick=True, dtypes=["fp16"], sass=sass, budget=100.0, out=tmp_path
     )
-    data: dict[str, Any] = {"machine": gpu.machine("cuda"), "quick": True, "finished": False}
+    data: dict[str, Any] = {"machine": machine.facts("cuda"), "quick": True, "finished": False}
     data |= {"budget": 100.0, "deadline": time.time() + 100, "stopped": False}
     data |= {"done": [], "seconds": {}}
-    bench = gpu.Bench(options, gpu.Record(tmp_path / "gpu.json", data))
+    bench = measure.Bench(options, measure.Record(tmp_path / "gpu.json", data))
     bench.on_gpu, bench.backends = True, ("cpu",)
     return bench
 
@@ -214,14 +223,14 @@ def bench_of_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> gpu.Bench:
 @native
 @pytest.mark.filterwarnings("ignore:CUDA is not available")  # says the profiler
 @torch.no_grad()
-def test_sections_of_a_gpu(bench_of_gpu: gpu.Bench, tmp_path: Path) -> None:
-    assert gpu.run(bench_of_gpu)
+def test_sections_of_a_gpu(bench_of_gpu: measure.Bench, tmp_path: Path) -> None:
+    assert main.run(bench_of_gpu)
     data = bench_of_gpu.record.data
     assert "errors" not in data
     assert {row["how"] for row in data["graphs"]} == {"optimizer", "functions", "graph"}
     assert {row["peak_extra_bytes"] for row in data["steps"]} == {512}
     assert all(row["waits"] == 0 for row in data["overhead"])
-    gpu_report.write(tmp_path)
+    report.write(tmp_path)
     page = (tmp_path / "gpu.md").read_text()
     assert "NVIDIA H100" in page
     assert "## Three sweeps of MeZO" in page
@@ -237,24 +246,24 @@ def test_sections_of_a_gpu(bench_of_gpu: gpu.Bench, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:CUDA is not available")  # says the profiler
 @torch.no_grad()
 def test_a_broken_context_is_left_to_a_fresh_process(
-    bench_of_gpu: gpu.Bench, monkeypatch: pytest.MonkeyPatch
+    bench_of_gpu: measure.Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(bench: gpu.Bench) -> None:
+    def broken(bench: measure.Bench) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    few = {"copy": gpu.copy, "rivals": broken, "graphs": gpu.graphs, "end": gpu.end}
-    monkeypatch.setattr(gpu, "sections", lambda bench: few)
-    assert not gpu.run(bench_of_gpu)
+    few = {"copy": measure.copy, "rivals": broken, "graphs": steps.graphs, "end": main.end}
+    monkeypatch.setattr(main, "sections", lambda bench: few)
+    assert not main.run(bench_of_gpu)
     data = bench_of_gpu.record.data
     assert [row["section"] for row in data["errors"]] == ["rivals"]
     assert "graphs" not in data["done"]
-    assert gpu.run(bench_of_gpu)  # as the fresh process does
+    assert main.run(bench_of_gpu)  # as the fresh process does
     assert len(data["errors"]) == 1
     assert data["done"][-1] == "end"
 
 
 def test_an_alarm_rings() -> None:
-    with pytest.raises(TimeoutError, match="1 s"), gpu.alarm(1):
+    with pytest.raises(TimeoutError, match="1 s"), sweeps.alarm(1):
         time.sleep(3)
 
 
@@ -264,9 +273,9 @@ PYTHON = """#!/bin/bash
 case "$*" in
   -c*) printf 'NVIDIA Test GPU (80GB)\\n9.0\\n' ;;
   *build_ext*) echo "built for $TORCH_CUDA_ARCH_LIST"; [[ $ZO_FUSED_NATIVE != "$BROKEN" ]] ;;
-  bench/sass.py*) echo '{}' ;;
-  bench/gpu.py*--quick*) ;;
-  bench/gpu.py*) while [[ $1 != --out ]]; do shift; done
+  -m\\ bench.gpu.sass*) echo '{}' ;;
+  -m\\ bench.gpu.main*--quick*) ;;
+  -m\\ bench.gpu.main*) while [[ $1 != --out ]]; do shift; done
     echo '{}' >"$2/gpu.json"; printf '## Goals\\n\\n| a |\\n\\n## End\\n' >"$2/gpu.md" ;;
   *pytest*test_triton.py) echo "====== 1 failed, 3 passed in 1s ======"; exit ${PYTEST:-0} ;;
   *pytest*) echo "====== 3 passed in 1s ======" ;;
@@ -285,14 +294,14 @@ def shell(folder: Path, **more: str) -> tuple[subprocess.CompletedProcess[str], 
     path = f"{programs}:{os.environ['PATH']}"
     given = {"PATH": path, "PYTHON": str(programs / "python"), "BUDGET": "120", **more}
     done = subprocess.run(
-        ["bash", "bench/gpu.sh", str(out)],
+        ["bash", "bench/gpu/gpu.sh", str(out)],
         cwd=ROOT, env=environment(**given), capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     return done, out
 
 
 def test_script_parses() -> None:
-    subprocess.run(["bash", "-n", ROOT / "bench" / "gpu.sh"], check=True)
+    subprocess.run(["bash", "-n", ROOT / "bench" / "gpu" / "gpu.sh"], check=True)
 
 
 def test_script_runs_every_stage(tmp_path: Path) -> None:
@@ -327,7 +336,7 @@ def test_script_goes_on_after_failures_and_tells(tmp_path: Path) -> None:
 
 def test_script_wants_a_gpu(tmp_path: Path) -> None:
     done = subprocess.run(
-        ["bash", "bench/gpu.sh", str(tmp_path / "out")],
+        ["bash", "bench/gpu/gpu.sh", str(tmp_path / "out")],
         cwd=ROOT, env=environment(PYTHON="false"), capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2
@@ -340,17 +349,17 @@ def test_script_wants_a_gpu(tmp_path: Path) -> None:
 @native
 @pytest.mark.parametrize("family", ["fill", "lowrank_momentum", "scripts"])
 def test_cases_agree_on_the_cpu(family: str) -> None:
-    for case in sanitize.FAMILIES[family]():
+    for case in FAMILIES[family]():
         if sanitize.served(case, "cpu"):
             assert sanitize.differences(case, "cpu", CPU) == []
 
 
 def test_cases_cover_every_operator_and_have_names_of_their_own() -> None:
-    cases = [case for family in sanitize.FAMILIES.values() for case in family()]
-    assert {case.operator for case in cases} == set(sanitize.WRITTEN)
+    cases = [case for family in FAMILIES.values() for case in family()]
+    assert {case.operator for case in cases} == set(SWEEPS)
     assert len({case.name for case in cases}) == len(cases)
     for name, signature in SWEEPS.items():
-        assert sanitize.WRITTEN[name] == signature.lists[: signature.written]
+        assert len(sanitize.written(name)) == signature.written
 
 
 def test_a_difference_of_one_bit_is_found() -> None:
@@ -386,7 +395,7 @@ def test_a_wrong_backend_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         params[-1].view(-1)[-1] += 1
 
     monkeypatch.setattr(cpu, "dense_", wrong)
-    case = next(sanitize.FAMILIES["dense"]())
+    case = next(FAMILIES["dense"]())
     assert sanitize.differences(case, "cpu", CPU) != []
 
 

@@ -11,9 +11,10 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tqdm")
 
-import hybrid_memory
-from hybrid_memory import Case, Memory
 from torch import nn
+
+from bench.training import hybrid_memory
+from bench.training.hybrid_memory import Case, Memory
 
 
 def test_saved_are_activations_but_not_weights() -> None:

@@ -1,13 +1,13 @@
-"""The table of the sweep of learning rates (bench/learning_rates.py)."""
+"""The table of the sweep of learning rates (bench/training/learning_rates.py)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import learning_rates
 import pytest
-from learning_rates import Rate
 
+from bench.training import learning_rates
+from bench.training.learning_rates import Rate
 from zo_fused.cli import defaults
 from zo_fused.cli.runs import Run
 from zo_fused.task.files import to_json

@@ -12,9 +12,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-import step_time
-from step_time_report import BASELINE, Measured, Quartiles, markdown, overhead
 from transformers import OPTConfig
+
+from bench.cpu import step_time
+from bench.cpu.step_time_report import BASELINE, Measured, Quartiles, markdown, overhead
 
 CPU = torch.device("cpu")
 PUBLISHED = ["published MeZO", "published LOZO"]
@@ -114,7 +115,7 @@ def test_command_line(
     step_time.main()
     text = out.read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
-    assert "`python bench/step_time.py --model opt-tiny --dtype bf16" in text
+    assert "`python -m bench.cpu.step_time --model opt-tiny --dtype bf16" in text
     names = [BASELINE, *(name for name, *_ in step_time.FUSED), *PUBLISHED, "AdamW"]
     assert text.count("| tokens | " + " | ".join(names) + " |") == 2
     assert "torch " + torch.__version__ in text

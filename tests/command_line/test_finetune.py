@@ -27,7 +27,6 @@ from zo_fused.sweeps.backends import cpu  # noqa: E402
 from zo_fused.task.adapters import load_adapted  # noqa: E402
 from zo_fused.task.encoding import Encoder  # noqa: E402
 from zo_fused.task.loop import SKIPPED_IN_A_ROW, make_scheduler  # noqa: E402
-from zo_fused.task.run import forwards_per_step  # noqa: E402
 from zo_fused.task.scoring import Scorer  # noqa: E402
 
 TEXTS = {"negative": ["It was bad .", "a dull film"], "positive": ["It was fun .", "a warm film"]}
@@ -180,7 +179,6 @@ METHODS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, of forward-grad
 @pytest.mark.parametrize("words", METHODS, ids=" ".join)
 def test_every_method_keeps_to_its_budget(arguments, base, tmp_path, capsys, words):
     """The forward passes that are counted are those that the plan was made with."""
@@ -193,7 +191,10 @@ def test_every_method_keeps_to_its_budget(arguments, base, tmp_path, capsys, wor
     out = tmp_path / "out"
     summary = json.loads((out / "summary.json").read_text())
     settings = summary["settings"]
-    each = forwards_per_step(method, settings, blocks=4)
+    each = 5 if method == "zo-conservative" else settings["queries"]
+    if method not in ("zo-conservative", "forward-grad"):
+        each *= 4 if settings["blocks"] == "simultaneous" else 1
+        each = each + 1 if settings["one_sided"] else 2 * each
     assert summary["steps"] == 29 // each
     assert summary["forwards"] == 29 // each * each
     history = read(out / "history.jsonl")
@@ -218,7 +219,6 @@ def test_a_budget_too_small_for_a_step(arguments, capsys):
     )
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, of forward-grad
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about what peft calls
 @pytest.mark.parametrize(
     ("scheme", "more"),

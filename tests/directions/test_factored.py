@@ -465,7 +465,7 @@ def test_a_paired_closure_must_be_one_that_can_be_batched() -> None:
 @pytest.mark.filterwarnings("ignore")  # of transformers, about its own models
 def test_paired_names_what_helps_a_mixture_of_experts():
     pytest.importorskip("transformers")
-    import tiny_models
+    from support import tiny_models
 
     model = tiny_models.causal_model("qwen3_moe")
     x = torch.randint(7, 100, (2, 5), generator=torch.Generator().manual_seed(0))

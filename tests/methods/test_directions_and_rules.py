@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.models import INPUT, loss_of, network
 from torch import Tensor, nn
 
 import zo_fused
 from zo_fused.directions.dense import Dense
 from zo_fused.directions.low_rank import LowRank
+from zo_fused.methods import table
 from zo_fused.methods.kerzoo import Stretched
 from zo_fused.noise import Purpose, derive_key, normal, parameter_id
 from zo_fused.noise.streams import uniform
@@ -28,7 +30,7 @@ from zo_fused.rules.sgd import SGD, ScalarSign
 from zo_fused.step.direction import Direction
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.rule import Rule
-from zo_fused.step.schedule import Position, Schedule
+from zo_fused.step.schedule import Position
 from zo_fused.step.weights import Place
 
 
@@ -79,17 +81,7 @@ class Made(ZerothOrderOptimizer):
     def __init__(self, params: Any, direction: Direction, rule: Rule, **kw: Any) -> None:
         hyper = {**HYPER, **{name: kw.pop(name) for name in list(kw) if name in HYPER}}
         defaults = {"lr": kw.pop("lr", 0.0), **hyper}
-        super().__init__(params, defaults, direction, rule, kw.pop("seed", 3), Schedule(**kw))
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
-
-
-def loss_of(model: nn.Module) -> Callable[[], Tensor]:
-    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
-    return lambda: model(x).square().mean()
+        super().__init__(params, direction, rule, defaults, **{"seed": 3, **kw})
 
 
 def vector_of(model: nn.Module) -> Tensor:
@@ -141,6 +133,9 @@ def test_a_uniform_number_of_a_query() -> None:
         number = uniform(5, 7, 2, element)
         assert number == (2 * (word >> 9) + 1) / 2**23 - 1
         assert number == float(torch.tensor(number, dtype=torch.float32))
+    # the vectors of docs/noise.md
+    assert uniform(42, 7, 0) * 2**23 == -1276363
+    assert uniform(42, 7, 2) * 2**23 == -6762809
     drawn = torch.tensor([uniform(1, step) for step in range(4000)], dtype=torch.float64)
     # standard errors of the first two moments of U(-1, 1) over 4000: 0.009, 0.005
     assert abs(float(drawn.mean())) < 0.04
@@ -163,7 +158,7 @@ def test_kerzoo_follows_its_textbook(kw: dict[str, Any]) -> None:
     model, eps, lr, decay, seed = network(), 1e-2, 1e-2, 0.1, 11
     opt = zo_fused.KerZOO(model, lr=lr, eps=eps, weight_decay=decay, seed=seed, **kw)
     theta = {name: p.detach().double().clone() for name, p in model.named_parameters()}
-    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(1)).double()
+    x = INPUT.double()
 
     def loss(weights: dict[str, Tensor]) -> float:
         return float(torch.func.functional_call(network().double(), weights, (x,)).square().mean())
@@ -237,8 +232,7 @@ class Probing(ZerothOrderOptimizer):
 
     def __init__(self, params: Any, lr: float = 1e-2, rank: int = 2, interval: int = 3, **kw: Any):
         defaults = {"lr": lr, "eps": 1e-2, "weight_decay": 0.0, "rank": rank, "interval": interval}
-        seed = kw.pop("seed", 0)
-        super().__init__(params, defaults, Remembering(), SGD(), seed, Schedule(**kw))
+        super().__init__(params, Remembering(), SGD(), defaults, **kw)
 
     def probes(self) -> list[Position]:
         learnt = any("found" in state for state in self.state.values())
@@ -248,8 +242,6 @@ class Probing(ZerothOrderOptimizer):
 
 
 def test_probes_are_taken_logged_and_replayed(tmp_path: Path, monkeypatch: Any) -> None:
-    from zo_fused.replaying import rebuild
-
     model, copy = network(), network()
     opt = Probing(model, deferred=False)
     opt.start_log(tmp_path / "log.jsonl")
@@ -266,7 +258,9 @@ def test_probes_are_taken_logged_and_replayed(tmp_path: Path, monkeypatch: Any) 
     opt.flush()
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert sum('"probes":[' in line for line in lines) == 3
-    monkeypatch.setitem(rebuild.METHODS, "Probing", __name__)
+    with pytest.raises(ValueError, match="method of your own must be imported first"):
+        zo_fused.replay(copy, tmp_path / "log.jsonl")
+    monkeypatch.setitem(table.METHODS, "Probing", Probing)
     zo_fused.replay(copy, tmp_path / "log.jsonl")
     assert torch.equal(vector_of(model), vector_of(copy))
 
@@ -309,7 +303,7 @@ def test_a_basis_follows_its_textbook() -> None:
     model, eps, lr, seed, rank, interval = network(), 1e-2, 1e-2, 3, 2, 3
     opt = Made(model, Orthonormal(), SGD(), lr=lr, rank=rank, interval=interval, seed=seed)
     theta = {name: p.detach().double().clone() for name, p in model.named_parameters()}
-    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(1)).double()
+    x = INPUT.double()
     reference = network().double()
 
     def loss(weights: dict[str, Tensor]) -> float:

@@ -12,9 +12,6 @@ from torch import Tensor, nn
 
 import zo_fused
 
-# PyTorch's own, when forward-mode differentiation is first used
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-
 STEPS, SEED = 50, 11  # SEED: that of `dense`
 
 
@@ -154,7 +151,7 @@ def test_what_has_no_tangent_is_an_error_and_weights_stay() -> None:
 )
 def test_operators_without_a_tangent_are_named_with_their_cure(kind, cure):
     pytest.importorskip("transformers")
-    import tiny_models
+    from support import tiny_models
 
     model = tiny_models.causal_model(kind)
     before = {name: p.clone() for name, p in model.named_parameters()}

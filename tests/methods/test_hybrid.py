@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_memory import Saved
 from support.families import MODELS, make
 from support.textbook import EPS, SEED, SmallTransformer, Weights, dense, model_and_tokens
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import zo_fused
 import zo_fused.methods.hybrid
+from bench.training.hybrid_memory import Saved
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 
 STEPS = 50

@@ -114,3 +114,50 @@ def test_folders_are_those_that_exist() -> None:
 def test_a_handful_of_modules_lies_beside_the_folders() -> None:
     beside = {name for name in SOURCES.keys() - PACKAGES if name.count(".") == 1}
     assert len({name for name in beside if name.startswith("zo_fused.")}) <= 5
+
+
+def lines_of(node: ast.ClassDef) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno - node.lineno + 1
+
+
+@pytest.mark.parametrize(
+    "name", sorted(n for n in SOURCES if folder(n) < FOLDERS.index("zo_fused.task"))
+)
+def test_files_and_classes_are_short(name: str) -> None:
+    """What a reader holds in mind at once. The command line and its tasks are told otherwise."""
+    source = SOURCES[name].read_text()
+    assert source.count("\n") <= 400
+    classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+    assert {node.name: lines_of(node) for node in classes if lines_of(node) > 250} == {}
+
+
+def private_names(name: str) -> tuple[set[str], set[str]]:
+    """The private names that a file defines, and those that it uses of objects or imports."""
+    defined: set[str] = set()
+    used: set[str] = set()
+    for node in ast.walk(ast.parse(SOURCES[name].read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            defined.add(node.target.id)
+        elif isinstance(node, ast.Attribute):
+            (used if isinstance(node.ctx, ast.Load) else defined).add(node.attr)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("zo_fused."):
+            used |= {alias.name for alias in node.names}
+    return tuple(
+        {n for n in names if n.startswith("_") and "__" not in n} for names in (defined, used)
+    )  # type: ignore[return-value]
+
+
+OF_TORCH = {"_C", "_parameters"}
+IN_STEP = [name for name in SOURCES if FOLDERS[folder(name)] == "zo_fused.step"]
+STEPS_OWN = set().union(*(private_names(name)[0] for name in IN_STEP))
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES.keys() - IN_STEP - PACKAGES))
+def test_nothing_outside_uses_private_names_of_the_step(name: str) -> None:
+    """A method's words are public: see "Adding a method" in CONTRIBUTING.md."""
+    assert {"_access", "_groups", "_evaluation"} <= STEPS_OWN
+    defined, used = private_names(name)
+    assert not (used & STEPS_OWN) - defined - OF_TORCH

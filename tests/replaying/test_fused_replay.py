@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.equality import assert_same_bits
-from support.methods import METHODS, VARIANTS
+from support.methods import CASES
 from support.models import loss_of, network
 from torch import Tensor, nn
 
@@ -161,7 +161,7 @@ def replayed(
     model = network(dtype)
     with patch.context() as context:
         if limit is None:
-            context.setattr(rebuild, "_recorder", lambda optimizer: None)
+            context.setattr(rebuild, "recorder_of", lambda optimizer: None)
         else:
             context.setattr(rebuild, "Recorder", lambda d: recorder.Recorder(d, limit))
         zo_fused.replay(model, log)
@@ -173,6 +173,14 @@ def assert_same_models(a: nn.Module, b: nn.Module) -> None:
         assert_same_bits(p.detach(), q.detach())
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "stochastic": {"rounding": "stochastic"},
+    "deferred": {"deferred": True},
+    "deferred, stochastic": {"deferred": True, "rounding": "stochastic"},
+}
+
+
 def log_of(path: Path, method: str, variant: str, dtype: torch.dtype, **options: Any) -> nn.Module:
     """Nine steps and their log; returns the model."""
     model = network(dtype)
@@ -180,7 +188,7 @@ def log_of(path: Path, method: str, variant: str, dtype: torch.dtype, **options:
     if options.pop("groups", False):
         named = list(model.named_parameters())
         module = [{"params": named[:1], "weight_decay": 0.1}, {"params": named[1:], "eps": 2e-3}]
-    opt = METHODS[method](module, **VARIANTS[variant], **options)
+    opt = CASES[method](module, **{"lr": 1e-2, **VARIANTS[variant], **options})
     opt.start_log(path)
     for _ in range(9):
         opt.step(loss_of(model))
@@ -189,7 +197,7 @@ def log_of(path: Path, method: str, variant: str, dtype: torch.dtype, **options:
 
 
 @pytest.mark.parametrize("groups", [False, True], ids=["one group", "two groups"])
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if "factored" not in v])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("method", REPLAYED)
 def test_cut_anywhere(
     method: str, variant: str, groups: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -239,7 +247,7 @@ def test_weights_are_passed_over_once_for_many_steps(tmp_path: Path, sweeps: lis
 def test_new_buckets_wait_for_the_old_ones(tmp_path: Path, sweeps: list[str]) -> None:
     """A parameter that stops to move, and moves again, is in another bucket each time."""
     log, model = tmp_path / "log.jsonl", network()
-    opt = METHODS["MeZO"](model)
+    opt = CASES["MeZO"](model)
     opt.start_log(log)
     for step in range(9):
         model[0].weight.requires_grad_(step // 3 != 1)
@@ -253,13 +261,13 @@ def test_new_buckets_wait_for_the_old_ones(tmp_path: Path, sweeps: list[str]) ->
 
 @pytest.mark.parametrize("method", ["LOZO", "LOZO-M", "MeZO-M", "ZOAdam", "ZOSignSGD"])
 def test_other_sweeps_than_dense_ones_are_not_recorded(method: str) -> None:
-    assert rebuild._recorder(METHODS[method](network())) is None
+    assert rebuild.recorder_of(CASES[method](network())) is None
 
 
 def test_memory_is_bounded() -> None:
     """A tape that never ends: what waits is never more than the limit."""
-    opt = METHODS["MeZO"](network())
-    waiting = rebuild._recorder(opt)
+    opt = CASES["MeZO"](network())
+    waiting = rebuild.recorder_of(opt)
     assert waiting is not None
     for sign in range(2 * recorder.SWEEPS):
         opt.perturb(1 + sign % 5)
@@ -272,7 +280,7 @@ def test_memory_is_bounded() -> None:
 
 
 def test_the_benchmark_compares_both_ways() -> None:
-    import replay
+    from bench.cpu import replay
 
     lines = list(replay.rows("opt-tiny", ["fp16"], ["MeZO", "LOZO deferred"], 3, 1))
     assert [line.split(" | ")[2] for line in lines[2:]] == ["MeZO", "LOZO deferred"]

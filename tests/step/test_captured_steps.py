@@ -8,6 +8,7 @@ the device's counter alone; so calling `step` again and again is what replaying 
 from __future__ import annotations
 
 import gc
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,43 +18,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from support.methods import Case
+from support.models import loss_of, network
+from torch import nn
 
 import zo_fused
 from zo_fused.noise import keys
 from zo_fused.noise.keys import DeviceStep, Stream, stream_keys
 from zo_fused.noise.streams import Purpose, as_int64, derive_key
 from zo_fused.step import access, capture, evaluation, optimizer, vectors
-from zo_fused.sweeps import dispatch, functions
-
-METHODS: dict[str, Callable[..., Any]] = {
-    "MeZO": zo_fused.MeZO,
-    "MeZO deferred": lambda *a, **kw: zo_fused.MeZO(*a, deferred=True, **kw),
-    "LOZO": lambda *a, **kw: zo_fused.LOZO(*a, interval=3, **kw),
-    "MeZO-M": lambda *a, **kw: zo_fused.MeZO(*a, momentum=0.9, **kw),
-    "ZOAdam": zo_fused.ZOAdam,
-    "queries": lambda *a, **kw: zo_fused.MeZO(*a, queries=2, **kw),
-    "queries deferred": lambda *a, **kw: zo_fused.ZOAdam(*a, queries=2, deferred=True, **kw),
-    "LOZO queries": lambda *a, **kw: zo_fused.LOZO(*a, interval=3, queries=2, **kw),
-    "blocks at once": lambda m, **kw: zo_fused.MeZO(
-        [{"params": list(m.named_parameters())[i::2], "block": i} for i in (0, 1)],
-        block_order="simultaneous",
-        **kw,
-    ),
-    "ZOSignSGD deferred": lambda *a, **kw: zo_fused.ZOSignSGD(*a, deferred=True, **kw),
-}
-
-
-def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
-
-
-def loss_of(model: nn.Module) -> Callable[[], Tensor]:
-    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
-    dtype = next(model.parameters()).dtype
-    return lambda: model(x.to(dtype)).float().square().mean()
-
+from zo_fused.sweeps import conversions, dispatch
 
 needs_extension = pytest.mark.skipif(
     dispatch.why_not("cpu", "cpu") is not None,
@@ -76,7 +50,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
         with monkeypatch.context() as inside:
             for module in (access, capture, optimizer):
                 inside.setattr(module, "capturing", lambda: True)
-            inside.setattr(functions, "on_device", no_copies)
+            inside.setattr(conversions, "on_device", no_copies)
             inside.setattr(keys, "on_device", no_copies)
             inside.setattr(torch, "tensor", no_copies)
             yield
@@ -84,15 +58,27 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     return recorded
 
 
+# With a reason each (`test_what_cannot_be_captured_says_why`).
+NOT_CAPTURED = re.compile(
+    "ZOConservative|KerZOO|LOZO-M|LOZO.*deferred|.*(history|factored|paired|in turn)"
+)
+
+
 @needs_extension
-@pytest.mark.parametrize("name", list(METHODS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replays_are_the_next_steps(
-    name: str, dtype: torch.dtype, recording: Callable[[], Any]
+    make: Case, dtype: torch.dtype, recording: Callable[[], Any]
 ) -> None:
     one, two = network(dtype), network(dtype)
     kw = {"lr": 1e-2, "weight_decay": 0.1, "rounding": "stochastic", "seed": 7}
-    eager, captured = METHODS[name](one, **kw), METHODS[name](two, **kw)
+    kw = {name: value for name, value in kw.items() if name in make(one).defaults | {"seed": 0}}
+    eager, captured = make(one, **kw), make(two, **kw)
+    if NOT_CAPTURED.match(make.name):
+        for _ in range(2):
+            captured.step(loss_of(two))
+        with recording(), pytest.raises(RuntimeError, match="can't be captured in a graph: "):
+            captured.step(loss_of(two))
+        return
     for step in range(12):
         eager.step(loss_of(one))
         if 2 <= step < 9:
@@ -194,7 +180,6 @@ def events_of_a_step(method: Any, parameters: int, **kw: Any) -> int:
         nonlocal events
         events += 1
 
-    gc.collect()
     gc.disable()  # what it would clear away here is of other tests
     sys.setprofile(count)
     try:

@@ -10,36 +10,29 @@ from typing import Any
 import pytest
 import torch
 from support.equality import in_memory
+from support.methods import CASES, Case, evaluates_both_sides
+from support.models import INPUT, network
 from torch import Tensor, nn
 
 import zo_fused
 from zo_fused import noise
 from zo_fused.noise import Purpose, derive_key, parameter_id
 
-METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "MeZO": (zo_fused.MeZO, {}),
-    "LOZO": (zo_fused.LOZO, {"interval": 7}),
-    "LOZO, interval 1": (zo_fused.LOZO, {"interval": 1}),
-    "MeZO-M": (zo_fused.MeZO, {"momentum": 0.9}),
-    "ZOAdam": (zo_fused.ZOAdam, {}),
-    "LOZO-M": (zo_fused.LOZO, {"interval": 7, "momentum": 0.9, "divide_by_rank": True}),
-}
+CASES_TO_DEFER = [
+    *(case for case in CASES.values() if f"{case.name}, deferred" in CASES),
+    Case("LOZO, interval 1", zo_fused.LOZO, {"interval": 1}),
+    Case("LOZO-M, interval 7", zo_fused.LOZO, {"interval": 7, "momentum": 0.9}),
+]
 
 
-@pytest.fixture(params=list(METHODS))
-def make(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    method, options = METHODS[request.param]
-    return lambda params, **kw: method(params, **{"lr": 1e-3, "seed": 3, **options, **kw})
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+@pytest.fixture(params=CASES_TO_DEFER, ids=str)
+def make(request: pytest.FixtureRequest) -> Case:
+    return request.param  # type: ignore[no-any-return]
 
 
 def loss_of(model: nn.Module) -> Callable[[], Tensor]:
     """In float64, so that the losses add no rounding of their own."""
-    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(1)).double()
+    x = INPUT.double()
 
     def loss() -> Tensor:
         weights = {name: p.detach().double() for name, p in model.named_parameters()}
@@ -62,9 +55,7 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_follows_the_plain_schedule_with_a_changing_lr(
-    make: Callable[..., Any], grouped: bool
-) -> None:
+def test_follows_the_plain_schedule_with_a_changing_lr(make: Case, grouped: bool) -> None:
     """lr and decay of the step that made an update are used, not the next step's: with those of
     the next one, a warm-up whose first rates are 0 would already differ at its first step.
 
@@ -83,9 +74,9 @@ def test_follows_the_plain_schedule_with_a_changing_lr(
             for group, lr in zip(opt.param_groups, rates, strict=True):
                 group["lr"] = lr * (step % 40) / 40
             opt.step(loss_of(model))
-            grads.append(opt.projected_grad.item())
+            grads.append(opt.projected_grad.flatten())
         opt.flush()
-        paths.append((weights(model), torch.tensor(grads)))
+        paths.append((weights(model), torch.cat(grads)))
     (plain, plain_grads), (deferred_weights, deferred_grads) = paths
     assert (plain - weights(network())).abs().max() > 0.02
     assert (plain - deferred_weights).abs().max() < 2e-5
@@ -93,7 +84,8 @@ def test_follows_the_plain_schedule_with_a_changing_lr(
     assert (plain_grads - deferred_grads).abs().max() < 2e-3 * plain_grads.abs().max() + 5e-4
 
 
-def test_two_sweeps_a_step(make: Callable[..., Any], sweeps: list[str]) -> None:
+@pytest.mark.parametrize("make", [c for c in CASES_TO_DEFER if evaluates_both_sides(c)], ids=str)
+def test_two_sweeps_a_step(make: Case, sweeps: list[str]) -> None:
     for deferred, first, others in ((False, 3, 3), (True, 3, 2)):
         model = network()
         opt = make(model, deferred=deferred)
@@ -132,7 +124,7 @@ def test_weights_rest_at_the_next_perturbation() -> None:
     assert opt.param_groups[0]["restores"] == 1
 
 
-def test_who_flushes(make: Callable[..., Any]) -> None:
+def test_who_flushes(make: Case) -> None:
     model = network()
     opt = make(model, deferred=True)
     plain_model = network()
@@ -218,7 +210,7 @@ def test_changes_between_steps(change: str, momentum: float, tmp_path: Path) -> 
     torch.testing.assert_close(*map(weights, models), rtol=0, atol=5e-6)
 
 
-def test_a_skipped_step_goes_on_to_the_next_perturbation(make: Callable[..., Any]) -> None:
+def test_a_skipped_step_goes_on_to_the_next_perturbation(make: Case) -> None:
     models = []
     for deferred in (False, True):
         model = network()
@@ -231,9 +223,7 @@ def test_a_skipped_step_goes_on_to_the_next_perturbation(make: Callable[..., Any
     torch.testing.assert_close(*map(weights, models), rtol=0, atol=2e-6)
 
 
-def test_a_run_that_was_cut_off_replays_to_its_theta(
-    make: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_run_that_was_cut_off_replays_to_its_theta(make: Case, tmp_path: Path) -> None:
     """Killed between two steps, a run leaves no flush in its log; the replay makes one."""
     model, base = network(), network()
     opt = make(model, deferred=True)

@@ -17,13 +17,12 @@ from typing import Any
 import pytest
 import torch
 from support.equality import assert_same_bits
+from support.methods import CASES, METHODS, rounds
+from support.models import loss_of, network
 from torch import Tensor, nn
 
 import zo_fused
 from zo_fused import noise
-
-# torch's own, of forward-mode derivatives
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 
 State = Callable[[], AbstractContextManager[Any]]
 
@@ -73,87 +72,73 @@ def hybrid(model: nn.Sequential) -> Any:
     )
 
 
-def lozo(**options: Any) -> Callable[[nn.Module], Any]:
-    return lambda m: zo_fused.LOZO(m, lr=1e-2, eps=1e-2, interval=2, weight_decay=0.1, **options)
+# A variant of each in every run, and all with `make test-all`.
+FULLEST = {[case for case in CASES if case.partition(",")[0] == name][-1] for name in METHODS}
+METHODS_IN_STATES: list[Any] = [
+    pytest.param(case, marks=() if name in FULLEST | METHODS.keys() else pytest.mark.slow, id=name)
+    for name, case in CASES.items()
+]
+METHODS_IN_STATES.append(pytest.param(hybrid, id="Hybrid"))
+in_states = pytest.mark.parametrize("method", METHODS_IN_STATES)
 
 
-METHODS: dict[str, Callable[..., Any]] = {
-    "MeZO": lambda m: zo_fused.MeZO(m, lr=1e-2, eps=1e-2, rounding="stochastic"),
-    "MeZO rademacher": lambda m: zo_fused.MeZO(m, lr=1e-2, distribution="rademacher", queries=2),
-    "MeZO-M deferred": lambda m: zo_fused.MeZO(m, lr=1e-2, momentum=0.9, deferred=True),
-    "MeZO blocks": lambda m: zo_fused.MeZO(
-        zo_fused.layer_blocks(m, ["0", ""]), lr=1e-2, block_order="simultaneous", one_sided=True
-    ),
-    "LOZO": lozo(divide_by_rank=True),
-    "LOZO-M deferred": lozo(momentum=0.9, deferred=True, queries=2),
-    "LOZO factored": lozo(mode="factored"),
-    "LOZO-M paired": lozo(mode="factored", momentum=0.9, paired=True, queries=2),
-    "ZOAdam": lambda m: zo_fused.ZOAdam(
-        m, lr=torch.tensor(1e-2, dtype=torch.float64, device="cpu")
-    ),
-    "ZOAdam history": lambda m: zo_fused.ZOAdam(m, lr=1e-2, history=2, deferred=True),
-    "ZOSignSGD": lambda m: zo_fused.ZOSignSGD(m, lr=1e-2),
-    "ZOSignSGD scalar": lambda m: zo_fused.ZOSignSGD(m, lr=1e-2, sign="scalar"),
-    "ZOConservative": lambda m: zo_fused.ZOConservative(m, lr=1e-2),
-    "ForwardGrad": lambda m: zo_fused.ForwardGrad(m, lr=1e-2, queries=2),
-    "Hybrid": hybrid,
-}
+def made_by(method: Callable[..., Any], model: nn.Module) -> Any:
+    """With a rate in float64, which no default dtype may change, and rounding at random."""
+    if method is hybrid:
+        return hybrid(model)
+    lr = torch.tensor(1e-2, dtype=torch.float64, device="cpu")
+    more = {"rounding": "stochastic", "weight_decay": 0.1} if rounds(method) else {}
+    return method(model, lr=lr, **more)
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).bfloat16()
+def closure_of(model: nn.Module) -> Callable[[], Tensor]:
+    loss = loss_of(model)
 
-
-INPUT = torch.randn(10, 6, generator=torch.Generator().manual_seed(1)).bfloat16()
-
-
-def loss_of(model: nn.Module) -> Callable[[], Tensor]:
     def closure() -> Tensor:
         with plain():
-            return model(INPUT).float().square().mean()
+            return loss()
 
     return closure
 
 
-def run(method: str, set_up: State, steps: State, folder: Path) -> list[Tensor]:
+def run(method: Callable[..., Any], set_up: State, steps: State, folder: Path) -> list[Tensor]:
     """All that a run of a method gives: three steps, a state, two steps after it, a replay."""
-    model, base, twin = network(), network(), network()
+    model, base, twin = network(torch.bfloat16), network(torch.bfloat16), network(torch.bfloat16)
     made = []
     with set_up():
-        opt = METHODS[method](model)
+        opt = made_by(method, model)
         zo = getattr(opt, "zo", opt)
         zo.start_log(folder / "log.jsonl")
     with steps():
         for _ in range(3):
-            made += [opt.step(loss_of(model)), opt.projected_grad]
+            made += [opt.step(closure_of(model)), opt.projected_grad]
         opt.flush()
     state = copy.deepcopy(opt.state_dict())  # the user's: in inference mode, of inference tensors
     with set_up():
         twin.load_state_dict(model.state_dict())
-        again = METHODS[method](twin)
+        again = made_by(method, twin)
         again.load_state_dict(state)
     with steps():
         for _ in range(2):
-            made += [again.step(loss_of(twin)), again.projected_grad]
+            made += [again.step(closure_of(twin)), again.projected_grad]
         again.flush()
         zo.close_log()
-        if method != "Hybrid":  # whose log has zo's part only
+        if method is not hybrid:  # whose log has zo's part only
             zo_fused.replay(base, folder / "log.jsonl")
     made += [p.detach() for m in (model, base, twin) for p in m.parameters()]
     return [tensor.clone() for tensor in made]
 
 
 @pytest.fixture(scope="module")
-def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Tensor]]:
+def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], list[Tensor]]:
     """What a method gives in the plain state; made once."""
     folder = tmp_path_factory.mktemp("plain")
 
     @functools.cache
-    def of(method: str) -> list[Tensor]:
+    def of(method: Callable[..., Any]) -> list[Tensor]:
         made = run(method, nullcontext, nullcontext, folder)
-        count = len(list(network().parameters()))
-        if method != "Hybrid":
+        count = len(list(network(torch.bfloat16).parameters()))
+        if method is not hybrid:
             for p, replayed in zip(
                 made[-3 * count : -2 * count], made[-2 * count : -count], strict=True
             ):
@@ -164,9 +149,9 @@ def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[
 
 
 @pytest.mark.parametrize("state", list(STATES))
-@pytest.mark.parametrize("method", list(METHODS))
+@in_states
 def test_a_method_under_a_global_state(
-    method: str, state: str, plain_run: Callable[[str], list[Tensor]], tmp_path: Path
+    method: Callable[..., Any], state: str, plain_run: Callable[[Any], list[Tensor]], tmp_path: Path
 ) -> None:
     wanted = plain_run(method)
     for got, tensor in zip(
@@ -176,9 +161,9 @@ def test_a_method_under_a_global_state(
 
 
 @pytest.mark.parametrize("where", ["set-up", "steps"])
-@pytest.mark.parametrize("method", list(METHODS))
+@in_states
 def test_inference_mode_for_a_part_of_the_run(
-    method: str, where: str, plain_run: Callable[[str], list[Tensor]], tmp_path: Path
+    method: Callable[..., Any], where: str, plain_run: Callable[[Any], list[Tensor]], tmp_path: Path
 ) -> None:
     """What is made in it is an inference tensor, which can't be changed outside."""
     states: list[State] = [nullcontext, torch.inference_mode]

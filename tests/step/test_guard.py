@@ -19,22 +19,12 @@ from typing import Any
 import pytest
 import torch
 from support.equality import in_memory
+from support.models import INPUT as X
+from support.models import network
 from torch import Tensor, nn
 
 import zo_fused
 from zo_fused.sweeps.prepared import prepare
-
-
-def network() -> nn.Sequential:
-    generator = torch.Generator().manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(0.5 * torch.randn(p.shape, generator=generator))
-    return net
-
-
-X = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
 
 
 def loss_of(net: Callable[..., Tensor]) -> Callable[[], Tensor]:
@@ -168,6 +158,7 @@ def test_a_compiled_model_is_not_compiled_again_by_steps() -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.usefixtures("fresh_heap")
 def test_an_optimizer_that_is_gone_has_left_theta(
     resting: tuple[nn.Sequential, Any, Tensor],
 ) -> None:
@@ -177,6 +168,7 @@ def test_an_optimizer_that_is_gone_has_left_theta(
     assert torch.equal(nn.utils.parameters_to_vector(net.parameters()), theta)
 
 
+@pytest.mark.usefixtures("fresh_heap")
 def test_an_optimizer_that_is_gone_after_perturb() -> None:
     net = network()
     theta = in_memory(net)
@@ -188,6 +180,7 @@ def test_an_optimizer_that_is_gone_after_perturb() -> None:
     torch.testing.assert_close(in_memory(net), theta, rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("fresh_heap")
 def test_the_guard_does_not_keep_an_optimizer_at_theta_alive() -> None:
     import weakref
 
@@ -593,7 +586,6 @@ def test_a_state_s_counters_are_whole_numbers(step: Any) -> None:
         opt.load_state_dict(state)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_a_flush_is_not_recorded() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -618,8 +610,6 @@ def test_a_flush_is_not_recorded() -> None:
 
 # ---- states -------------------------------------------------------------------------------------
 
-TORCHS_OWN = "ignore:.torch.jit:DeprecationWarning"  # of forward-mode differentiation
-
 STATES: dict[str, Callable[[Any], Any]] = {
     "MeZO": zo_fused.MeZO,
     "MeZO rademacher": lambda params: zo_fused.MeZO(params, distribution="rademacher"),
@@ -634,7 +624,6 @@ STATES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings(TORCHS_OWN)
 def test_a_state_of_another_method_is_refused() -> None:
     net = network()
     states = {}
@@ -713,7 +702,6 @@ def test_distributed_checkpoints_take_a_state_and_change_nothing(name: str) -> N
 # ---- the two halves of a step -------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings(TORCHS_OWN)
 @pytest.mark.parametrize("name", [*STATES, *RESTING])
 def test_two_halves_are_a_step(name: str, tmp_path: Path) -> None:
     """Bit for bit; and up to rounding where somebody looks in between, which a replay knows."""

@@ -7,7 +7,6 @@ what they keep, and that nothing is lost.
 from __future__ import annotations
 
 import copy
-import io
 import json
 import math
 import signal
@@ -20,6 +19,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.matrix import covering
+from support.methods import CASES, Case, those
+from support.models import blocks, loss_of, network, same
 from torch import Tensor, nn
 
 import zo_fused
@@ -28,79 +30,6 @@ from zo_fused.noise import Purpose, derive_key, parameter_id
 from zo_fused.step.schedule import Position, Schedule, pairs
 
 Make = Callable[..., Any]
-
-
-def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
-
-
-def loss_of(model: nn.Module) -> Callable[[], Tensor]:
-    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
-    dtype = next(model.parameters()).dtype
-    return lambda: model(x.to(dtype)).float().square().mean()
-
-
-def blocks(model: nn.Module) -> list[dict[str, Any]]:
-    """The two layers of `network`."""
-    named = list(model.named_parameters())
-    return [{"params": named[:2], "block": 0}, {"params": named[2:], "block": 1}]
-
-
-METHODS: dict[str, Make] = {
-    "queries": lambda m, **kw: zo_fused.MeZO(m, queries=3, **kw),
-    "queries, deferred": lambda m, **kw: zo_fused.MeZO(m, queries=3, deferred=True, **kw),
-    "queries, one-sided": lambda m, **kw: zo_fused.MeZO(m, queries=3, one_sided=True, **kw),
-    "queries, one-sided, deferred": lambda m, **kw: zo_fused.MeZO(
-        m, queries=3, one_sided=True, deferred=True, **kw
-    ),
-    "queries, momentum": lambda m, **kw: zo_fused.MeZO(m, queries=3, momentum=0.9, **kw),
-    "queries, Adam": lambda m, **kw: zo_fused.ZOAdam(m, queries=3, **kw),
-    "queries, sign": lambda m, **kw: zo_fused.ZOSignSGD(m, queries=3, **kw),
-    "Rademacher": lambda m, **kw: zo_fused.MeZO(m, distribution="rademacher", **kw),
-    "Rademacher, Adam": lambda m, **kw: zo_fused.ZOAdam(m, distribution="rademacher", **kw),
-    "LOZO, queries": lambda m, **kw: zo_fused.LOZO(m, interval=3, queries=2, **kw),
-    "LOZO, queries, deferred": lambda m, **kw: zo_fused.LOZO(
-        m, interval=3, queries=2, deferred=True, **kw
-    ),
-    "LOZO-M, queries": lambda m, **kw: zo_fused.LOZO(m, interval=3, queries=2, momentum=0.9, **kw),
-    "blocks in turn": lambda m, **kw: zo_fused.MeZO(blocks(m), block_order="sequential", **kw),
-    "blocks at once": lambda m, **kw: zo_fused.MeZO(blocks(m), block_order="simultaneous", **kw),
-    "blocks at once, queries, Adam": lambda m, **kw: zo_fused.ZOAdam(
-        blocks(m), block_order="simultaneous", queries=2, **kw
-    ),
-    "blocks in turn, LOZO": lambda m, **kw: zo_fused.LOZO(
-        blocks(m), block_order="sequential", interval=3, **kw
-    ),
-    "conservative": zo_fused.ZOConservative,
-    "conservative, blocks": lambda m, **kw: zo_fused.ZOConservative(
-        blocks(m), block_order="sequential", **kw
-    ),
-    "history": lambda m, **kw: zo_fused.ZOAdam(m, history=4, **kw),
-    "history, deferred": lambda m, **kw: zo_fused.ZOAdam(m, history=4, deferred=True, **kw),
-    "factored, queries": lambda m, **kw: zo_fused.LOZO(
-        m, interval=3, queries=2, mode="factored", **kw
-    ),
-    "paired, queries": lambda m, **kw: zo_fused.LOZO(
-        m, interval=3, queries=2, mode="factored", paired=True, **kw
-    ),
-}
-
-
-@pytest.fixture(params=list(METHODS))
-def make(request: pytest.FixtureRequest) -> Make:
-    method = METHODS[request.param]
-    return lambda model, **kw: method(model, **{"lr": 1e-2, "seed": 3, **kw})
-
-
-@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["32", "16", "b16"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param  # type: ignore[no-any-return]
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    return all(torch.equal(x, y) for x, y in pairs)
 
 
 # ---- the plan of a step --------------------------------------------------------------------------
@@ -133,25 +62,25 @@ def test_sweeps_of_queries(queries: int, one_sided: bool, deferred: bool) -> Non
 @pytest.mark.parametrize(
     ("name", "sweeps_of_a_step", "losses"),
     [
-        ("queries", 7, 6),
-        ("queries, deferred", 6, 6),
-        ("queries, one-sided", 4, 4),
-        ("queries, one-sided, deferred", 4, 4),
-        ("LOZO, queries", 5, 4),
-        ("LOZO, queries, deferred", 4, 4),
-        ("queries, momentum", 7, 6),
-        ("blocks in turn", 3, 2),
+        ("MeZO, queries", 7, 6),
+        ("MeZO, queries, deferred", 6, 6),
+        ("MeZO, queries, one-sided", 4, 4),
+        ("MeZO, queries, one-sided, deferred", 4, 4),
+        ("LOZO, queries", 7, 6),
+        ("LOZO, queries, deferred", 6, 6),
+        ("MeZO-M, queries", 7, 6),
+        ("MeZO, in turn", 3, 2),
         # of a block: to and fro, back for the first one, and the update
-        ("blocks at once", 3 + 2 + 2, 4),
-        ("history", 3, 2),
-        ("history, deferred", 2, 2),
+        ("MeZO, at once", 3 + 2 + 2, 4),
+        ("ZOAdam, history", 3, 2),
+        ("ZOAdam, history, deferred", 2, 2),
     ],
 )
 def test_sweeps_are_counted(
     name: str, sweeps_of_a_step: int, losses: int, sweeps: list[str]
 ) -> None:
     model = network()
-    opt = METHODS[name](model)
+    opt = CASES[name](model)
     calls = []
     loss = loss_of(model)
     opt.step(loss)
@@ -175,10 +104,10 @@ def test_a_conservative_step_costs_at_most_six_sweeps_and_five_losses(sweeps: li
     assert seen <= {5, 6}
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if "in turn" in n])
-def test_one_block_moves_at_a_time(name: str) -> None:
+@those(lambda case: case.options.get("block_order") == "sequential")
+def test_one_block_moves_at_a_time(make: Case) -> None:
     model = network()
-    opt = METHODS[name](model, lr=1e-2)
+    opt = make(model, lr=1e-2)
     for step in range(4):
         before = [p.detach().clone() for p in model.parameters()]
         opt.step(loss_of(model))
@@ -272,31 +201,8 @@ def test_blocks_at_once_have_less_variance() -> None:
 # ---- nothing is lost -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cut", [1, 4])
-def test_resume_is_bit_exact(make: Make, dtype: torch.dtype, cut: int) -> None:
-    model = network(dtype)
-    opt = make(model)
-    for _ in range(cut):
-        opt.step(loss_of(model))
-    file = io.BytesIO()
-    state = opt.state_dict()
-    torch.save({"model": model.state_dict(), "opt": state}, file)
-    for _ in range(6):
-        opt.step(loss_of(model))
-    opt.flush()
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    resumed = network(dtype)
-    resumed.load_state_dict(saved["model"])
-    again = make(resumed, lr=99.0, seed=0)
-    again.load_state_dict(saved["opt"])
-    for _ in range(6):
-        again.step(loss_of(resumed))
-    again.flush()
-    assert same(model, resumed)
-
-
-def test_replay_is_bit_exact(make: Make, dtype: torch.dtype, tmp_path: Path) -> None:
+@covering(make=CASES.values(), dtype=[torch.float32, torch.float16, torch.bfloat16])
+def test_replay_is_bit_exact(make: Case, dtype: torch.dtype, tmp_path: Path) -> None:
     """Also of skipped steps, closures that raise and changing learning rates."""
     model = network(dtype)
     base = copy.deepcopy(model)
@@ -306,7 +212,8 @@ def test_replay_is_bit_exact(make: Make, dtype: torch.dtype, tmp_path: Path) -> 
     for step in range(9):
         opt.param_groups[0]["lr"] = 1e-2 * 0.9**step
         if step == 2:
-            losses = iter([1.0] if not opt.weights.beside.paired else [])
+            one_loss = make.has("paired") or make.optimizer is zo_fused.ForwardGrad
+            losses = iter([] if one_loss else [1.0])
             with pytest.raises(StopIteration):  # in the middle of the step
                 opt.step(losses.__next__)
         opt.step((lambda: loss() * math.nan) if step == 3 else loss)
@@ -315,29 +222,6 @@ def test_replay_is_bit_exact(make: Make, dtype: torch.dtype, tmp_path: Path) -> 
     assert opt.skipped_steps == 1
     zo_fused.replay(base, tmp_path / "log.jsonl")
     assert same(model, base)
-
-
-def test_a_raising_closure_leaves_the_weights_at_theta(make: Make) -> None:
-    model = network()
-    opt = make(model)
-    opt.step(loss_of(model))
-    opt.flush()
-    before = copy.deepcopy(model)
-    calls = 0
-
-    def closure() -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise KeyboardInterrupt
-        return loss_of(model)()
-
-    try:
-        opt.step(closure)
-    except KeyboardInterrupt:
-        assert opt.step_count == 1
-        for p, q in zip(model.parameters(), before.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
 def test_log_has_every_gradient_and_no_usual_path(tmp_path: Path) -> None:
@@ -381,20 +265,20 @@ def test_state_memory() -> None:
     weights = sum(p.numel() for p in model.parameters())
     vectors = len(list(model.parameters()))
     expected = {
-        "queries": 0,
-        "Rademacher": 0,
+        "MeZO, queries": 0,
+        "MeZO, rademacher": 0,
         "LOZO, queries": 0,
-        "blocks in turn": 0,
-        "blocks at once": 0,
-        "conservative": 0,
-        "queries, sign": 0,
-        "queries, momentum": 4 * weights,
-        "queries, Adam": 8 * weights + 8 * vectors,
-        "history": (4 * 8 + 8) * vectors,
+        "MeZO, in turn": 0,
+        "MeZO, at once": 0,
+        "ZOConservative": 0,
+        "ZOSignSGD, queries": 0,
+        "MeZO-M, queries": 4 * weights,
+        "ZOAdam, queries": 8 * weights + 8 * vectors,
+        "ZOAdam, history": (4 * 8 + 8) * vectors,
     }
     for name, size in expected.items():
         model = network(torch.float16)
-        opt = METHODS[name](model, lr=1e-3)
+        opt = CASES[name](model, lr=1e-3)
         for _ in range(2):
             opt.step(loss_of(model))
         assert state_bytes(opt) == size, name
@@ -627,7 +511,7 @@ def test_a_state_of_another_history_is_refused(other: int | None) -> None:
 def test_a_log_goes_on_where_the_number_of_blocks_has_changed(tmp_path: Path) -> None:
     model = network()
     base = copy.deepcopy(model)
-    make = METHODS["blocks at once"]
+    make = CASES["MeZO, at once"]
     opt = make(model, lr=1e-2)
     opt.start_log(tmp_path / "log.jsonl")
     opt.step(loss_of(model))

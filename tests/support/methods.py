@@ -1,34 +1,126 @@
-"""Methods and their variants, a row each, for the tests that every one must pass."""
+"""The methods and their variants: one row is all that a new method needs to be under every test
+that holds for all of them (the `make` of a test runs over `CASES`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+
+import pytest
+from support.models import blocks, network
+from torch import nn
 
 import zo_fused
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 
-METHODS: dict[str, Callable[..., ZerothOrderOptimizer]] = {
-    "MeZO": lambda params, **kw: zo_fused.MeZO(params, **{"lr": 1e-2, "seed": 3, **kw}),
-    "LOZO": lambda params, **kw: zo_fused.LOZO(
-        params, **{"lr": 1e-2, "seed": 3, "rank": 2, "interval": 3, "divide_by_rank": True, **kw}
-    ),
-    "LOZO-M": lambda params, **kw: zo_fused.LOZO(
-        params, **{"lr": 1e-2, "seed": 3, "rank": 2, "interval": 3, "momentum": 0.9, **kw}
-    ),
-    "MeZO-M": lambda params, **kw: zo_fused.MeZO(
-        params, **{"lr": 1e-2, "seed": 3, "momentum": 0.9, **kw}
-    ),
-    "ZOAdam": lambda params, **kw: zo_fused.ZOAdam(params, **{"lr": 1e-2, "seed": 3, **kw}),
-    "ZOSignSGD": lambda params, **kw: zo_fused.ZOSignSGD(params, **{"lr": 1e-2, "seed": 3, **kw}),
-}
-
-
 VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "stochastic": {"rounding": "stochastic"},
     "deferred": {"deferred": True},
-    "deferred, stochastic": {"deferred": True, "rounding": "stochastic"},
+    "one-sided": {"one_sided": True},
+    "queries": {"queries": 3},
+    "rademacher": {"distribution": "rademacher"},
+    "in turn": {"block_order": "sequential"},
+    "at once": {"block_order": "simultaneous"},
+    "history": {"history": 4},
     "factored": {"mode": "factored"},
-    "factored, stochastic": {"mode": "factored", "rounding": "stochastic"},
+    "paired": {"mode": "factored", "paired": True},
 }
+USUAL = ("deferred", "one-sided", "queries", "queries, deferred")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: the class, its options, and which variants of it are tested ("a, b": both)."""
+
+    optimizer: Callable[..., ZerothOrderOptimizer]
+    options: dict[str, Any]
+    variants: tuple[str, ...] = USUAL
+
+
+LOW_RANK = {"rank": 2, "interval": 3}
+METHODS = {
+    "MeZO": Method(
+        zo_fused.MeZO,
+        {},
+        (
+            *(*USUAL, "one-sided, deferred", "queries, one-sided", "queries, one-sided, deferred"),
+            *("rademacher", "in turn", "at once"),
+        ),
+    ),
+    "MeZO-M": Method(zo_fused.MeZO, {"momentum": 0.9, "dampening": 0.5}),
+    "LOZO": Method(
+        zo_fused.LOZO,
+        {**LOW_RANK, "divide_by_rank": True},
+        (*USUAL, "in turn", "factored", "queries, factored", "queries, paired"),
+    ),
+    "LOZO-M": Method(
+        zo_fused.LOZO,
+        {**LOW_RANK, "momentum": 0.9},
+        ("deferred", "queries", "factored", "queries, paired"),
+    ),
+    "ZOAdam": Method(
+        zo_fused.ZOAdam,
+        {},
+        (*USUAL, "rademacher", "queries, at once", "history", "history, deferred"),
+    ),
+    "ZOSignSGD": Method(zo_fused.ZOSignSGD, {}),
+    "ZOSignSGD scalar": Method(zo_fused.ZOSignSGD, {"sign": "scalar"}, ("deferred",)),
+    "KerZOO": Method(zo_fused.KerZOO, {}),
+    "ZOConservative": Method(zo_fused.ZOConservative, {}, ("in turn",)),
+    "ForwardGrad": Method(zo_fused.ForwardGrad, {}, ("queries",)),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A method with the options of a variant: called like the method."""
+
+    name: str
+    optimizer: Callable[..., ZerothOrderOptimizer]
+    options: dict[str, Any]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __call__(self, params: Any, **options: Any) -> ZerothOrderOptimizer:
+        given = {"lr": 1e-3, "seed": 3, **self.options, **options}
+        if isinstance(params, nn.Module):
+            if "block_order" in given:
+                params = blocks(params)
+        elif "mode" in given:  # a list of parameters belongs to no module: all are written
+            given["module"] = nn.Module()
+        return self.optimizer(params, **given)
+
+    def has(self, *names: str) -> bool:
+        """Whether any of these options isn't what it is by default."""
+        return any(self.options.get(name) for name in names)
+
+
+def _cases(name: str, method: Method) -> list[Case]:
+    cases = [Case(name, method.optimizer, method.options)]
+    for variant in method.variants:
+        options = dict(method.options)
+        for part in variant.split(", "):
+            options |= VARIANTS[part]
+        cases.append(Case(f"{name}, {variant}", method.optimizer, options))
+    return cases
+
+
+CASES = {case.name: case for row in METHODS.items() for case in _cases(*row)}
+
+
+def those(accept: Callable[[Case], bool]) -> pytest.MarkDecorator:
+    """Runs a test over the cases that are accepted, instead of over all."""
+    return pytest.mark.parametrize("make", list(filter(accept, CASES.values())), ids=str)
+
+
+def rounds(case: Case) -> bool:
+    """Whether its updates may be rounded at random."""
+    return "rounding" in case(network()).defaults
+
+
+def evaluates_both_sides(case: Case) -> bool:
+    """All weights at theta + eps z, then at theta - eps z, and nothing else."""
+    return not (
+        case.has("one_sided", "queries", "block_order", "paired") or case.optimizer.needs_closure  # type: ignore[attr-defined]
+    )

@@ -1,11 +1,14 @@
-"""Tiny models and losses."""
+"""A tiny model, its loss and its blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+INPUT = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -14,6 +17,22 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 
 def loss_of(model: nn.Module) -> Callable[[], Tensor]:
-    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
-    dtype = next(model.parameters()).dtype
-    return lambda: model(x.to(dtype)).float().square().mean()
+    x = INPUT.to(next(model.parameters()).dtype)
+    return lambda: model(x).float().square().mean()
+
+
+def blocks(model: nn.Module) -> list[dict[str, Any]]:
+    """The two layers of `network`."""
+    named = list(model.named_parameters())
+    return [{"params": named[:2], "block": 0}, {"params": named[2:], "block": 1}]
+
+
+def snapshot(model: nn.Module) -> list[Tensor]:
+    """Copies of the weights, at theta between steps whatever the schedule."""
+    return [w.clone() for w in model.state_dict().values()]
+
+
+def same(a: nn.Module | list[Tensor], b: nn.Module | list[Tensor]) -> bool:
+    """Whether the weights are equal."""
+    one, two = (list(x.state_dict().values()) if isinstance(x, nn.Module) else x for x in (a, b))
+    return all(torch.equal(x, y) for x, y in zip(one, two, strict=True))

@@ -7,16 +7,17 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import gpu
 import pytest
-import sanitize
 import torch
 from torch import Tensor, nn
 
 import zo_fused
+from bench.gpu import sanitize
+from bench.gpu.steps import launches
+from bench.gpu.sweep_cases import FAMILIES
 from zo_fused import noise
 from zo_fused.sweeps import dispatch
-from zo_fused.sweeps.functions import int64_tensor
+from zo_fused.sweeps.conversions import int64_tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
@@ -69,13 +70,13 @@ def no_waiting() -> Iterator[None]:
 # ---- the same bits ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", list(sanitize.FAMILIES))
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_every_operator_equals_the_reference(
     backend: str, device: torch.device, family: str
 ) -> None:
     """All operators, dtypes, ranks, rules, roundings, odd sizes, offsets, alignments."""
     found = []
-    for case in sanitize.FAMILIES[family]():
+    for case in FAMILIES[family]():
         found += sanitize.differences(case, backend, device, misalignments=(0, 1, 3))
     assert found == []
 
@@ -83,7 +84,7 @@ def test_every_operator_equals_the_reference(
 def test_the_cpu_backend_equals_the_reference() -> None:
     if dispatch.why_not("cpu", "cpu") is not None:
         pytest.skip("the C++ extension is not built")
-    for family in sanitize.FAMILIES.values():
+    for family in FAMILIES.values():
         for case in family():
             if sanitize.served(case, "cpu"):
                 assert sanitize.differences(case, "cpu", CPU, misalignments=(1,)) == []
@@ -413,7 +414,7 @@ def test_a_sweep_is_one_launch_a_dtype(backend: str, device: torch.device, count
         (lambda: ops.normal_(us, ids, offsets, keys), 1),
     ):
         sweep()
-        found = gpu.launches(sweep)
+        found = launches(sweep)
         assert sum(found.values()) == wanted, found
 
 

@@ -1,8 +1,8 @@
 """What Triton's compiler makes of the kernels, for NVIDIA and AMD GPUs, on a machine with neither.
 
-Run as a script, this file compiles the kernels for one target with `bench/sass.py` and prints what
-it found as JSON. The tests start it so, once a target, because Triton can't compile in a process
-that interprets.
+Run as a script, this file compiles the kernels for one target with `bench/gpu/sass.py` and prints
+what it found as JSON. The tests start it so, once a target, because Triton can't compile in a
+process that interprets.
 """
 
 from __future__ import annotations
@@ -18,19 +18,17 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))  # for the script
-
-import roofline
-import sass
-
+from bench.gpu import roofline, sass
 from zo_fused.sweeps.backends.triton import PAIRS
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[2]
 NVIDIA = [target for target in sass.TARGETS if target.startswith("sm_")]
 
 # Every Triton that some PyTorch requires has a column in the tables. To add one: install it, run
-# ``python THIS_FILE TARGET`` and read `per_element` and `local` of every case.
+# ``python -m tests.sweeps.test_triton_compile TARGET`` and read `per_element` and `local` of every
+# case.
 VERSIONS = tuple(dict.fromkeys(PAIRS.values()))  # 3.6.0, 3.7.1, 3.8.0, 3.9.0
 
 # Instructions per element, of everything, with the search for the parameter shared out, as they
@@ -181,7 +179,8 @@ def reports() -> Iterator[Callable[[str], dict[str, Any]]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     running = {
         target: subprocess.Popen(
-            [sys.executable, __file__, target],
+            [sys.executable, "-m", "tests.sweeps.test_triton_compile", target],
+            cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

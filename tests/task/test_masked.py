@@ -199,7 +199,6 @@ def arguments(base, data, output, *more):
     return [*words.split(), "--batch-size", "3", "--eval-steps", "2", "--lr", "1e-3", *more]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, of forward-grad
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about what peft calls
 @pytest.mark.parametrize(
     ("kind", "more"),

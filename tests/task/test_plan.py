@@ -35,7 +35,9 @@ def one_thread_and_no_network(monkeypatch):
 
 def hyper(method, more):
     table = defaults.defaults(method, embedded=False)
-    return {key: value for key, value in table.items() if key in defaults.BY_METHOD[method]} | more
+    return {
+        key: value for key, value in table.items() if key in defaults.by_method()[method]
+    } | more
 
 
 def measured(model, method, settings, batch, length):
@@ -43,19 +45,19 @@ def measured(model, method, settings, batch, length):
     scorer = Scorer(model, [[0], [1]], pad_id=0)
     examples = [Encoded([7] * length, 0)] * batch
     made = scorer.batch(examples)
-    gc.collect()
+    gc.freeze()  # only what is made here is looked through
     with Live((*model.parameters(), *model.buffers())) as live:
         optimizer = make_optimizer(method, settings, model)
         for _ in range(3):
             optimizer.step(lambda: scorer.loss(made))
         gc.collect()
+    gc.unfreeze()
     tensors = [
         t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)
     ]
     return sum(t.numel() * t.element_size() for t in tensors), live.now, live.peak
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, of forward-grad
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
@@ -113,7 +115,6 @@ def test_activations_are_those_that_are_alive(kind):
         del loss
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, of forward-grad
 @pytest.mark.parametrize("name", ["MeZO", "LOZO, factored", "ZO-Adam", "Forward-Grad"])
 def test_the_peak_of_a_step(name, tmp_path, capsys):
     tiny_models.config("llama", **SMALL).save_pretrained(tmp_path)

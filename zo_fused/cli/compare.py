@@ -39,7 +39,7 @@ def _methods(text: str) -> list[str]:
     methods = []
     for word in text.split(","):
         name, *given = word.split(":")
-        methods.append(":".join([finetune.METHOD["type"](name), *given]))
+        methods.append(":".join([finetune.method_choice()["type"](name), *given]))
     return methods
 
 
@@ -49,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--methods",
         type=_methods,
-        default=_methods(METHODS),
+        default=METHODS.split(","),
         help="names as of `zo-fused finetune --method`, with commas between them; options of a "
         f"method follow after colons, as in mezo:queries=4:one-sided (default: {METHODS})",
     )
@@ -75,7 +75,7 @@ def method_words(text: str) -> list[str]:
     words = [f"--method={name}"]
     for option in given:
         key = option.partition("=")[0]
-        if key.replace("-", "_") not in finetune.HYPER:
+        if key.replace("-", "_") not in defaults.HYPER:
             raise UserError(f"--methods: {key!r} in {text!r} is no option of a method")
         words.append(f"--{option}")
     return words

@@ -1,7 +1,9 @@
-"""What an option of ``zo-fused finetune`` is if it is not given: the only table of defaults."""
+"""What an option of ``zo-fused finetune`` is if it is not given."""
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,50 +29,45 @@ COMMON: dict[str, Any] = {
     "max_length": None,  # as many tokens as the model takes
 }
 
-# The options that a method takes are those that it has a default for.
-_SWEEPS: dict[str, Any] = {
-    "eps": 1e-3,
-    "weight_decay": 0.0,
-    "rounding": "nearest",
-    "schedule": "deferred",
-    "queries": 1,
-    "one_sided": False,
-    "blocks": None,
-}
-_DENSE: dict[str, Any] = {**_SWEEPS, "distribution": "gaussian"}
-_LOZO: dict[str, Any] = {
-    **_SWEEPS,
-    "rounding": None,  # by schedule
-    "schedule": "factored",
-    "rank": 2,
-    "interval": 50,
-}
-BY_METHOD: dict[str, dict[str, Any]] = {
-    "mezo": {**_DENSE, "lr": 1e-6, "momentum": 0.0},
-    "mezo-m": {**_DENSE, "lr": 1e-7, "momentum": 0.9},
-    "lozo": {**_LOZO, "lr": 1e-6, "momentum": 0.0},
-    "lozo-m": {**_LOZO, "lr": 1e-6, "momentum": 0.9},
-    "zo-adam": {**_DENSE, "lr": 1e-5, "history": None},
-    "zo-sign": {**_DENSE, "lr": 1e-6},
-    "zo-conservative": {
-        "lr": 1e-6,
-        "eps": 1e-3,
-        "schedule": "plain",
-        "blocks": None,
-        "distribution": "gaussian",
-    },
-    "forward-grad": {
-        "lr": 1e-6,
-        "weight_decay": 0.0,
-        "rounding": "stochastic",
-        "schedule": "plain",
-        "queries": 1,
-        "distribution": "gaussian",
-    },
-}
+# Options of methods that the command line has: arguments of their classes, and two that stand for
+# several of them.
+HYPER = (
+    "lr",
+    "eps",
+    "weight_decay",
+    "rounding",
+    "schedule",
+    "rank",
+    "interval",
+    "momentum",
+    "queries",
+    "one_sided",
+    "distribution",
+    "history",
+    "blocks",
+)
+
+
+@cache
+def by_method() -> dict[str, dict[str, Any]]:
+    """The options that each method takes, with its defaults, in the order of `HYPER`."""
+    from zo_fused.methods.table import recipes
+
+    table = {}
+    for name, (method, recipe) in recipes().items():
+        takes = inspect.signature(method).parameters
+        own = {option: takes[option].default for option in HYPER if option in takes}
+        own["schedule"] = (
+            "factored" if "mode" in takes else "deferred" if "deferred" in takes else "plain"
+        )
+        if "block_order" in takes:
+            own["blocks"] = None
+        table[name] = own | recipe.options
+    return table
+
 
 # The embedded model is tiny, so it bears far larger steps than a real one, and sweeps over its
-# weights cost less than what a factored step adds to every layer. Rates: bench/learning_rates.py.
+# weights cost less than what a factored step adds to every layer. Rates: bench/training.
 EMBEDDED_COMMON: dict[str, Any] = {"steps": 600, "eval_steps": 50}
 EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "mezo": {"lr": 3e-5},
@@ -81,6 +78,7 @@ EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "zo-sign": {"lr": 3e-4},
     "zo-conservative": {"lr": 1e-4},
     "forward-grad": {"lr": 1e-5},
+    "kerzoo": {"lr": 3e-5},
 }
 
 # Adapters: MeZO's README; prompts: that of SubZero. Their matrices are too small for side paths
@@ -105,9 +103,9 @@ def defaults(
         peft: a key of `BY_PEFT`, or None.
         blocks, one_sided: whether these options were given: they are not for every schedule.
     """
-    table = COMMON | BY_METHOD[method]
+    table = COMMON | by_method()[method]
     if embedded:
-        table |= EMBEDDED_COMMON | EMBEDDED_BY_METHOD[method]
+        table |= EMBEDDED_COMMON | EMBEDDED_BY_METHOD.get(method, {})
     if peft is not None:
         own = BY_PEFT[peft]
         table |= {name: value for name, value in own.items() if name in table}

@@ -26,21 +26,6 @@ With no arguments, the embedded model on the embedded data set: a run of a minut
 With your own model and data, the same, with your options. The output directory becomes a model
 directory of transformers, with the replay log, the history, a picture and a summary beside it."""
 
-HYPER = (
-    "lr",
-    "eps",
-    "weight_decay",
-    "rounding",
-    "schedule",
-    "rank",
-    "interval",
-    "momentum",
-    "queries",
-    "one_sided",
-    "distribution",
-    "history",
-    "blocks",
-)
 _PLAN = (
     "steps",
     "batch_size",
@@ -61,7 +46,9 @@ _DTYPES = {
 } | {f"torch.{name}": name for name in ("float32", "float16", "bfloat16")}
 
 
-METHOD = choice(defaults.BY_METHOD, {"zosignsgd": "zo-sign"})
+def method_choice() -> dict[str, Any]:
+    """Arguments of ``add_argument`` for the name of a method."""
+    return choice(defaults.by_method(), {"zosignsgd": "zo-sign"})
 
 
 def whole(text: str) -> int:
@@ -88,7 +75,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _default(name: str) -> str:
-    own = {m: defaults.defaults(m, False).get(name) for m in defaults.BY_METHOD}
+    own = {m: defaults.defaults(m, False).get(name) for m in defaults.by_method()}
     values = sorted(
         {
             f"{value:g}" if isinstance(value, float) else f"{value}"
@@ -101,7 +88,7 @@ def _default(name: str) -> str:
 
 def _takers(name: str) -> str:
     """The methods that take an option, for its help."""
-    return ", ".join(method for method, table in defaults.BY_METHOD.items() if name in table)
+    return ", ".join(method for method, table in defaults.by_method().items() if name in table)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +97,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     method = parser.add_argument_group("method")
     method.add_argument(
         "--method",
-        **METHOD,
+        **method_choice(),
         help=f"optimizer (default: {defaults.METHOD})",
     )
     add_method_options(method)
@@ -185,7 +172,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_method_options(method: Any) -> None:
-    """Adds the options of one method or another: `HYPER`."""
+    """Adds the options of one method or another: `defaults.HYPER`."""
     method.add_argument("--lr", type=float, help=f"learning rate ({_default('lr')})")
     method.add_argument("--eps", type=float, help=f"perturbation radius ({_default('eps')})")
     method.add_argument(
@@ -294,8 +281,9 @@ def options(args: argparse.Namespace) -> Options:
         UserError: arguments that don't go together.
     """
     with uninterrupted():  # Ctrl-C in the middle would leave torch with half a NumPy
+        from zo_fused.methods.table import recipes
         from zo_fused.task.loop import Plan
-        from zo_fused.task.run import METHODS, Options
+        from zo_fused.task.run import Options
 
     embedded = args.model is None
     demo = embedded and args.train is None
@@ -312,7 +300,7 @@ def options(args: argparse.Namespace) -> Options:
     method = args.method or defaults.METHOD
     blocks, one_sided = args.blocks is not None, args.one_sided is not None
     table = defaults.defaults(method, embedded, args.peft, blocks, one_sided)
-    for name in HYPER:
+    for name in defaults.HYPER:
         if name not in table and getattr(args, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} is no option of the method {method}")
     if blocks and args.schedule not in (None, "plain"):
@@ -335,7 +323,7 @@ def options(args: argparse.Namespace) -> Options:
         sources=_sources(train, args.dev, args.test),
         task=_task(args, train),
         method=method,
-        hyper={name: value(name) for name in HYPER if name in table},
+        hyper={name: value(name) for name in defaults.HYPER if name in table},
         plan=Plan(**{name: value(name) for name in _PLAN}),
         forwards=args.forwards,
         peft=args.peft,
@@ -347,7 +335,7 @@ def options(args: argparse.Namespace) -> Options:
         trust_remote_code=value("trust_remote_code"),
         resume=args.resume,
         overwrite=args.overwrite or (demo and args.output is None and not args.resume),
-        title=f"{METHODS[method].title} fine-tuning of {name}",
+        title=f"{recipes()[method][1].title} fine-tuning of {name}",
     )
 
 

@@ -19,8 +19,13 @@ from zo_fused.cli.parser import Parser
 from zo_fused.task.errors import Interrupted, UserError, first_line
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser; `command` is the module that runs."""
+def make_parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser; `command` is the module that runs.
+
+    Args:
+        words: that it is for: one command gets its options, some of which need torch to be told.
+    """
+    chosen = next((word for word in words if not word.startswith("-")), None)
     parser = Parser(
         prog="zo-fused",
         description="Zeroth-order fine-tuning of language models with forward passes only.",
@@ -42,7 +47,8 @@ def make_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        module.add_options(command)
+        if name == chosen:
+            module.add_options(command)
         command.set_defaults(command=module)
     return parser
 
@@ -53,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have letters that it can't show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        args = make_parser().parse_args(words)
+        args = make_parser(words).parse_args(words)
         code: int = args.command.run(args, words)
         if sys.stdout is not None:
             sys.stdout.flush()

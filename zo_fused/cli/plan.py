@@ -45,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_trust_option(parser)
     parser.add_argument(
-        "--method", choices=list(defaults.BY_METHOD), help="this method alone (default: all)"
+        "--method", choices=list(defaults.by_method()), help="this method alone (default: all)"
     )
     parser.add_argument(
         "--dtype",
@@ -114,7 +114,9 @@ def _row(
     from zo_fused.task.run import make_optimizer
 
     table = defaults.defaults(method, embedded=False)
-    own = {key: value for key, value in table.items() if key in defaults.BY_METHOD[method]} | hyper
+    own = {
+        key: value for key, value in table.items() if key in defaults.by_method()[method]
+    } | hyper
     if args.rank is not None and "rank" in own:
         own["rank"] = args.rank
     dtype = getattr(torch, args.dtype)

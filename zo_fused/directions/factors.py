@@ -20,7 +20,7 @@ from zo_fused.noise.streams import Purpose
 from zo_fused.step.buckets import Bucket
 from zo_fused.step.vectors import Vector, float32
 from zo_fused.sweeps.arguments import matrix_shape
-from zo_fused.sweeps.functions import int64_tensor
+from zo_fused.sweeps.conversions import int64_tensor
 
 Pair = tuple[list[Tensor], list[Tensor]]
 Basis = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
 from zo_fused.checks import choice, whole
 from zo_fused.directions.dense import Dense
+from zo_fused.methods.table import Recipe, method
 from zo_fused.rules.history import AdamOfHistory
 from zo_fused.rules.moments import STATE_DTYPES, Adam
 from zo_fused.step.optimizer import ZerothOrderOptimizer
-from zo_fused.step.schedule import Schedule
+from zo_fused.step.schedule import StepOptions
 
 
+@method(Recipe("zo-adam", "ZO-Adam", {"lr": 1e-5}))
 class ZOAdam(ZerothOrderOptimizer):
     """Adam (Kingma and Ba 2015; decay as in AdamW) with the estimate ``g z`` of MeZO as gradient:
     MeZO-Adam (arXiv 2305.17333, appendix B.2), ZO-Adam (arXiv 2402.11592).
@@ -41,10 +43,10 @@ class ZOAdam(ZerothOrderOptimizer):
         weight_decay: decay, with the learning rate as factor.
         state_dtype: of m: "float32", or "param", the dtype of each weight.
         rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
-        seed: base seed of the run.
-        deferred, one_sided, queries, distribution, block_order: see `MeZO`.
+        distribution: of the elements of z: "gaussian", or "rademacher", -1 or 1.
         history: None, or H: keep the coefficients of the last H steps instead of moments, see
             above.
+        common: seed, deferred, one_sided, queries, block_order: see `ZerothOrderOptimizer`.
     """
 
     def __init__(
@@ -57,13 +59,9 @@ class ZOAdam(ZerothOrderOptimizer):
         weight_decay: float = 0.0,
         state_dtype: str = "float32",
         rounding: str = "nearest",
-        seed: int = 0,
-        deferred: bool = False,
-        one_sided: bool = False,
-        queries: int = 1,
         distribution: str = "gaussian",
-        block_order: str | None = None,
         history: int | None = None,
+        **common: Unpack[StepOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -76,10 +74,9 @@ class ZOAdam(ZerothOrderOptimizer):
         choice("state_dtype", state_dtype, STATE_DTYPES)
         if history is not None:
             history = whole("history", history, 1)
-        if history is not None and (queries != 1 or block_order == "sequential"):
+        alone = common.get("queries", 1) == 1 and common.get("block_order") != "sequential"
+        if history is not None and not alone:
             raise ValueError("history takes one query a step, of all parameters")
         rule = Adam(state_dtype) if history is None else AdamOfHistory(history)
         options = {"state_dtype": state_dtype, "distribution": distribution, "history": history}
-        schedule = Schedule(deferred, one_sided, queries, block_order)
-        direction = Dense(distribution)
-        super().__init__(params, defaults, direction, rule, seed, schedule, options)
+        super().__init__(params, Dense(distribution), rule, defaults, options, **common)

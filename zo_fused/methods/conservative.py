@@ -8,16 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from zo_fused.directions.dense import Dense
+from zo_fused.methods.table import Recipe, method
 from zo_fused.step.direction import Direction, Term
 from zo_fused.step.evaluation import Closure
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.rule import Rule, Update
-from zo_fused.step.schedule import Position, Schedule
+from zo_fused.step.schedule import Position
 from zo_fused.step.vectors import Vector, all_finite
 from zo_fused.step.weights import THETA, Place
 
 
-class Stay(Rule):
+class Chosen(Rule):
     """The weights are where the step goes: that is theta from here on."""
 
     not_capturable = "the host compares the candidates"
@@ -27,6 +28,7 @@ class Stay(Rule):
             update.write(direction, Term(update.step, update.restore, query=update.displaced))
 
 
+@method(Recipe("zo-conservative", "ZO-Conservative"))
 class ZOConservative(ZerothOrderOptimizer):
     """Conservative zeroth-order SGD (ZO-SGD-Cons; Bergou et al. 2020, arXiv 1902.03591, three-point
     method, as in arXiv 2402.11592): with z and g as in MeZO, theta becomes the best of ``theta``,
@@ -65,9 +67,20 @@ class ZOConservative(ZerothOrderOptimizer):
         if block_order == "simultaneous":
             raise ValueError("ZOConservative compares the places of one z: sequential blocks only")
         defaults = {"lr": lr, "eps": eps}
-        schedule = Schedule(block_order=block_order)
-        super().__init__(params, defaults, Dense(distribution), Stay(), seed, schedule)
-        self._options = {"distribution": distribution, "block_order": block_order}
+        options = {"distribution": distribution}
+        super().__init__(
+            params,
+            Dense(distribution),
+            Chosen(),
+            defaults,
+            options,
+            seed=seed,
+            block_order=block_order,
+        )
+
+    @property
+    def forwards(self) -> int:
+        return super().forwards + 3
 
     _best: Place | None = None  # where this step goes; None: nowhere, or a replay says it
 

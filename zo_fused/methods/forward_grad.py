@@ -12,11 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zo_fused.directions.dense import Dense
 from zo_fused.directions.factored.stand_ins import Places
+from zo_fused.methods.table import Recipe, method
 from zo_fused.rules.sgd import SGD
 from zo_fused.step.direction import Term
 from zo_fused.step.evaluation import Closure
 from zo_fused.step.optimizer import ZerothOrderOptimizer
-from zo_fused.step.schedule import Position, Schedule
+from zo_fused.step.schedule import Position
 from zo_fused.step.vectors import Vector, stacked
 
 # By a part of PyTorch's message: how models of transformers do without the operator.
@@ -38,6 +39,7 @@ class DenseOf(Dense):
         self.module = module
 
 
+@method(Recipe("forward-grad", "Forward-Grad"))
 class ForwardGrad(ZerothOrderOptimizer):
     """Forward gradient descent (Baydin et al. 2022, arXiv 2202.08587; Forward-Grad in 2402.11592).
 
@@ -78,12 +80,15 @@ class ForwardGrad(ZerothOrderOptimizer):
     ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay, "rounding": rounding}
         direction = DenseOf(module if isinstance(module, nn.Module) else None, distribution)
-        schedule = Schedule(queries=queries)
-        super().__init__(module, defaults, direction, SGD(), seed, schedule)
-        self._options = {"queries": schedule.queries, "distribution": distribution}
+        options = {"distribution": distribution}
+        super().__init__(module, direction, SGD(), defaults, options, seed=seed, queries=queries)
 
     def positions(self) -> list[Position]:
         return []  # the weights stay at theta
+
+    @property
+    def forwards(self) -> int:
+        return self.schedule.queries
 
     def measure(self, closure: Closure) -> tuple[Tensor, Vector]:
         losses: list[Tensor] = []
@@ -105,7 +110,7 @@ class ForwardGrad(ZerothOrderOptimizer):
         with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
             duals: dict[int, Tensor] = {}
             for bucket in self.weights.buckets:
-                term = Term(self.step_count, bucket.ones, query=query)
+                term = Term(self.weights.step, bucket.ones, query=query)
                 tangents = direction.drawn(bucket, self.seed, term)
                 for p, tangent in zip(bucket.params, tangents, strict=True):
                     if p not in places:

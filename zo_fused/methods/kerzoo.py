@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
 from zo_fused.directions.dense import Dense
+from zo_fused.methods.table import Recipe, method
 from zo_fused.noise.streams import uniform
 from zo_fused.rules.sgd import SGD
 from zo_fused.step.direction import Term
 from zo_fused.step.optimizer import ZerothOrderOptimizer
-from zo_fused.step.schedule import Schedule
+from zo_fused.step.schedule import StepOptions
 from zo_fused.step.vectors import Vector, vector
 
 
@@ -27,6 +28,7 @@ class Stretched(Dense):
         return "the host draws the length of z"
 
 
+@method(Recipe("kerzoo", "KerZOO"))
 class KerZOO(ZerothOrderOptimizer):
     """Kernel-weighted zeroth-order SGD (arXiv 2505.18886): ``z = r u`` with ``u ~ N(0, I)`` and
     ``r ~ U(-1, 1)``, g as in MeZO, and ``theta = theta - lr * (K(r) g u + weight_decay * theta)``
@@ -41,8 +43,8 @@ class KerZOO(ZerothOrderOptimizer):
         eps: perturbation radius.
         weight_decay: decay, with the learning rate as factor.
         rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
-        seed: base seed of the run.
-        deferred, one_sided, queries, distribution, block_order: see `MeZO`.
+        distribution: of the elements of u: "gaussian", or "rademacher", -1 or 1.
+        common: seed, deferred, one_sided, queries, block_order: see `ZerothOrderOptimizer`.
     """
 
     def __init__(
@@ -52,18 +54,12 @@ class KerZOO(ZerothOrderOptimizer):
         eps: float = 1e-3,
         weight_decay: float = 0.0,
         rounding: str = "nearest",
-        seed: int = 0,
-        deferred: bool = False,
-        one_sided: bool = False,
-        queries: int = 1,
         distribution: str = "gaussian",
-        block_order: str | None = None,
+        **common: Unpack[StepOptions],
     ) -> None:
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rounding": rounding}
-        schedule = Schedule(deferred, one_sided, queries, block_order)
         options = {"distribution": distribution}
-        direction = Stretched(distribution)
-        super().__init__(params, defaults, direction, SGD(), seed, schedule, options)
+        super().__init__(params, Stretched(distribution), SGD(), defaults, options, **common)
 
     def transform(self, grads: Vector, plus: Sequence[Any], minus: Sequence[Any]) -> Vector:
         """K(r) g u is K(r) / r g z."""

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from zo_fused.checks import choice, switch
 from zo_fused.directions.factored.direction import Factored
 from zo_fused.directions.low_rank import LowRank
+from zo_fused.methods.table import Recipe, method
 from zo_fused.rules.factor_momentum import FactorMomentum
 from zo_fused.rules.sgd import SGD
 from zo_fused.step.hyper import hyper
 from zo_fused.step.optimizer import ZerothOrderOptimizer
-from zo_fused.step.schedule import Schedule
+from zo_fused.step.schedule import StepOptions
 
 
+@method(
+    Recipe("lozo", "LOZO"),
+    Recipe("lozo-m", "LOZO-M", {"momentum": 0.9}),
+)
 class LOZO(ZerothOrderOptimizer):
     """Low-rank zeroth-order SGD (Chen et al. 2024, arXiv 2410.07698); with momentum, LOZO-M.
 
@@ -46,7 +51,6 @@ class LOZO(ZerothOrderOptimizer):
         rounding: of updates in 16-bit weights: "nearest", or "stochastic", without bias. The
             default is "stochastic" in mode "factored", where nothing else would keep updates below
             a weight's last place, else "nearest" (docs/performance.md).
-        seed: base seed of the run.
         mode: "inplace", or "factored": weights are not written within a window. The forward pass
             adds ``x V (A +- eps U)^T`` beside every use of a matrix, updates add up in A, in
             float32, and each window ends with one sweep. `flush` writes A, so evaluate the model
@@ -56,12 +60,8 @@ class LOZO(ZerothOrderOptimizer):
             weights are read once: faster where a batch has few tokens. The closure must be one that
             `torch.vmap` can batch.
         module: the model that the closure evaluates, for mode "factored" where `params` is not it.
-        deferred: (inplace) two sweeps a step instead of three; weights rest perturbed between
-            steps, see `ZerothOrderOptimizer` and `flush`.
-        one_sided: estimate from ``L(theta + eps z)`` and ``L(theta)``, see `ZerothOrderOptimizer`.
-        queries: directions a step, with the same V, whose estimates are averaged.
-        block_order: (inplace) None, "sequential" (without momentum) or "simultaneous", see
-            `ZerothOrderOptimizer`.
+        common: seed, queries (with the same V), and for mode "inplace" deferred, one_sided,
+            block_order ("sequential" without momentum only): see `ZerothOrderOptimizer`.
     """
 
     def __init__(
@@ -75,26 +75,19 @@ class LOZO(ZerothOrderOptimizer):
         weight_decay: float = 0.0,
         divide_by_rank: bool = False,
         rounding: str | None = None,
-        seed: int = 0,
         mode: str = "inplace",
         paired: bool = False,
         module: nn.Module | None = None,
-        deferred: bool = False,
-        one_sided: bool = False,
-        queries: int = 1,
-        block_order: str | None = None,
+        **common: Unpack[StepOptions],
     ) -> None:
         choice("mode", mode, ("inplace", "factored"))
         paired, divide_by_rank = switch("paired", paired), switch("divide_by_rank", divide_by_rank)
-        schedule = Schedule(deferred, one_sided, queries, block_order)
         momentum = hyper("momentum", momentum)
-        if mode == "factored" and deferred:
-            raise ValueError("deferred is for sweeps over the weights; factored steps make none")
-        if mode == "factored" and one_sided:
-            raise ValueError('one_sided is for mode="inplace": factored steps save no sweep by it')
-        if mode == "factored" and block_order is not None:
-            raise ValueError('block_order is for mode="inplace"')
-        if momentum and block_order == "sequential":
+        if mode == "factored":
+            for name in ("deferred", "one_sided", "block_order"):
+                if common.get(name):
+                    raise ValueError(f'{name} is for mode="inplace": factored steps make no sweeps')
+        if momentum and common.get("block_order") == "sequential":
             raise ValueError("a block would miss the steps at which its momentum moves to a new V")
         if mode != "factored" and paired:
             raise ValueError('paired needs mode="factored": weights have one sign at a time')
@@ -122,4 +115,4 @@ class LOZO(ZerothOrderOptimizer):
                     "LOZO(model, ...), or module=model beside param groups"
                 )
             direction = Factored(evaluated, paired, divide_by_rank)
-        super().__init__(params, defaults, direction, rule, seed, schedule, options)
+        super().__init__(params, direction, rule, defaults, options, **common)

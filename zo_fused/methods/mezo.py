@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
 from zo_fused.checks import choice
 from zo_fused.directions.dense import Dense
+from zo_fused.methods.table import Recipe, method
 from zo_fused.rules.moments import STATE_DTYPES, Momentum
 from zo_fused.rules.sgd import SGD
 from zo_fused.step.hyper import hyper
 from zo_fused.step.optimizer import ZerothOrderOptimizer
-from zo_fused.step.schedule import Schedule
+from zo_fused.step.schedule import StepOptions
 
 
+@method(
+    Recipe("mezo", "MeZO"),
+    Recipe("mezo-m", "MeZO-M", {"lr": 1e-7, "momentum": 0.9}),
+)
 class MeZO(ZerothOrderOptimizer):
     """Memory-efficient zeroth-order SGD (Malladi et al. 2023, arXiv 2305.17333, algorithm 1).
 
@@ -36,14 +41,8 @@ class MeZO(ZerothOrderOptimizer):
         dampening: 0 is the heavy ball; ``dampening=momentum`` the exponential moving average.
         state_dtype: of m: "float32", or "param", the dtype of each weight.
         rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
-        seed: base seed of the run.
-        deferred: two sweeps a step instead of three; weights rest perturbed between steps, see
-            `ZerothOrderOptimizer` and `flush`.
-        one_sided: estimate from ``L(theta + eps z)`` and ``L(theta)``.
-        queries: directions a step, whose estimates are averaged (n-SPSA).
         distribution: of the elements of z: "gaussian", or "rademacher", -1 or 1.
-        block_order: None, "sequential" or "simultaneous": block by block, see
-            `ZerothOrderOptimizer`.
+        common: seed, deferred, one_sided, queries, block_order: see `ZerothOrderOptimizer`.
     """
 
     def __init__(
@@ -56,12 +55,8 @@ class MeZO(ZerothOrderOptimizer):
         dampening: float = 0.0,
         state_dtype: str = "float32",
         rounding: str = "nearest",
-        seed: int = 0,
-        deferred: bool = False,
-        one_sided: bool = False,
-        queries: int = 1,
         distribution: str = "gaussian",
-        block_order: str | None = None,
+        **common: Unpack[StepOptions],
     ) -> None:
         momentum, dampening = hyper("momentum", momentum), hyper("dampening", dampening)
         choice("state_dtype", state_dtype, STATE_DTYPES)
@@ -69,11 +64,5 @@ class MeZO(ZerothOrderOptimizer):
         if momentum:
             defaults |= {"momentum": momentum, "dampening": dampening}
         rule = Momentum(state_dtype) if momentum else SGD()
-        options = {
-            "momentum": momentum,
-            "state_dtype": state_dtype,
-            "distribution": distribution,
-        }
-        schedule = Schedule(deferred, one_sided, queries, block_order)
-        direction = Dense(distribution)
-        super().__init__(params, defaults, direction, rule, seed, schedule, options)
+        options = {"momentum": momentum, "state_dtype": state_dtype, "distribution": distribution}
+        super().__init__(params, Dense(distribution), rule, defaults, options, **common)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
 from zo_fused.checks import choice
 from zo_fused.directions.dense import Dense
+from zo_fused.methods.table import Recipe, method
 from zo_fused.rules.moments import Sign
 from zo_fused.rules.sgd import ScalarSign
 from zo_fused.step.optimizer import ZerothOrderOptimizer
-from zo_fused.step.schedule import Schedule
+from zo_fused.step.schedule import StepOptions
 
 
+@method(Recipe("zo-sign", "ZO-SignSGD"))
 class ZOSignSGD(ZerothOrderOptimizer):
     """Sign descent on the estimate ``g z`` of MeZO (ZO-signSGD: Liu et al., ICLR 2019; ZO-SGD-Sign
     in arXiv 2402.11592): ``theta = (1 - lr weight_decay) theta - lr sign(g z)``.
@@ -30,9 +32,9 @@ class ZOSignSGD(ZerothOrderOptimizer):
         weight_decay: decay, with the learning rate as factor.
         sign: "element" or "scalar", see above.
         rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
-        seed: base seed of the run.
-        deferred, one_sided, queries, distribution, block_order: see `MeZO`. With Rademacher
-            directions and one query both signs are the same.
+        distribution: of the elements of z: "gaussian", or "rademacher", -1 or 1, with which both
+            signs are the same where there is one query.
+        common: seed, deferred, one_sided, queries, block_order: see `ZerothOrderOptimizer`.
     """
 
     def __init__(
@@ -43,17 +45,11 @@ class ZOSignSGD(ZerothOrderOptimizer):
         weight_decay: float = 0.0,
         sign: str = "element",
         rounding: str = "nearest",
-        seed: int = 0,
-        deferred: bool = False,
-        one_sided: bool = False,
-        queries: int = 1,
         distribution: str = "gaussian",
-        block_order: str | None = None,
+        **common: Unpack[StepOptions],
     ) -> None:
         choice("sign", sign, ("element", "scalar"))
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rounding": rounding}
         rule = Sign() if sign == "element" else ScalarSign()
         options = {"sign": sign, "distribution": distribution}
-        schedule = Schedule(deferred, one_sided, queries, block_order)
-        direction = Dense(distribution)
-        super().__init__(params, defaults, direction, rule, seed, schedule, options)
+        super().__init__(params, Dense(distribution), rule, defaults, options, **common)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 import os
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_fused.directions.dense import Dense
+from zo_fused.methods.table import methods
 from zo_fused.noise.streams import CONTRACT_VERSION, plain_name
 from zo_fused.replaying.tape import Recorder
 from zo_fused.step import log_lines
@@ -24,16 +24,6 @@ from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.schedule import Position
 from zo_fused.step.vectors import vector
 from zo_fused.step.weights import Place
-
-METHODS = {
-    "ForwardGrad": "zo_fused.methods.forward_grad",
-    "KerZOO": "zo_fused.methods.kerzoo",
-    "LOZO": "zo_fused.methods.lozo",
-    "MeZO": "zo_fused.methods.mezo",
-    "ZOAdam": "zo_fused.methods.adam",
-    "ZOConservative": "zo_fused.methods.conservative",
-    "ZOSignSGD": "zo_fused.methods.sign",
-}
 
 
 @plain_tensors
@@ -66,7 +56,7 @@ def replay(
         from tqdm import tqdm
 
         events = tqdm(events, desc="replay", unit="step")
-    recorder = _recorder(optimizer)
+    recorder = recorder_of(optimizer)
     for event in events:
         with uninterrupted():
             _repeat(optimizer, event)
@@ -105,7 +95,7 @@ def _repeat(optimizer: ZerothOrderOptimizer, event: log_lines.Event) -> None:
     optimizer.update(vector(grads, weights.buckets[0].device).float())
 
 
-def _recorder(optimizer: ZerothOrderOptimizer) -> Recorder | None:
+def recorder_of(optimizer: ZerothOrderOptimizer) -> Recorder | None:
     """What the sweeps of an optimizer wait in from here on. None where there is no sweep of many
     (low rank) or some would be missed (of rules that make their own).
     """
@@ -122,9 +112,10 @@ def _optimizer(
 ) -> ZerothOrderOptimizer:
     """The optimizer of the log's header over the model's tensors."""
     header = record.header
-    if header["method"] not in METHODS:
+    if header["method"] not in methods():
         raise ValueError(
-            f"the log is of method {header['method']!r}; known are {', '.join(METHODS)}"
+            f"the log is of method {header['method']!r}; known are {', '.join(sorted(methods()))}. "
+            "A method of your own must be imported first"
         )
     table = header["parameters"]
     tensors = _tensors(model, table)
@@ -140,13 +131,13 @@ def _optimizer(
         groups[number]["params"].append(tensor if name is None else (name, tensor))
     if fingerprint(tensors) != header["base"]:
         raise ValueError("the log was written for other base weights than these")
-    method = getattr(importlib.import_module(METHODS[header["method"]]), header["method"])
+    method = methods()[header["method"]]
     defaults = {**header["groups"][0], **header["options"]}  # every group has values of its own
     defaults |= {"seed": header["seed"], "module": nn.Module()}
     factored = defaults.get("mode") == "factored"
     takes = list(inspect.signature(method).parameters)[1:]  # the first: what to tune
     arguments = {name: value for name, value in defaults.items() if name in takes}
-    optimizer: ZerothOrderOptimizer = method(groups, **arguments)
+    optimizer = method(groups, **arguments)
     for number, (group, values) in enumerate(
         zip(optimizer.param_groups, header["groups"], strict=True)
     ):

@@ -12,7 +12,7 @@ from zo_fused.directions.low_rank import LowRank
 from zo_fused.step.direction import Term
 from zo_fused.step.rule import Rule, Update, check_state
 from zo_fused.step.vectors import float32
-from zo_fused.sweeps.functions import int64_tensor
+from zo_fused.sweeps.conversions import int64_tensor
 
 
 class FactorMomentum(Rule):

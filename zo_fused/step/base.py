@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from zo_fused.checks import whole
+from zo_fused.checks import meant, whole
 from zo_fused.noise.streams import CONTRACT_VERSION, plain_name
 from zo_fused.step.access import Access, plain_tensors
 from zo_fused.step.buckets import parameter_ids
@@ -24,7 +25,7 @@ from zo_fused.step.optimizer_state import check_saved, in_order
 from zo_fused.step.parameters import Parameters
 from zo_fused.step.report import Report
 from zo_fused.step.rule import Rule
-from zo_fused.step.schedule import Schedule
+from zo_fused.step.schedule import STEP_DEFAULTS, Schedule, StepOptions
 from zo_fused.step.timing import Timer
 from zo_fused.step.weights import Weights
 
@@ -41,14 +42,19 @@ class Base(torch.optim.Optimizer):
     def __init__(
         self,
         params: Any,
-        defaults: dict[str, Any],
         direction: Direction,
         rule: Rule,
-        seed: int,
-        schedule: Schedule,
+        defaults: dict[str, Any],
         options: dict[str, Any] | None = None,
+        **common: Unpack[StepOptions],
     ) -> None:
-        seed = whole("seed", seed, 0, bits=64)
+        takes = inspect.signature(type(self)).parameters
+        _check_names(type(self).__name__, common, takes)
+        chosen: dict[str, Any] = {**STEP_DEFAULTS, **common}
+        seed = whole("seed", chosen.pop("seed"), 0, bits=64)
+        schedule = Schedule(**chosen)
+        recorded = {**asdict(schedule), **(options or {})}
+        recorded = {name: value for name, value in recorded.items() if name in takes}
         module = params if isinstance(params, nn.Module) else None
         if module is not None:
             params = module.named_parameters()
@@ -67,9 +73,7 @@ class Base(torch.optim.Optimizer):
         counters |= {"in_place": (), "method": _kind(self, rule, direction)}
         defaults = {"block": 0, **{name: hyper(name, value) for name, value in defaults.items()}}
         defaults |= counters
-        self._assemble(
-            direction, rule, schedule, {**asdict(schedule), **(options or {})}, defaults, module
-        )
+        self._assemble(direction, rule, schedule, recorded, defaults, module)
         super().__init__(params, defaults)
 
     def _assemble(
@@ -250,6 +254,17 @@ class Base(torch.optim.Optimizer):
         for group in self.param_groups:  # a state of an earlier version has none
             group.setdefault("block", 0)
         self.weights.parameters.forget()
+
+
+def _check_names(method: str, common: Collection[str], takes: Collection[str]) -> None:
+    """Raises:
+    TypeError: there is no such option.
+    """
+    for name in common:
+        if name not in STEP_DEFAULTS:
+            near = meant(name, tuple(takes))
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise TypeError(f"{method}() got an unexpected keyword argument {name!r}{hint}")
 
 
 def _kind(optimizer: Base, rule: Rule, direction: Direction) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zo_fused.noise.streams import parameter_id
 from zo_fused.step.vectors import Vector, vector
 from zo_fused.sweeps.arguments import not_dense, overlap
-from zo_fused.sweeps.functions import int64_tensor
+from zo_fused.sweeps.conversions import int64_tensor
 from zo_fused.sweeps.numbers import WEIGHT_DTYPES
 from zo_fused.sweeps.prepared import Prepared, prepare
 

@@ -114,6 +114,23 @@ class Evaluation:
                     error.add_note(_NO_BACKWARD)
                 raise
 
+    def given(self, losses: Loss | Sequence[Loss]) -> list[Any]:
+        """The losses that a user gives, one a query.
+
+        Raises:
+            ValueError: there are not as many.
+            TypeError: as `scalar`.
+        """
+        several = isinstance(losses, Sequence) or (isinstance(losses, Tensor) and losses.dim() == 1)
+        given = list(losses) if several else [losses]  # type: ignore[arg-type]
+        if not self._weights.buckets:
+            self._weights.look()
+        if len(given) != (queries := self._weights.queries()):
+            raise ValueError(
+                f"step() needs loss_plus and loss_minus of {queries} queries each, got {len(given)}"
+            )
+        return [self.scalar(loss) for loss in given]
+
     def scalar(self, loss: Any) -> Any:
         """A loss, checked.
 

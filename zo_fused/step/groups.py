@@ -32,6 +32,7 @@ class Groups:
         self.defaults = defaults
         self.all: list[dict[str, Any]] = []
         self._check = check
+        self._eps: list[float] = []  # when the present step first perturbed
         self._seen: list[Any] = []  # in the groups, when they were checked last,
         self._inside: list[tuple[Tensor, float]] = []  # and in the tensors there
 
@@ -53,6 +54,24 @@ class Groups:
     def eps(self) -> list[float]:
         """The perturbation radius of each group; 1 for methods that have none."""
         return [float(group.get("eps", 1.0)) for group in self.all]
+
+    def hold_eps(self, begins: bool = False) -> None:
+        """The losses of a step tell a slope only if they were taken eps apart.
+
+        Args:
+            begins: whether this is the step's first perturbation.
+
+        Raises:
+            ValueError: eps is not what it was then.
+        """
+        now = self.eps()
+        if begins:
+            self._eps = now
+        elif now != self._eps:
+            raise ValueError(
+                f"eps changed in the middle of a step, from {self._eps} to {now}: change it between"
+                " steps"
+            )
 
     def params(self) -> list[Tensor]:
         """All parameters, in the optimizer's order."""

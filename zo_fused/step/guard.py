@@ -167,7 +167,7 @@ def _trainable(optimizer: torch.optim.Optimizer) -> set[int]:
 DISPLACED = _Displaced()
 
 
-def _getter(name: str) -> Callable[..., Any]:
+def reading(name: str) -> Callable[..., Any]:
     """What `__torch_function__` is given for reading an attribute of a tensor."""
     return getattr(Tensor, name).__get__
 
@@ -188,7 +188,7 @@ _METHODS = (
 
 # fmt: on
 METADATA = {
-    *map(_getter, _ATTRIBUTES),
+    *map(reading, _ATTRIBUTES),
     *(getattr(Tensor, name) for name in _METHODS),
     *(torch.is_floating_point, torch.is_complex, torch.numel, torch.is_inference),
 }

@@ -60,11 +60,11 @@ class ZerothOrderOptimizer(BetweenSteps):
         params: ``model.named_parameters()`` (best: noise is tied to names), ``model.parameters()``
             (noise is tied to positions), param groups, or the module itself. Only parameters that
             require gradients move; this is looked up at every step.
-        defaults: hyper-parameters of the groups.
         direction, rule: see above.
-        seed: base seed of the run, ``0 <= seed < 2**64``. The global generators are never used.
-        schedule: deferred, one_sided, queries, block_order: see above.
+        defaults: hyper-parameters of the groups.
         options: arguments of the method that groups don't tell, recorded in the replay log.
+        seed: base seed of the run, ``0 <= seed < 2**64``. The global generators are never used.
+        deferred, one_sided, queries, block_order: see above. All methods take them by name.
 
     Attributes:
         projected_grad: g of the last step, float32 tensor [] on the device of the first parameter;
@@ -76,6 +76,13 @@ class ZerothOrderOptimizer(BetweenSteps):
     needs_closure = False  # whether `step` can't do with losses
 
     # ---- what a method may say ------------------------------------------------------------------
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes over a batch that an ordinary step takes."""
+        with self._access.alone():
+            self.weights.look()
+        return len(self.positions())
 
     def probes(self) -> list[Position]:
         """Where this step takes losses beforehand, for the direction to learn from."""
@@ -245,7 +252,7 @@ class ZerothOrderOptimizer(BetweenSteps):
                 raise TypeError(f"{type(self).__name__}.step() needs a closure")
             self._groups.check_changes()
             apart = 1 if self.schedule.one_sided else 2
-            plus, minus = self._given(loss_plus), self._given(loss_minus)
+            plus, minus = self._evaluation.given(loss_plus), self._evaluation.given(loss_minus)
             sides = [(above, below, apart) for above, below in zip(plus, minus, strict=True)]
             return self._finish(self._estimated(sides))
 
@@ -259,7 +266,7 @@ class ZerothOrderOptimizer(BetweenSteps):
         """The second half of a step."""
         self._access.pending = None
         self.weights.look_again()
-        self.weights.check_eps()
+        self._groups.hold_eps()
         if self.weights.parameters.changed(self.direction):
             raise RuntimeError("parameters changed between estimate() and step(): estimate anew")
         return self._finish(pending)
@@ -269,18 +276,6 @@ class ZerothOrderOptimizer(BetweenSteps):
             raise RuntimeError("only a step with a closure can be captured")
         evaluate = self._access.interruptible(closure)
         return self._capture.record(self.rule, lambda: self._finish(self.measure(evaluate)))
-
-    def _given(self, losses: Loss | Sequence[Loss]) -> list[Any]:
-        """The losses that a user gives, one a query."""
-        several = isinstance(losses, Sequence) or (isinstance(losses, Tensor) and losses.dim() == 1)
-        given = list(losses) if several else [losses]  # type: ignore[arg-type]
-        if not self.weights.buckets:
-            self.weights.look()
-        if len(given) != (queries := self.weights.queries()):
-            raise ValueError(
-                f"step() needs loss_plus and loss_minus of {queries} queries each, got {len(given)}"
-            )
-        return [self._evaluation.scalar(loss) for loss in given]
 
 
 def _probed(param_groups: list[dict[str, Any]]) -> bool:

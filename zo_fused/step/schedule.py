@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, TypedDict
 
 from zo_fused.checks import choice, switch, whole
 
@@ -66,6 +66,19 @@ class Schedule:
         out = [Position(1.0, query) for query in range(count)]
         # from where the schedule has the weights
         return [out[0], Position(0.0), *out[1:]] if self.deferred else [Position(0.0), *out]
+
+
+class StepOptions(TypedDict, total=False):
+    """Keywords that all methods take: see `ZerothOrderOptimizer`."""
+
+    seed: int
+    deferred: bool
+    one_sided: bool
+    queries: int
+    block_order: str | None
+
+
+STEP_DEFAULTS: dict[str, Any] = {"seed": 0, **asdict(Schedule())}
 
 
 def pairs(losses: Mapping[Position, Any]) -> list[tuple[Any, Any, int]]:

@@ -64,7 +64,6 @@ class Weights:
         self.moved = False
         self.half_applied = False
         self.device_step: DeviceStep | None = None
-        self._eps: list[float] = []  # of the groups, when this step first perturbed
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -131,7 +130,7 @@ class Weights:
             self.look()
         else:
             self.groups.check_changes()
-        self.check_eps(begins)
+        self.groups.hold_eps(begins)
         self.go(self.along(position), position.to_json())
 
     def along(self, position: Position) -> Place:
@@ -145,17 +144,6 @@ class Weights:
         at = [position.sign * eps if block in (None, g["block"]) else 0.0 for g, eps in radii]
         query = position.query if position.probe else position.query % self.schedule.queries
         return Place(tuple(at), query, position.probe)
-
-    def check_eps(self, begins: bool = False) -> None:
-        """The losses of a step tell a slope only if they were taken eps apart."""
-        now = self.groups.eps()
-        if begins:
-            self._eps = now
-        elif now != self._eps:
-            raise ValueError(
-                f"eps changed in the middle of a step, from {self._eps} to {now}: change it between"
-                " steps"
-            )
 
     def go(self, there: Place, entry: Any = None) -> None:
         """Put them at a place: one sweep, or none if they are there.
@@ -226,7 +214,7 @@ class Weights:
         the step. Returns whether it was applied: whether all are finite."""
         self.groups.check_changes()
         if self.place.at and not self.ahead:
-            self.check_eps()
+            self.groups.hold_eps()
         else:
             self.look()
         step, finite = self.groups.step, all_finite(grads)

@@ -215,6 +215,16 @@ def _check_factor_moments(moments: Sequence[Tensor], us: Sequence[Tensor]) -> No
 # ---- rows ---------------------------------------------------------------------------------------
 
 
+# What the signs of shapes stand for that are no letters.
+_SIZES = {
+    size: int(size)
+    for signature in SWEEPS.values()
+    for argument in signature.rows
+    for size in argument.shape
+    if size.isdigit()
+}
+
+
 def check_rows(checked: Checked, *rows: Any, **options: Any) -> str:
     """Check the other arguments of a sweep, in the order of its schema, and return the transform.
 
@@ -223,7 +233,7 @@ def check_rows(checked: Checked, *rows: Any, **options: Any) -> str:
         ValueError: a dtype, shape, device or choice is wrong.
     """
     signature = SWEEPS[checked.name]
-    sizes = {"P": checked.count}  # what the letters of shapes stand for
+    sizes = {"P": checked.count, **_SIZES}
     values = signature.complete(rows, options)
     given = {a.name: value for a, value in zip(signature.rows, values, strict=True)}
     for argument, value in zip(signature.rows, values, strict=True):
@@ -249,10 +259,10 @@ def _check_table(
 ) -> None:
     """Shape, dtype and device of a row. A size that only it can tell is noted for the others."""
     for i, letter in enumerate(argument.shape):
-        if letter.isalpha() and letter not in sizes:
+        if letter not in sizes:
             alone = len(argument.shape) == 1
             sizes[letter] = value.numel() if alone else value.shape[i] if value.dim() > i else 0
-    shape = tuple(sizes[size] if size.isalpha() else int(size) for size in argument.shape)
+    shape = tuple([sizes[letter] for letter in argument.shape])
     _check_row(argument.name, value, argument.dtype, shape)
     if argument.on_host:
         _check(value.device.type == "cpu", f"{argument.name} must be a CPU tensor")

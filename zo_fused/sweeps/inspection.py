@@ -7,18 +7,9 @@ from torch import Tensor
 
 from zo_fused.checks import whole
 from zo_fused.noise.keys import on_device
-from zo_fused.noise.streams import CONTRACT_VERSION, MAX_ELEMENTS, Purpose, derive_key, parameter_id
+from zo_fused.noise.streams import MAX_ELEMENTS
 from zo_fused.sweeps import operators
-from zo_fused.sweeps.functions import int64_tensor
-
-__all__ = [
-    "CONTRACT_VERSION",
-    "Purpose",
-    "derive_key",
-    "normal",
-    "parameter_id",
-    "random_bits",
-]
+from zo_fused.sweeps.conversions import int64_tensor
 
 
 def _fill(op, dtype, numel: int, key: int, id: int, offset: int, device, *options) -> Tensor:  # type: ignore[no-untyped-def]

@@ -63,7 +63,8 @@ class Prepared:
             TypeError, ValueError: as the operator. Nothing has been written then.
         """
         self.look_again()
-        self._swept(check_rows(self._checked, *rows, **options), rows, options)
+        rows = SWEEPS[self._name].complete(rows, options)
+        self._swept(check_rows(self._checked, *rows), rows, {})
         torch.autograd.graph.increment_version(self._versioned)
 
     def run(self, *rows: Any, **options: Any) -> None:

@@ -57,18 +57,12 @@ class Argument(NamedTuple):
     name: str
     shape: tuple[str, ...] = ()
     optional: bool = False  # None is possible, and the default
+    dtype: torch.dtype = torch.float32
+    on_host: bool = False
 
     @property
     def required(self) -> bool:
         return not self.optional and self.name not in _DEFAULTS
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.int64 if self.name in _INT64 else torch.float32
-
-    @property
-    def on_host(self) -> bool:
-        return self.name in _ON_HOST
 
     @property
     def schema(self) -> str:
@@ -168,7 +162,9 @@ def _argument(text: str) -> Argument:
     match = re.fullmatch(r"(\w+)(?:\[([^]]*)\])?(\??)", text)
     assert match is not None, text
     name, shape, optional = match.groups()
-    return Argument(name, tuple(shape.split(",")) if shape else (), bool(optional))
+    sizes = tuple(shape.split(",")) if shape else ()
+    dtype = torch.int64 if name in _INT64 else torch.float32
+    return Argument(name, sizes, bool(optional), dtype, name in _ON_HOST)
 
 
 def _signature(name: str) -> Signature:

@@ -9,11 +9,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 import zo_fused
+from zo_fused.methods.table import recipes
 from zo_fused.task.adapters import base_model, load_adapted
 from zo_fused.task.checkpoint import (
     check_settings,
@@ -40,24 +41,6 @@ from zo_fused.task.prompt import Task
 from zo_fused.task.report import draw, peak_memory, place, sizes, summarize
 from zo_fused.task.scoring import Scorer
 
-
-class Method(NamedTuple):
-    """What a method is called."""
-
-    optimizer: str  # in zo_fused
-    title: str  # in papers
-
-
-METHODS = {
-    "mezo": Method("MeZO", "MeZO"),
-    "mezo-m": Method("MeZO", "MeZO-M"),
-    "lozo": Method("LOZO", "LOZO"),
-    "lozo-m": Method("LOZO", "LOZO-M"),
-    "zo-adam": Method("ZOAdam", "ZO-Adam"),
-    "zo-sign": Method("ZOSignSGD", "ZO-SignSGD"),
-    "zo-conservative": Method("ZOConservative", "ZO-Conservative"),
-    "forward-grad": Method("ForwardGrad", "Forward-Grad"),
-}
 SCHEDULES: dict[str, dict[str, Any]] = {
     "plain": {},
     "deferred": {"deferred": True},
@@ -74,7 +57,7 @@ class Options:
     model: str  # directory or Hub id
     sources: dict[str, str]  # split -> where to read it; "train" at least
     task: Task
-    method: str  # a key of METHODS
+    method: str  # a key of `zo_fused.methods.table.recipes`
     hyper: dict[str, Any]  # arguments of the optimizer: lr, eps, ...; a key of SCHEDULES; blocks
     plan: Plan
     output: Path
@@ -311,13 +294,12 @@ def make_optimizer(method: str, hyper: dict[str, Any], model: Any, seed: int = 0
     """The optimizer of a method.
 
     Args:
-        method: a key of `METHODS`.
-        hyper: as in `Options`.
+        method, hyper: as in `Options`.
 
     Raises:
         UserError: the method has no such schedule, or refuses an argument.
     """
-    made = getattr(zo_fused, METHODS[method].optimizer)
+    made, _ = recipes()[method]
     hyper = dict(hyper)
     schedule, blocks = hyper.pop("schedule"), hyper.pop("blocks", None)
     arguments = SCHEDULES[schedule]
@@ -332,24 +314,6 @@ def make_optimizer(method: str, hyper: dict[str, Any], model: Any, seed: int = 0
         raise UserError(first_line(error)) from error
 
 
-def forwards_per_step(method: str, hyper: dict[str, Any], blocks: int = 1) -> int:
-    """Forward passes over a batch in a step, which tests compare with those that are counted.
-
-    Args:
-        method: a key of `METHODS`.
-        hyper: as in `Options`.
-        blocks: of the model, for the simultaneous order.
-    """
-    if method == "zo-conservative":
-        return 5
-    directions = int(hyper["queries"])
-    if method == "forward-grad":
-        return directions
-    if hyper["blocks"] == "simultaneous":
-        directions *= blocks
-    return directions + 1 if hyper["one_sided"] else 2 * directions
-
-
 def _plan(options: Options, optimizer: Any) -> Plan:
     """The plan, with as many steps as the budget of forward passes allows.
 
@@ -358,7 +322,7 @@ def _plan(options: Options, optimizer: Any) -> Plan:
     plan = options.plan
     if options.forwards is None:
         return plan
-    each = forwards_per_step(options.method, options.hyper, len(optimizer.param_groups))
+    each = optimizer.forwards
     if options.forwards < each:
         raise UserError(
             f"the budget of {options.forwards} forward passes is too small for a step, "

@@ -127,6 +127,7 @@ class Factored(LowRank, Beside):
         self._of: list[Bucket] = []  # what the side paths were made for
         self._watched = False  # whether an evaluation was watched for other uses of the weights
         self._attached = ExitStack()
+        self._attached_to: Sequence[Bucket] = []
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("divide_by_rank", "module", "paired")
@@ -181,7 +182,10 @@ class Factored(LowRank, Beside):
         return [(paths.params[i], reason) for i, reason in paths.left_out.items()]
 
     def attach(self, buckets: Sequence[Bucket]) -> None:
+        if buckets is self._attached_to:  # from one sign to the other
+            return
         self._attached.close()
+        self._attached_to = buckets
         if buckets and self.module is not None:
             self._attached.enter_context(self._side_paths(buckets).attached())
 

@@ -12,7 +12,7 @@ from torch._C._functorch import is_batchedtensor
 
 from zo_fused.directions.factored.pairs import add_product
 from zo_fused.step.direction import UsedOtherwise
-from zo_fused.step.guard import METADATA, _getter
+from zo_fused.step.guard import METADATA, reading
 
 
 class SideWeight(Tensor):
@@ -214,7 +214,7 @@ _USES: dict[Any, Callable[..., Tensor | None]] = {
     Tensor.mm: _matmul,
     torch.t: _t,
     Tensor.t: _t,
-    _getter("T"): _t,
-    _getter("mT"): _t,
+    reading("T"): _t,
+    reading("mT"): _t,
     Tensor.to: _to,
 }

@@ -128,17 +128,14 @@ def prepare(
         rows = complete(given, options)
         if name == "lowrank_" and not has_streams and rows[-1] is not None:
             raise ValueError("zo_fused: stochastic rounding needs ids and offsets")
-        operator(table, *map(_for_cpp, rows))
+        # Words stay on this side: torch's stable ABI loses the memory of every string that it hands
+        # to C++.
+        operator(
+            table,
+            *[r.contiguous() if isinstance(r, Tensor) else NUMBER.get(r, r) for r in rows],
+        )
 
     return sweep
-
-
-def _for_cpp(row: Any) -> Any:
-    """A row as C++ takes it. Strings stay on this side: torch's stable ABI loses the memory of
-    every one that it hands to C++."""
-    if isinstance(row, Tensor):
-        return row.contiguous()
-    return NUMBER[row] if isinstance(row, str) else row
 
 
 globals().update(on_lists.functions(prepare, on_lists.Kept()))  # dense_ and the others

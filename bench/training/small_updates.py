@@ -1,4 +1,4 @@
-"""What 16-bit weights make of small updates: ``python bench/small_updates.py``.
+"""What 16-bit weights make of small updates: ``python -m bench.training.small_updates``.
 
 Weights N(0, 0.02^2) take 1000 steps with eps = 1e-3 and a projected gradient of one, as those of a
 fine-tuned model would, but with losses that are given, so that what was asked for is known to the
@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import published
 import torch
-from models import DTYPES
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import zo_fused
+from bench import published
+from bench.models import DTYPES
+from bench.page import publish
 from zo_fused import noise
 
 EPS, RANK, INTERVAL = 1e-3, 2, 50
@@ -144,10 +145,7 @@ def main() -> None:
             if (d, m) == (dtype, method)
         ]
         lines.append(f"| {dtype} | {method} | " + " | ".join(cells) + " |")
-    text = "\n".join(lines)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    publish(lines, options.out)
 
 
 if __name__ == "__main__":

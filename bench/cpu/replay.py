@@ -1,5 +1,5 @@
 """Steps a second of a replay, many in one pass against one after the other:
-``python bench/replay.py --out FILE.md``.
+``python -m bench.cpu.replay --out FILE.md``.
 
 The log is of a run over random weights; it has no forward passes, so its projected gradients are
 made up. Both ways take turns, each on the same weights, and write the same bits. Medians.
@@ -15,13 +15,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from models import DTYPES, OPT, opt_parameters
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import zo_fused
+from bench import machine
+from bench.models import DTYPES, OPT, opt_parameters
+from bench.page import publish
 from zo_fused.replaying import rebuild
 
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -47,12 +50,8 @@ def write_log(path: Path, method: str, params: dict[str, nn.Parameter], steps: i
 
 def step_by_step(tensors: dict[str, Tensor], log: Path) -> None:
     """A replay that repeats every sweep by itself."""
-    recorder = rebuild._recorder
-    rebuild._recorder = lambda optimizer: None
-    try:
+    with mock.patch.object(rebuild, "recorder_of", return_value=None):
         zo_fused.replay(tensors, log)
-    finally:
-        rebuild._recorder = recorder
 
 
 WAYS: dict[str, Callable[[dict[str, Tensor], Path], Any]] = {
@@ -103,8 +102,6 @@ def rows(
 
 def main() -> None:
     """Command line."""
-    from conftest import _machine  # in a test, `conftest` is another
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="opt-125m", choices=list(OPT))
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="comma-separated")
@@ -117,16 +114,13 @@ def main() -> None:
     lines = [
         f"# Replay, {options.model.upper()} shapes, CPU\n",
         "How to read it: [bench/README.md](../README.md).\n",
-        f"`python bench/replay.py --model {options.model} --steps {options.steps} "
+        f"`python -m bench.cpu.replay --model {options.model} --steps {options.steps} "
         f"--repeats {options.repeats}`\n",
-        "  \n".join([*_machine(), f"load at the start: {os.getloadavg()[0]:.1f}"]) + "\n",
+        "  \n".join([*machine.of_cpu(), f"load at the start: {os.getloadavg()[0]:.1f}"]) + "\n",
     ]
     sizes = (options.steps, options.repeats)
     lines += rows(options.model, options.dtypes.split(","), chosen, *sizes)
-    text = "\n".join(lines)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    publish(lines, options.out)
 
 
 if __name__ == "__main__":

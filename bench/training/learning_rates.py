@@ -1,5 +1,5 @@
-"""Learning rates for the embedded model: ``python bench/learning_rates.py --out FILE.md``, or with
-``--vary eps`` perturbation radii.
+"""Learning rates for the embedded model:
+``python -m bench.training.learning_rates --out FILE.md``; with ``--vary eps``, perturbation radii.
 
 Every method with rates a factor sqrt(10) apart around its default (radii: 10), all with the same
 budget of forward passes and the machinery of ``zo-fused compare``: two runs at a time with a thread
@@ -80,7 +80,7 @@ def markdown(rates: Sequence[Rate], note: str, vary: str = "lr") -> str:
 def main() -> int:
     """Does the runs and writes the table; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--methods", default=",".join(defaults.BY_METHOD), help="as of compare")
+    parser.add_argument("--methods", default=",".join(defaults.by_method()), help="as of compare")
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--forwards", type=whole, default=2 * defaults.EMBEDDED_COMMON["steps"])
     parser.add_argument("--vary", choices=FACTORS, default="lr")
@@ -90,7 +90,9 @@ def main() -> int:
     args = parser.parse_args()
     methods = args.methods.split(",")
     if args.vary == "eps":  # forward-grad has none
-        methods = [name for name in methods if "eps" in defaults.BY_METHOD[name.partition(":")[0]]]
+        methods = [
+            name for name in methods if "eps" in defaults.by_method()[name.partition(":")[0]]
+        ]
     seeds = [int(seed) for seed in args.seeds.split(",")]
     # dev is evaluated before and after alone; test is not looked at
     data = defaults.EMBEDDED_DATA

@@ -1,8 +1,8 @@
-"""What a step costs besides kernels and forward passes: ``python bench/overhead.py``.
+"""What a step costs besides kernels and forward passes: ``python -m bench.cpu.overhead``.
 
 The parameters of OPT-125M, each shrunk to two elements a dimension, so that sweeps have next to
 nothing to compute, and a closure that returns a constant. One thread; medians of the later steps.
-"kernels" is the time inside the backend's sweeps, "rest" what Python and small operations add.
+"kernels" is the time inside the C++ backend's sweeps, "rest" what Python and small operations add.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
-from models import opt_shapes
 from torch import nn
 
 import zo_fused
-from zo_fused.sweeps.prepared import Prepared
+from bench.models import opt_shapes
+from zo_fused.sweeps.backends import cpu
 
 WARM_UP, STEPS = 50, 500
 VARIANTS: list[tuple[str, Any, dict[str, Any]]] = [
@@ -44,11 +45,11 @@ def small_model() -> nn.Module:
 
 @contextmanager
 def timed_sweeps() -> Iterator[list[float]]:
-    """A block in which prepared sweeps add the seconds of their backend's part to a number."""
-    spent, original = [0.0], Prepared._made_by
+    """A block in which sweeps that the C++ backend prepares add their seconds to a number."""
+    spent, prepare = [0.0], cpu.prepare
 
-    def made_by(self: Prepared, backend: Any) -> Callable[..., None]:
-        sweep = original(self, backend)
+    def prepare_timed(*arguments: Any) -> Callable[..., None]:
+        sweep = prepare(*arguments)
 
         def timed(*rows: Any, **options: Any) -> None:
             start = time.perf_counter()
@@ -57,11 +58,8 @@ def timed_sweeps() -> Iterator[list[float]]:
 
         return timed
 
-    Prepared._made_by = made_by  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(cpu, "prepare", prepare_timed):
         yield spent
-    finally:
-        Prepared._made_by = original  # type: ignore[method-assign]
 
 
 def microseconds(cls: Any, options: dict[str, Any], steps: int = STEPS) -> tuple[float, float]:

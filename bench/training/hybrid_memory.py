@@ -1,4 +1,4 @@
-"""Peak memory of steps on the CPU: ``python bench/hybrid_memory.py --out FILE.md``.
+"""Peak memory of steps on the CPU: ``python -m bench.training.hybrid_memory --out FILE.md``.
 
 Zeroth-order steps against backpropagation and `Hybrid` between them, over the length of the
 sequence and over the depth of the model. Every number is of a process of its own, which makes the
@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from models import DTYPES, OPT
-from step_time import HEADS, LOSSES, Batch, make_loss, make_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import zo_fused
+from bench import machine
+from bench.cpu.step_time import HEADS, LOSSES, Batch, make_loss, make_model
+from bench.models import DTYPES, OPT
 
 LR = 1e-7
 CPU = torch.device("cpu")
@@ -143,7 +144,7 @@ def measure(case: Case) -> Memory:
     # Freed activations go back to the system and don't pile up in the heap.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 17)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["step_time", "transformers.models.opt.modeling_opt"])
+    context.set_forkserver_preload(["bench.cpu.step_time", "transformers.models.opt.modeling_opt"])
     with context.Pool(1) as pool:
         return pool.apply(run, (case,))
 
@@ -203,12 +204,10 @@ def markdown(lengths: Found, depths: Found) -> Iterator[str]:
 
 def header(loss: str) -> Iterator[str]:
     """What was measured, where and how."""
-    from conftest import _machine
-
     yield "# Memory of a step\n"
-    command = f"python bench/hybrid_memory.py {shlex.join(sys.argv[1:])}".strip()
+    command = f"python -m bench.training.hybrid_memory {shlex.join(sys.argv[1:])}".strip()
     yield f"`{command}`, {datetime.date.today()}.\n"
-    yield "  \n".join(_machine()) + "\n"
+    yield "  \n".join(machine.of_cpu()) + "\n"
     yield (
         "Each number: a process of its own, which takes a step, or two where there is a state. "
         f"Loss: {LOSSES[loss]}; eval mode. Hybrid: MeZO for the embeddings and the first layers, "

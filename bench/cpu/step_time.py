@@ -1,4 +1,5 @@
-"""Whole optimizer steps with real forward passes: ``python bench/step_time.py --model opt-125m``.
+"""Whole optimizer steps with real forward passes:
+``python -m bench.cpu.step_time --model opt-125m``.
 
 A zeroth-order step can't be faster than the forward passes in it, so every step is compared with
 two forward passes alone. Variants take turns, so that whatever else the machine does hits all
@@ -23,15 +24,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import published
 import torch
 import torch.nn.functional as F
-from models import DTYPES, OPT, POSITIONS, VOCABULARY
-from step_time_report import BASELINE, Measured, Quartiles, markdown, plot
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import zo_fused
+from bench import machine, published
+from bench.cpu.step_time_report import BASELINE, Measured, Quartiles, markdown, plot
+from bench.models import DTYPES, OPT, POSITIONS, VOCABULARY
 from zo_fused.cli.defaults import EMBEDDED_MODEL
 from zo_fused.task.models import load_model
 
@@ -257,14 +258,12 @@ def measure(
 
 def header(device: torch.device, loss: str, repeats: int) -> Iterator[str]:
     """What was measured, where and how."""
-    from conftest import _machine
-
     yield "# Step time\n"
-    command = f"python bench/step_time.py {shlex.join(sys.argv[1:])}"
+    command = f"python -m bench.cpu.step_time {shlex.join(sys.argv[1:])}"
     yield f"`{command}`, {datetime.date.today()}."
     yield "How to read it: [bench/README.md](../README.md).\n"
     on_gpu = [f"GPU: {torch.cuda.get_device_name(device)}"] if device.type == "cuda" else []
-    yield "  \n".join([*on_gpu, *_machine()]) + "\n"
+    yield "  \n".join([*on_gpu, *machine.of_cpu()]) + "\n"
     yield (
         f"Loss: {LOSSES[loss]}, in float32; random ids in sequences of at most {LONGEST} tokens; "
         f"eval mode. LOZO: rank {RANK}, interval {INTERVAL}. AdamW has float32 weights and, for "

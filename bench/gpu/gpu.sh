@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build, tests, sanitizers and benchmarks on a machine with a GPU: one command, eight minutes.
 #
-#   bench/gpu.sh [DIRECTORY]     (or OUT=DIRECTORY bench/gpu.sh; default: bench/results/gpu-...)
+#   bench/gpu/gpu.sh [DIRECTORY]     (or OUT=DIRECTORY bench/gpu/gpu.sh; default: bench/results/gpu-...)
 #
 # Needs no network: python3 with torch, Triton, pytest and matplotlib, nvcc, compute-sanitizer.
 # Every stage has a time limit and a log; one that fails stops no other. The directory gets
@@ -9,7 +9,7 @@
 #
 # PYTHON: the interpreter (python3). BUDGET: seconds for everything (480).
 set -uo pipefail
-cd "$(dirname "$0")/.." || exit 2
+cd "$(dirname "$0")/../.." || exit 2
 
 python=${PYTHON:-python3}
 budget=${BUDGET:-480}
@@ -91,7 +91,7 @@ sanitize() {
   shift
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" "$checks" "$scratch/sanitizer-$tool.log" \
     compute-sanitizer --tool "$tool" --error-exitcode 86 --print-limit 20 "$@" \
-    "$python" bench/sanitize.py --backend cuda --guard 0
+    "$python" -m bench.gpu.sanitize --backend cuda --guard 0
 }
 
 checks=$((budget - 215 - SECONDS)) # the benchmarks take about two minutes, and may take more
@@ -120,11 +120,11 @@ done
   # Tiny benchmarks: whether they run, and their kernels into the caches.
   for dtype in fp16 bf16 fp32; do
     stage "rehearsal $dtype" "$checks" "$scratch/bench-$dtype.log" \
-      "$python" bench/gpu.py --quick --dtypes "$dtype" --budget "$checks" \
+      "$python" -m bench.gpu.main --quick --dtypes "$dtype" --budget "$checks" \
       --out "$scratch/rehearsal-$dtype" &
   done
   # What the instructions promise, to be laid beside what is measured.
-  timeout "$checks" "$python" bench/sass.py --json "sm_${arch/./}" \
+  timeout "$checks" "$python" -m bench.gpu.sass --json "sm_${arch/./}" \
     >"$scratch/sass.json" 2>"$scratch/bench-sass.log" &
   wait
 )
@@ -140,10 +140,10 @@ left=$((budget - SECONDS - 5))
 predictions=()
 [[ -s $scratch/sass.json ]] && predictions=(--sass "$scratch/sass.json")
 stage "benchmarks" "$left" "$out/bench.log" \
-  "$python" bench/gpu.py --out "$out" --budget "$((left - 20))" "${predictions[@]}"
+  "$python" -m bench.gpu.main --out "$out" --budget "$((left - 20))" "${predictions[@]}"
 # Killed, it left rows but no page.
 [[ -e $out/gpu.json && ! -e $out/gpu.md ]] &&
-  stage "report" 30 "$out/bench.log" "$python" bench/gpu_report.py "$out"
+  stage "report" 30 "$out/bench.log" "$python" -m bench.gpu.report "$out"
 
 # ---- summary -------------------------------------------------------------------------------------
 

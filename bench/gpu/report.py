@@ -1,4 +1,4 @@
-"""``gpu.json`` as a Markdown page and two plots. ``python bench/gpu_report.py DIR`` writes them."""
+"""``gpu.json`` as a Markdown page and two plots. ``python -m bench.gpu.report DIR`` writes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from bench.page import Row, table
 
 LOW_RANKS = (1, 2, 4, 8)
 
@@ -93,29 +93,12 @@ def _megabytes(rows: Iterable[Row]) -> tuple[float, str] | None:
 # ---- Markdown -----------------------------------------------------------------------------------
 
 
-def cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        if value == int(value) and abs(value) < 1e6:
-            return str(int(value))
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return str(value)
-
-
-def table(rows: list[Row], names: Mapping[str, str]) -> list[str]:
-    """Markdown of the columns that some row has; names: column -> heading."""
-    kept = {c: h for c, h in names.items() if any(row.get(c) is not None for row in rows)}
-    lines = ["| " + " | ".join(kept.values()) + " |", "|" + "---|" * len(kept)]
-    return [*lines, *("| " + " | ".join(cell(row.get(c)) for c in kept) + " |" for row in rows)]
-
-
 SECTIONS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     (
         "sweeps",
         "Sweeps",
         "Bytes a sweep must move over the time it takes. `predicted`: from the instructions of the "
-        "Triton kernels (`bench/roofline.py`).",
+        "Triton kernels (`bench/gpu/roofline.py`).",
         {
             "dtype": "weights",
             "sweep": "sweep",

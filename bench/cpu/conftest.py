@@ -6,19 +6,16 @@ whatever else the machine does hits all of them alike. Reported are medians.
 
 from __future__ import annotations
 
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-import zo_fused
-from zo_fused.sweeps.backends import cpu
+from bench import machine
+from bench.page import table
 
 ROWS: list[dict[str, Any]] = []
 
@@ -81,40 +78,12 @@ def race(benchmark: Any) -> Callable[..., None]:
     return run
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
-    return str(value)
-
-
-def _machine() -> list[str]:
-    cpu_name = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True, text=True, cwd=Path(__file__).parent, check=False,
-    ).stdout.strip()  # fmt: skip
-    backend = zo_fused.backend_of("cpu")
-    detail = f" ({cpu.isa()})" if backend == "cpu" else ""
-    return [
-        f"CPU: {cpu_name}, {torch.get_num_threads()} threads; backend: {backend}{detail}",
-        f"torch {torch.__version__}, zo_fused {zo_fused.__version__}, commit {commit or 'unknown'}",
-    ]
-
-
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if not ROWS:
         return
-    columns = list(dict.fromkeys(name for row in ROWS for name in row))
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(_cell(row.get(c, "")) for c in columns) + " |" for row in ROWS]
-    text = "\n".join([*_machine(), "", *lines])
+    columns = dict.fromkeys(name for row in ROWS for name in row)
+    lines = [*machine.of_cpu(), "", *table(ROWS, {name: name for name in columns})]
+    text = "\n".join(lines)
     terminalreporter.write_line("\n" + text)
     if config.getoption("--table"):
         config.getoption("--table").write_text(text + "\n", encoding="utf-8")

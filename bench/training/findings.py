@@ -1,9 +1,9 @@
 """The qualitative findings of the ZO benchmark (arXiv 2402.11592), on the embedded task:
-``python bench/findings.py --out bench/results/findings.md``.
+``python -m bench.training.findings --out bench/results/findings.md``.
 
 Task alignment, queries, blocks. Every run is of the embedded model on the embedded data, one
 thread, two runs at a time; of each learning rate of a grid the mean over the seeds counts, chosen
-by the accuracy on dev, shown on test. Memory is `bench/hybrid_memory.py`.
+by the accuracy on dev, shown on test. Memory is `bench/training/hybrid_memory.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import zo_fused
+from bench import machine
 from zo_fused.cli.defaults import EMBEDDED_DATA, EMBEDDED_MODEL
 from zo_fused.task.data import read_examples
 from zo_fused.task.encoding import Encoded, Encoder, maximum_length
@@ -259,9 +260,7 @@ def queries_part(options: argparse.Namespace) -> tuple[str, list[str]]:
 
 def page(command: str, parts: list[tuple[str, list[str]]]) -> str:
     """The Markdown text."""
-    from conftest import _machine  # in a test, `conftest` is another
-
-    where = "  \n".join(_machine())
+    where = "  \n".join(machine.of_cpu())
     body = [f"# Findings on the embedded task\n\n`{command}`\n\n{where}"]
     body += [f"## {title}\n\n" + "\n".join(lines) for title, lines in parts]
     return "\n\n".join(body) + "\n"
@@ -279,7 +278,7 @@ def main() -> None:
     options = parser.parse_args()
     made = {"variance": variance_part, "alignment": alignment_part, "queries": queries_part}
     parts = [made[name](options) for name in options.parts]
-    command = shlex.join(["python", "bench/findings.py", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "bench.training.findings", *sys.argv[1:]])
     options.out.write_text(page(command, parts))
 
 

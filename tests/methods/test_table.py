@@ -1,0 +1,136 @@
+"""One table of methods, filled by their files and read by everything else."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.methods import METHODS
+from torch import nn
+
+import zo_fused
+from zo_fused.cli import defaults
+from zo_fused.methods import table
+from zo_fused.step.optimizer import ZerothOrderOptimizer
+from zo_fused.step.schedule import STEP_DEFAULTS, StepOptions
+
+ROOT = Path(zo_fused.__file__).parent.parent
+
+
+def test_the_package_has_the_methods_of_the_table() -> None:
+    for name, made in table.methods().items():
+        assert issubclass(made, ZerothOrderOptimizer)
+        if made.__module__.startswith("zo_fused."):
+            assert getattr(zo_fused, name) is made
+            assert name in zo_fused.__all__
+            assert name in dir(zo_fused)
+
+
+def test_every_method_is_under_the_tests_that_hold_for_all() -> None:
+    """Hybrid, which is two optimizers, has tests of its own."""
+    ours = {made for name, made in table.methods().items() if name in zo_fused.__all__}
+    assert ours == {row.optimizer for row in METHODS.values()}
+
+
+def test_editors_see_what_the_table_has() -> None:
+    source = Path(zo_fused.__file__).read_text()
+    seen = set(re.findall(r"^    from zo_fused\S* import \w+ as (\w+)$", source, re.MULTILINE))
+    assert seen == set(zo_fused.__all__) - {"__version__"}
+
+
+def test_star_and_import_load_no_more_than_they_must() -> None:
+    program = (
+        "import sys, zo_fused\n"
+        "assert not [m for m in sys.modules if m.startswith('zo_fused.methods')]\n"
+        "from zo_fused import *\n"
+        "assert MeZO.__name__ == 'MeZO' and Hybrid and update_ and noise\n"
+        "assert not {'transformers', 'triton'} & set(sys.modules)\n"
+        "try:\n"
+        "    zo_fused.NoSuchMethod\n"
+        "except AttributeError as error:\n"
+        "    assert 'NoSuchMethod' in str(error)\n"
+        "else:\n"
+        "    raise SystemExit('no error')\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", program], check=True)
+
+
+@pytest.mark.parametrize("name", [n for n in table.methods() if n in zo_fused.__all__])
+def test_a_method_is_documented(name: str) -> None:
+    rows = (ROOT / "docs" / "methods.md").read_text()
+    assert re.search(rf"^\|.*`{name}\b", rows, re.MULTILINE), (
+        f"docs/methods.md has no row of {name}"
+    )
+    assert "Args:" in table.methods()[name].__doc__
+
+
+@pytest.mark.parametrize("name", table.recipes())
+def test_the_embedded_model_has_a_learning_rate_of_its_own(name: str) -> None:
+    assert "lr" in defaults.EMBEDDED_BY_METHOD[name]
+
+
+@pytest.mark.parametrize("name", [n for n in table.methods() if n in zo_fused.__all__])
+def test_signatures_show_all_keywords_once(name: str) -> None:
+    made = table.methods()[name]
+    parameters = inspect.signature(made).parameters
+    assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for option in parameters.keys() & StepOptions.__annotations__.keys():
+        assert parameters[option].default == STEP_DEFAULTS[option]
+    described = inspect.getdoc(made)
+    own = [p for p in parameters if p not in STEP_DEFAULTS]
+    # "eps: ...", or "queries, distribution: ..." in the Args section
+    said = set(re.findall(r"[a-z_]+", " ".join(re.findall(r"^    ([a-z_, ]+):", described, re.M))))
+    assert set(own) <= said, set(own) - said
+
+
+def test_unknown_keywords_are_refused_with_the_nearest_one() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"MeZO\(\) .* 'one_side'; did you mean 'one_sided'"):
+        zo_fused.MeZO(model, one_side=True)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'nonsense'$"):
+        zo_fused.LOZO(model, nonsense=1)  # type: ignore[call-arg]
+
+
+def test_a_name_is_given_once(monkeypatch: Any) -> None:
+    monkeypatch.setattr(table, "METHODS", dict(table.methods()))
+
+    class MeZO(zo_fused.MeZO):
+        pass
+
+    with pytest.raises(ValueError, match="there is a method MeZO in zo_fused"):
+        table.method()(MeZO)
+
+
+def test_a_users_method_is_replayed(tmp_path: Path, monkeypatch: Any) -> None:
+    """One that is registered by the file that makes it; nothing else knows it."""
+    from zo_fused.directions.dense import Dense
+    from zo_fused.rules.sgd import SGD
+
+    monkeypatch.setattr(table, "METHODS", dict(table.methods()))
+
+    @table.method()
+    class Halved(ZerothOrderOptimizer):
+        def __init__(self, params: Any, lr: float = 1e-2, half: float = 0.5, **common: Any) -> None:
+            group = {"lr": lr, "eps": 1e-3, "weight_decay": 0.0}
+            super().__init__(params, Dense(), SGD(), group, {"half": half}, **common)
+            self.half = half
+
+        def transform(self, grads: Any, plus: Any, minus: Any) -> Any:
+            return grads * self.half
+
+    torch.manual_seed(0)
+    model, copy = nn.Linear(4, 4), nn.Linear(4, 4)
+    copy.load_state_dict(model.state_dict())
+    opt = Halved(model, deferred=True, seed=4)
+    opt.start_log(tmp_path / "log.jsonl")
+    for _ in range(5):
+        opt.step(lambda: model(torch.ones(3, 4)).square().mean())
+    opt.flush()
+    assert zo_fused.replay(copy, tmp_path / "log.jsonl") == 5
+    assert torch.equal(model.weight, copy.weight)
