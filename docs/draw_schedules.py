@@ -1,4 +1,4 @@
-"""Draws docs/schedules.svg, where the weights are in each schedule: ``python docs/draw_schedules.py``.
+"""Draws docs/schedules.svg: where the weights are in each schedule.
 
 The positions are those of `zo_fused.step.schedule`, so the picture can't say anything else.
 """
@@ -46,10 +46,6 @@ def panel(top: float, name: str, schedule: Schedule) -> list[str]:
         there = (to.sign, to.query) == (at.sign, at.query) or to.sign == at.sign == 0
         if not there or color == RED:
             y1, y2 = level[at.sign], level[to.sign]
-            if y1 == y2:  # away and back in one sweep, or an update that stays
-                parts.append(
-                    f'<circle cx="{x:.0f}" cy="{y1:.0f}" r="7" fill="none" stroke="{color}"/>'
-                )
             parts.append(line(x, y1, x, y2, color, 'stroke-width="2" marker-end="url(#tip)"'))
             sweeps += 1
         at = to
@@ -71,10 +67,11 @@ def panel(top: float, name: str, schedule: Schedule) -> list[str]:
     return parts
 
 
-def main() -> None:
+def draw() -> str:
+    """The picture, as SVG."""
     parts = [part for i, (name, s) in enumerate(PANELS) for part in panel(i * HEIGHT, name, s)]
     height = len(PANELS) * HEIGHT
-    Path(__file__).with_name("schedules.svg").write_text(
+    return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
         'font-family="sans-serif" font-size="12">\n'
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6" '
@@ -86,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    Path(__file__).with_name("schedules.svg").write_text(draw())
