@@ -197,7 +197,7 @@ def log_of(path: Path, method: str, variant: str, dtype: torch.dtype, **options:
 
 
 @pytest.mark.parametrize("groups", [False, True], ids=["one group", "two groups"])
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if "factored" not in v])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("method", REPLAYED)
 def test_cut_anywhere(
     method: str, variant: str, groups: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -91,6 +91,8 @@ class Signature:
     rest: tuple[Argument, ...]
     all: tuple[Argument, ...]  # with the lists
     rows: tuple[Argument, ...]  # the rest without ids and offsets: what changes from call to call
+    required: int  # rows, the first ones
+    defaults: tuple[Any, ...]  # of all rows; None where there is none
     has_streams: bool  # there are ids and offsets,
     needs_streams: bool  # and they are no option
 
@@ -114,8 +116,8 @@ class Signature:
         Raises:
             TypeError: there are too few, too many, or some of another name.
         """
-        if len(given) == len(self.rows) and not options:
-            return given
+        if not options and self.required <= len(given) <= len(self.rows):
+            return given + self.defaults[len(given) :]  # what most calls come to
         return self._completed(self.rows, given, options)
 
     def _completed(
@@ -172,11 +174,20 @@ def _signature(name: str) -> Signature:
     labels = tuple(label.rstrip("!") for label in lists)
     arguments = tuple(map(_argument, rest))
     rows = tuple(a for a in arguments if a.name not in ("ids", "offsets"))
+    required = sum(a.required for a in rows)
+    defaults = tuple(_DEFAULTS.get(a.name) for a in rows)
     streams = [a.required for a in arguments if a.name == "ids"]
-    written = sum(label.endswith("!") for label in lists)
-    everything = (*map(Argument, labels), *arguments)
     return Signature(
-        name, labels, written, arguments, everything, rows, bool(streams), any(streams)
+        name=name,
+        lists=labels,
+        written=sum(label.endswith("!") for label in lists),
+        rest=arguments,
+        all=(*map(Argument, labels), *arguments),
+        rows=rows,
+        required=required,
+        defaults=defaults,
+        has_streams=bool(streams),
+        needs_streams=any(streams),
     )
 
 

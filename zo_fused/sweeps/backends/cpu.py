@@ -122,17 +122,19 @@ def prepare(
     else:
         table = noise_table(name, lists, ids, offsets)
     operator = getattr(torch.ops.zo_fused_C, name.removesuffix("_")).default
-    complete, has_streams = SWEEPS[name].complete, ids is not None and offsets is not None
+    complete, defaults = SWEEPS[name].complete, SWEEPS[name].defaults
+    nearest = name == "lowrank_" and (ids is None or offsets is None)
 
     def sweep(*given: Any, **options: Any) -> None:
-        rows = complete(given, options)
-        if name == "lowrank_" and not has_streams and rows[-1] is not None:
+        # A call less than `complete`; rows that fit are the caller's affair.
+        rows = complete(given, options) if options else given + defaults[len(given) :]
+        if nearest and rows[-1] is not None:
             raise ValueError("zo_fused: stochastic rounding needs ids and offsets")
         # Words stay on this side: torch's stable ABI loses the memory of every string that it hands
         # to C++.
         operator(
             table,
-            *[r.contiguous() if isinstance(r, Tensor) else NUMBER.get(r, r) for r in rows],
+            *[r if r is None else NUMBER[r] if type(r) is str else r.contiguous() for r in rows],
         )
 
     return sweep
