@@ -41,12 +41,11 @@ ZO_HD typename L::F32 step(typename L::F32 acc, float coeff, typename L::F32 z) 
   return L::fma(L::splat(coeff), z, acc);
 }
 
-// moment = beta * moment + grad * u; returns restore * u + step * moment.
+// A factor's momentum, in three roundings.
 template <class L>
-ZO_HD typename L::F32 momentum(typename L::F32& moment, typename L::F32 u, float beta, float grad,
-                               float restore, float step) {
-  moment = L::fma(L::splat(grad), u, L::mul(moment, L::splat(beta)));
-  return L::fma(L::splat(step), moment, L::mul(u, L::splat(restore)));
+ZO_HD typename L::F32 momentum(typename L::F32 moment, typename L::F32 u, float coeff,
+                               float decay) {
+  return L::add(L::mul(moment, L::splat(decay)), L::mul(u, L::splat(coeff)));
 }
 
 // What Adam moves a weight by, but for the factor `step`.

@@ -193,9 +193,8 @@ def cases(target: str) -> Iterator[Case]:
         scalars = (table, table, torch.zeros(1, 6), one)
         sweeps.moments(FakeLaunch(dtype), keys, *scalars, "adam", None, "portable", table)
 
-    def lowrank(dtype: torch.dtype, rank: int, scaled: bool, rounding: bool) -> None:
-        coeffs = one if scaled else None
-        sweeps.lowrank(FakeLaunch(dtype, rank=rank), coeffs, one, key if rounding else None)
+    def lowrank(dtype: torch.dtype, rank: int, rounding: bool = False) -> None:
+        sweeps.lowrank(FakeLaunch(dtype, rank=rank), one, one, key if rounding else None)
 
     def lowrank_unit(dtype: torch.dtype, rank: int) -> Unit | None:
         if warp == 64 and rank > launch.HELD_RANK:
@@ -243,16 +242,11 @@ def cases(target: str) -> Iterator[Case]:
         for rank in RANKS:
             yield Case(
                 f"low-rank r={rank} {name}",
-                lambda dtype=dtype, rank=rank: lowrank(dtype, rank, True, False),  # type: ignore[misc]
+                lambda dtype=dtype, rank=rank: lowrank(dtype, rank),  # type: ignore[misc]
                 lowrank_unit(dtype, rank),
             )
     half = torch.float16
-    for label, options in (("in the factor", (False, False)), ("stochastic", (True, True))):
-        yield Case(
-            f"low-rank, {label} r=4 fp16",
-            lambda options=options: lowrank(half, 4, *options),  # type: ignore[misc]
-            None,
-        )
+    yield Case("low-rank, stochastic r=4 fp16", lambda: lowrank(half, 4, True), None)
     for label, dtype, rounding in (
         ("script fp16", half, -1),
         ("script fp32", torch.float32, -1),
@@ -268,9 +262,7 @@ def cases(target: str) -> Iterator[Case]:
         )
     yield Case(
         "momentum of factors",
-        lambda: sweeps.momentum(
-            FakeLaunch(torch.float32, (torch.float32, torch.float32)), torch.zeros(1, 4)
-        ),
+        lambda: sweeps.factor_momentum(FakeLaunch(torch.float32, (torch.float32,)), one, one),
         None,
     )
     yield Case("normals", lambda: sweeps.normal(FakeLaunch(torch.float32), key, "portable"), None)

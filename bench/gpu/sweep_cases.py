@@ -201,6 +201,12 @@ def _lowrank() -> Iterator[Case]:
 
 
 def _lowrank_momentum() -> Iterator[Case]:
+    for rank in (1, 2, 8):
+        us = _matrix(torch.float32, rank, None)["us"]
+        given = {"us": us, "coeffs": _random(len(us), seed=1), "decay": _decay(len(us))}
+        moments = [_random(*u.shape, seed=6) for u in us]
+        name = f"momentum of factors, r={rank}"
+        yield Case(name, "factor_momentum_", {"moments": moments, **given})
     for (label, dtype), rank in itertools.product(DTYPES.items(), (1, 2, 8)):
         for rounding in _roundings(dtype):
             arguments = _matrix(dtype, rank, rounding)
@@ -216,31 +222,17 @@ def _lowrank_momentum() -> Iterator[Case]:
 def _scripts() -> Iterator[Case]:
     rows = torch.tensor([[0, -1, -1], [0, 1, 2], [1, -1, -1]])
     for (label, dtype), transform in zip(DTYPES.items(), itertools.cycle(EXACT), strict=False):
-        common = {"keys": int64_tensor(KEYS), "decay": 1 + 0.1 * _random(len(SIZES), 3, seed=2)}
         yield Case(
             f"script {label}, {transform}",
             "dense_steps_",
             {
                 "params": [_random(n, dtype=dtype, seed=n) for n in SIZES],
                 **_streams(len(SIZES), 3),
-                **common,
+                "keys": int64_tensor(KEYS),
+                "decay": 1 + 0.1 * _random(len(SIZES), 3, seed=2),
                 "script": rows,
                 "coeffs": _random(len(SIZES), 3, 2, seed=1),
                 "transform": transform,
-            },
-        )
-        arguments = _matrix(dtype, 2, None)
-        del arguments["rounding"]
-        yield Case(
-            f"script of products {label}",
-            "lowrank_steps_",
-            {
-                **arguments,
-                "us": [torch.stack((u, -2 * u)) for u in arguments["us"]],
-                **common,
-                "script": rows * torch.tensor([1, 0, 1]) - torch.tensor([0, 1, 0]),
-                "coeffs": _random(len(SHAPES), 3, seed=1),
-                "decay": 1 + 0.1 * _random(len(SHAPES), 3, seed=2),
             },
         )
 

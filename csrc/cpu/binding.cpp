@@ -131,7 +131,8 @@ const T* read(const Tensor& tensor) {
 
 // A parameter in the table of a sweep over noise. Column by column as in `noise_table` of cpu.py.
 struct Noise {
-  char* data;  // float16, bfloat16 or float32 weights; of bits, int64; of normal, float32
+  char* data;  // float16, bfloat16 or float32 weights; of bits, int64; of normal, float32;
+               // of factor_momentum, float32 moments, and `first` is u
   int64_t dtype, numel;
   uint64_t id;
   int64_t offset;
@@ -148,9 +149,6 @@ struct Product {
   int64_t offset, rows, columns, rank;
   const float* u;
   const float* v;
-  float* moment;
-
-  int64_t numel() const { return rows * columns; }
 };
 
 template <class Row>
@@ -311,21 +309,9 @@ void moments(const Tensor& table, const Tensor& keys, const Tensor& grads, const
 constexpr int64_t padding = 16;            // vt is read in whole vectors of up to 16 floats
 constexpr int64_t panel_floats = 1 << 16;  // of vt, which the rows of a chunk read again and again
 
-// Sweeps over all parameters, to be made in one pass. A row of `script` begins with the index of a
-// product U V^T and ends with that of a key in `keys`, or -1.
-struct Products {
-  int64_t count;  // U's of a parameter, one after the other
-  int64_t sweeps;
-  const int64_t* script;  // [sweeps][3]
-  const RoundKeys* keys;
-  const float* coeffs;  // [P][sweeps]; null: ones
-  const float* decay;   // [P][sweeps]
-};
-
 // One parameter as a matrix, with the factor along its columns transposed.
 struct Matrix {
   int64_t rows, columns, rank, stride;  // stride: of vt
-  int64_t u_step, v_step, vt_step;      // from product to product: what they share has none
   const float* u;
   const float* v;
   float* vt;
@@ -335,144 +321,95 @@ struct Matrix {
   int64_t chunks() const { return ceil_div(rows, chunk_rows) * chunks_across(); }
 };
 
-// `u` may be another one than the row's. A chunk has so many elements.
-Matrix matrix(const Product& row, const float* u, int64_t elements = chunk_elements) {
+Matrix matrix(const Product& row) {
   Matrix m{};
-  if (row.numel() == 0) return m;
+  if (row.rows * row.columns == 0) return m;
   m.rows = row.rows;
   m.columns = row.columns;
   m.rank = row.rank;
-  m.u = u;
+  m.u = row.u;
   m.v = row.v;
-  m.u_step = m.rows * m.rank;
   if (m.columns == 1) {  // a column is a row with the factors exchanged: products commute
     std::swap(m.rows, m.columns);
     std::swap(m.u, m.v);
-    std::swap(m.u_step, m.v_step);
   }
   m.stride = ceil_div(m.columns, padding) * padding;
   m.chunk_columns =
       std::min(m.columns, std::max(panel_floats / m.rank / padding, int64_t{4}) * padding);
-  m.chunk_rows = std::clamp(elements / m.chunk_columns, int64_t{1}, m.rows);
+  m.chunk_rows = std::clamp(chunk_elements / m.chunk_columns, int64_t{1}, m.rows);
   return m;
 }
 
-void transpose(const Matrix& m, int64_t product) {
-  const float* const v = m.v + product * m.v_step;
-  float* const vt = m.vt + product * m.vt_step;
+void transpose(const Matrix& m) {
   constexpr int64_t block = 64;  // rows of v that stay in the first-level cache
   for (int64_t first = 0; first < m.columns; first += block) {
     const int64_t last = std::min(first + block, m.columns);
     for (int64_t q = 0; q < m.rank; ++q) {
-      for (int64_t j = first; j < last; ++j) vt[q * m.stride + j] = v[j * m.rank + q];
+      for (int64_t j = first; j < last; ++j) m.vt[q * m.stride + j] = m.v[j * m.rank + q];
     }
   }
   for (int64_t q = 0; q < m.rank; ++q) {
-    std::fill(vt + q * m.stride + m.columns, vt + (q + 1) * m.stride, 0.0f);
+    std::fill(m.vt + q * m.stride + m.columns, m.vt + (q + 1) * m.stride, 0.0f);
   }
 }
 
-void multiply(const Sweeps& sweeps, const std::vector<Product>& rows,
-              std::vector<Matrix>& matrices, const Products& products) {
+void lowrank(const Tensor& table, const Tensor& coeffs, const Tensor& decay,
+             std::optional<Tensor> rounding) {
+  const Sweeps& sweeps = *chosen().sweeps;
+  const std::vector<Product> rows = rows_of<Product>(table);
+  const std::vector<RoundKeys> key = expand(rounding);
+  const float* const coeff = read<float>(coeffs);
+  const float* const decays = read<float>(decay);
+  std::vector<Matrix> matrices;
   std::vector<int64_t> transposes, counts;
   int64_t floats = 0, elements = 0;
-  for (Matrix& m : matrices) {
-    // Where factors were exchanged, every product has a factor along the columns.
-    transposes.push_back(m.rows > 0 ? (m.v_step > 0 ? products.count : 1) : 0);
+  for (const Product& row : rows) {
+    const Matrix m = matrix(row);
+    matrices.push_back(m);
+    transposes.push_back(m.rows > 0 ? 1 : 0);
     counts.push_back(m.rows > 0 ? m.chunks() : 0);
-    m.vt_step = m.v_step > 0 ? m.rank * m.stride : 0;
-    floats += transposes.back() * m.rank * m.stride;
+    floats += m.rank * m.stride;
     elements += m.rows * m.columns;
   }
   const std::unique_ptr<float[]> scratch(new float[floats]);
   float* next = scratch.get();
-  for (size_t i = 0; i < matrices.size(); ++i) {
-    matrices[i].vt = next;
-    next += transposes[i] * matrices[i].rank * matrices[i].stride;
+  for (Matrix& m : matrices) {
+    m.vt = next;
+    next += m.rank * m.stride;
   }
-  for_chunks(transposes, floats, [&](size_t i, int64_t k) { transpose(matrices[i], k); });
+  for_chunks(transposes, floats, [&](size_t i, int64_t) { transpose(matrices[i]); });
   for_chunks(counts, elements, [&](size_t i, int64_t chunk) {
     const Matrix& m = matrices[i];
     const Product& row = rows[i];
     const int64_t top = chunk / m.chunks_across() * m.chunk_rows;
     const int64_t column = chunk % m.chunks_across() * m.chunk_columns;
     const int64_t start = top * m.columns + column;
-    for (int64_t sweep = 0; sweep < products.sweeps; ++sweep) {
-      const int64_t* const line = products.script + 3 * sweep;
-      const int64_t at = i * products.sweeps + sweep;
-      const Tile tile = {std::min(m.chunk_rows, m.rows - top),
-                         std::min(m.chunk_columns, m.columns - column),
-                         m.columns,
-                         m.u + line[0] * m.u_step + top * m.rank,
-                         m.vt + line[0] * m.vt_step + column,
-                         m.stride,
-                         m.rank,
-                         products.coeffs ? products.coeffs[at] : 1.0f,
-                         products.decay[at],
-                         static_cast<uint64_t>(row.offset + start),
-                         row.id,
-                         line[2] < 0 ? nullptr : products.keys + line[2]};
-      sweeps.lowrank[row.dtype](row.data + start * item_size(row.dtype), tile);
-    }
+    const Tile tile = {std::min(m.chunk_rows, m.rows - top),
+                       std::min(m.chunk_columns, m.columns - column),
+                       m.columns,
+                       m.u + top * m.rank,
+                       m.vt + column,
+                       m.stride,
+                       m.rank,
+                       coeff[i],
+                       decays[i],
+                       static_cast<uint64_t>(row.offset + start),
+                       row.id,
+                       data_or_null(key)};
+    sweeps.lowrank[row.dtype](row.data + start * item_size(row.dtype), tile);
   });
 }
 
-// One sweep is a script of one line.
-void multiply_once(const Sweeps& sweeps, const std::vector<Product>& rows,
-                   std::vector<Matrix>& matrices, const float* coeffs, const Tensor& decay,
-                   const std::optional<Tensor>& rounding) {
-  const std::vector<RoundKeys> key = expand(rounding);
-  const int64_t line[3] = {0, -1, rounding ? 0 : -1};
-  multiply(sweeps, rows, matrices, {1, 1, line, key.data(), coeffs, read<float>(decay)});
-}
-
-void lowrank(const Tensor& table, const Tensor& coeffs, const Tensor& decay,
-             std::optional<Tensor> rounding) {
-  const std::vector<Product> rows = rows_of<Product>(table);
-  std::vector<Matrix> matrices;
-  for (const Product& row : rows) matrices.push_back(matrix(row, row.u));
-  multiply_once(*chosen().sweeps, rows, matrices, read<float>(coeffs), decay, rounding);
-}
-
-void lowrank_steps(const Tensor& table, int64_t count, const Tensor& keys, const Tensor& script,
-                   const Tensor& coeffs, const Tensor& decay) {
-  constexpr int64_t elements = chunk_elements / 4;  // which stay in a core's cache meanwhile
-  const std::vector<Product> rows = rows_of<Product>(table);
-  const std::vector<RoundKeys> key = expand(keys);
-  std::vector<Matrix> matrices;
-  for (const Product& row : rows) matrices.push_back(matrix(row, row.u, elements));
-  multiply(*chosen().sweeps, rows, matrices,
-           {count, script.size(0), read<int64_t>(script), key.data(), read<float>(coeffs),
-            read<float>(decay)});
-}
-
-void lowrank_momentum(const Tensor& table, const Tensor& coeffs, const Tensor& decay,
-                      std::optional<Tensor> rounding) {
+void factor_momentum(const Tensor& table, const Tensor& coeffs, const Tensor& decay) {
   const Sweeps& sweeps = *chosen().sweeps;
-  const std::vector<Product> rows = rows_of<Product>(table);
-  std::vector<int64_t> starts, sizes, counts;
-  int64_t floats = 0;
-  for (const Product& row : rows) {
-    // An empty parameter's moment stays as it is.
-    sizes.push_back(row.numel() ? row.rows * row.rank : 0);
-    counts.push_back(ceil_div(sizes.back(), chunk_elements));
-    starts.push_back(floats);
-    floats += sizes.back();
-  }
-  // The factor that multiplies v: a = restore * u + step * moment. The sweep itself is then
-  // low-rank with coefficient 1, as fma(1, dot, acc) rounds like acc + dot.
-  const std::unique_ptr<float[]> a(new float[floats]);
-  const float* const c = read<float>(coeffs);
-  for_chunks(counts, floats, [&](size_t i, int64_t chunk) {
-    const int64_t start = chunk * chunk_elements;
-    sweeps.momentum(rows[i].moment + start, rows[i].u + start, a.get() + starts[i] + start,
-                    std::min(chunk_elements, sizes[i] - start), c + 4 * i);
+  const std::vector<Noise> rows = rows_of<Noise>(table);
+  const float* const coeff = read<float>(coeffs);
+  const float* const decays = read<float>(decay);
+  for_spans(rows, [&](size_t i, const Span& span, int64_t start) {
+    float* const moment = reinterpret_cast<float*>(rows[i].data) + start;
+    const float* const u = reinterpret_cast<const float*>(rows[i].first) + start;
+    sweeps.factor_momentum(moment, u, span.count, coeff[i], decays[i]);
   });
-  std::vector<Matrix> matrices;
-  for (size_t i = 0; i < rows.size(); ++i) {
-    matrices.push_back(matrix(rows[i], a.get() + starts[i]));
-  }
-  multiply_once(sweeps, rows, matrices, nullptr, decay, rounding);
 }
 
 }  // namespace
@@ -493,10 +430,7 @@ STABLE_TORCH_LIBRARY(zo_fused_C, m) {
       "moments(Tensor table, Tensor keys, Tensor grads, Tensor restores, Tensor coeffs, "
       "Tensor decay, int rule, Tensor? rounding, int transform, Tensor? squares) -> ()");
   m.def("lowrank(Tensor table, Tensor coeffs, Tensor decay, Tensor? rounding) -> ()");
-  m.def(
-      "lowrank_steps(Tensor table, int products, Tensor keys, Tensor script, Tensor coeffs, "
-      "Tensor decay) -> ()");
-  m.def("lowrank_momentum(Tensor table, Tensor coeffs, Tensor decay, Tensor? rounding) -> ()");
+  m.def("factor_momentum(Tensor table, Tensor coeffs, Tensor decay) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zo_fused_C, CompositeExplicitAutograd, m) {
@@ -510,8 +444,7 @@ STABLE_TORCH_LIBRARY_IMPL(zo_fused_C, CPU, m) {
   m.impl("dense_steps", TORCH_BOX(&zo_fused::operators::dense_steps));
   m.impl("moments", TORCH_BOX(&zo_fused::operators::moments));
   m.impl("lowrank", TORCH_BOX(&zo_fused::operators::lowrank));
-  m.impl("lowrank_steps", TORCH_BOX(&zo_fused::operators::lowrank_steps));
-  m.impl("lowrank_momentum", TORCH_BOX(&zo_fused::operators::lowrank_momentum));
+  m.impl("factor_momentum", TORCH_BOX(&zo_fused::operators::factor_momentum));
 }
 
 // `import zo_fused._C` loads the library, which runs the registrations above. The module is empty.

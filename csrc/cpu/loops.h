@@ -397,21 +397,18 @@ void lowrank(void* weights, const Tile& t) {
 }
 
 template <class L>
-void momentum_factor(float* moment, const float* u, float* a, int64_t count, const float* c) {
-  const auto update = [=](float* m, const float* x, float* y) ZO_LAMBDA {
-    auto next = L::load(m);
-    L::store(y, momentum<L>(next, L::load(x), c[0], c[1], c[2], c[3]));
-    L::store(m, next);
+void factor_momentum(float* moment, const float* u, int64_t count, float coeff, float decay) {
+  const auto update = [=](float* m, const float* x) ZO_LAMBDA {
+    L::store(m, momentum<L>(L::load(m), L::load(x), coeff, decay));
   };
   int64_t i = 0;
-  for (; i + L::lanes <= count; i += L::lanes) update(moment + i, u + i, a + i);
+  for (; i + L::lanes <= count; i += L::lanes) update(moment + i, u + i);
   if (const int64_t left = count - i; left > 0) {
-    float m[L::lanes] = {}, x[L::lanes] = {}, y[L::lanes];
+    float m[L::lanes] = {}, x[L::lanes] = {};
     __builtin_memcpy(m, moment + i, left * sizeof(float));
     __builtin_memcpy(x, u + i, left * sizeof(float));
-    update(m, x, y);
+    update(m, x);
     __builtin_memcpy(moment + i, m, left * sizeof(float));
-    __builtin_memcpy(a + i, y, left * sizeof(float));
   }
 }
 
@@ -432,7 +429,7 @@ constexpr Sweeps sweeps_of = {
     bits<N>,
     {noise_sweeps_of<N, Transform::portable>, noise_sweeps_of<N, Transform::rademacher>},
     {lowrank<L, Half>, lowrank<L, BFloat16>, lowrank<L, float>},
-    momentum_factor<L>,
+    factor_momentum<L>,
 };
 
 }  // namespace

@@ -77,8 +77,8 @@ struct Sweeps {
   void (*bits)(int64_t* out, const Span& span, const RoundKeys& keys);
   NoiseSweeps noise[2];  // indexed by the Transform
   void (*lowrank[3])(void* weights, const Tile& tile);
-  // coeffs: beta, grad, restore, step. a = restore * u + step * (the new moment).
-  void (*momentum)(float* moment, const float* u, float* a, int64_t count, const float* coeffs);
+  // moment = decay * moment + coeff * u
+  void (*factor_momentum)(float* moment, const float* u, int64_t count, float coeff, float decay);
 };
 
 extern const Sweeps sweeps_portable;

@@ -77,10 +77,11 @@ void dense(const Tensor& table, int64_t programs, int64_t dtype, const Tensor& k
                      stream_of(stream)));
 }
 
-void moments(const Tensor& table, int64_t programs, int64_t dtype, int64_t first, int64_t rule,
+void moments(const Tensor& table, int64_t programs, int64_t dtype, int64_t first,
              const Tensor& keys, const Tensor& grads, const Tensor& restores,
-             std::optional<Tensor> squares, const Tensor& coeffs, const Tensor& decay,
-             std::optional<Tensor> rounding, int64_t transform, int64_t stream) {
+             const Tensor& coeffs, const Tensor& decay, int64_t rule,
+             std::optional<Tensor> rounding, int64_t transform, std::optional<Tensor> squares,
+             int64_t stream) {
   check(launch_moments(table_of(table, programs), static_cast<Dtype>(dtype),
                        static_cast<First>(first), static_cast<Rule>(rule), directions_of(keys),
                        read<float>(grads), read<float>(restores),
@@ -90,15 +91,16 @@ void moments(const Tensor& table, int64_t programs, int64_t dtype, int64_t first
 }
 
 void lowrank(const Tensor& table, int64_t programs, int64_t dtype, int64_t rank,
-             std::optional<Tensor> coeffs, const Tensor& decay, std::optional<Tensor> rounding,
+             const Tensor& coeffs, const Tensor& decay, std::optional<Tensor> rounding,
              int64_t stream) {
   check(launch_lowrank(table_of(table, programs), static_cast<Dtype>(dtype), rank,
-                       coeffs ? read<float>(*coeffs) : nullptr, writing_of(decay, rounding),
-                       stream_of(stream)));
+                       read<float>(coeffs), writing_of(decay, rounding), stream_of(stream)));
 }
 
-void momentum(const Tensor& table, int64_t programs, const Tensor& coeffs, int64_t stream) {
-  check(launch_momentum(table_of(table, programs), read<float>(coeffs), stream_of(stream)));
+void factor_momentum(const Tensor& table, int64_t programs, const Tensor& coeffs,
+                 const Tensor& decay, int64_t stream) {
+  check(launch_factor_momentum(table_of(table, programs), read<float>(coeffs), read<float>(decay),
+                           stream_of(stream)));
 }
 
 }  // namespace
@@ -114,13 +116,14 @@ ZO_STABLE_LIBRARY(ZO_FUSED_CUDA_LIBRARY, m) {
       "dense(Tensor table, int programs, int dtype, Tensor keys, Tensor coeffs, Tensor decay, "
       "Tensor? rounding, int transform, int stream) -> ()");
   m.def(
-      "moments(Tensor table, int programs, int dtype, int first, int rule, Tensor keys, "
-      "Tensor grads, Tensor restores, Tensor? squares, Tensor coeffs, Tensor decay, "
-      "Tensor? rounding, int transform, int stream) -> ()");
+      "moments(Tensor table, int programs, int dtype, int first, Tensor keys, Tensor grads, "
+      "Tensor restores, Tensor coeffs, Tensor decay, int rule, Tensor? rounding, "
+      "int transform, Tensor? squares, int stream) -> ()");
   m.def(
-      "lowrank(Tensor table, int programs, int dtype, int rank, Tensor? coeffs, Tensor decay, "
+      "lowrank(Tensor table, int programs, int dtype, int rank, Tensor coeffs, Tensor decay, "
       "Tensor? rounding, int stream) -> ()");
-  m.def("momentum(Tensor table, int programs, Tensor coeffs, int stream) -> ()");
+  m.def(
+      "factor_momentum(Tensor table, int programs, Tensor coeffs, Tensor decay, int stream) -> ()");
 }
 
 ZO_STABLE_LIBRARY_IMPL(ZO_FUSED_CUDA_LIBRARY, CompositeExplicitAutograd, m) {
@@ -131,7 +134,7 @@ ZO_STABLE_LIBRARY_IMPL(ZO_FUSED_CUDA_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("dense", TORCH_BOX(&zo_fused::operators::dense));
   m.impl("moments", TORCH_BOX(&zo_fused::operators::moments));
   m.impl("lowrank", TORCH_BOX(&zo_fused::operators::lowrank));
-  m.impl("momentum", TORCH_BOX(&zo_fused::operators::momentum));
+  m.impl("factor_momentum", TORCH_BOX(&zo_fused::operators::factor_momentum));
 }
 
 // `import zo_fused._CUDA` loads the library, which runs the registrations above.

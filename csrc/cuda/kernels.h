@@ -319,23 +319,21 @@ __global__ void __launch_bounds__(threads, 2)
   });
 }
 
-// Factors: n = beta * n + grad * u, and a = restore * u + step * n.
-__global__ void __launch_bounds__(threads) factor_momentum(Table table, const float* coeffs) {
+// Factors: moment = decay * moment + coeff * u
+__global__ void __launch_bounds__(threads)
+    factor_momentum(Table table, const float* coeffs, const float* decays) {
   for_programs(table, [&](const int64_t* row, int64_t program) {
     const Chunk chunk = chunk_of(row, program);
     float* const moment = base<float>(row[address_], chunk);
     const float* const u = base<float>(row[states_], chunk);
-    float* const a = base<float>(row[states_ + 1], chunk);
-    const float* const own = coeffs + chunk.index * 4;
-    const float beta = own[0], grad = own[1], restore = own[2], by = own[3];
+    const float coeff = coeffs[chunk.index], decay = decays[chunk.index];
     for_groups<4>(chunk, [&](int i, auto part) {
-      float n[4], x[4];
-      widen(load<float, 4>(moment + i, part), n);
+      float m[4], x[4];
+      widen(load<float, 4>(moment + i, part), m);
       widen(load<float, 4>(u + i, part), x);
       ZO_UNROLL
-      for (int j = 0; j < 4; ++j) x[j] = momentum<Lane>(n[j], x[j], beta, grad, restore, by);
-      store(moment + i, part, narrow<float>(n));
-      store(a + i, part, narrow<float>(x));
+      for (int j = 0; j < 4; ++j) m[j] = momentum<Lane>(m[j], x[j], coeff, decay);
+      store(moment + i, part, narrow<float>(m));
     });
   });
 }
@@ -450,9 +448,8 @@ ZO_HD void update_rows(T* weights, const float* us, const float* vs, int64_t e, 
   }
 }
 
-// weight = round(decay * weight + coeff * (u v^T)); coeff is 1 where there are no coeffs. Rows of
-// the table with another rank than the kernel's are served too, in a loop over their rank, as is
-// what isn't aligned.
+// weight = round(decay * weight + coeff * (u v^T)). Rows of the table with another rank than the
+// kernel's are served too, in a loop over their rank, as is what isn't aligned.
 template <class T, int rank, bool stochastically>
 __global__ void __launch_bounds__(threads, 2)
     lowrank(Table table, const float* coeffs, const float* decays, const int64_t* rounding) {
@@ -463,7 +460,7 @@ __global__ void __launch_bounds__(threads, 2)
   for_programs(table, [&](const int64_t* row, int64_t program) {
     const int64_t index = row[index_];
     const Matrix m = {row[columns_], row[rank_], static_cast<uint64_t>(row[id_]),
-                      coeffs ? coeffs[index] : 1.0f, decays[index]};
+                      coeffs[index], decays[index]};
     const int64_t tiles = (m.columns + tile_columns - 1) / tile_columns;  // in a row of them
     const int64_t first = program / tiles * tile_rows + threadIdx.x / across;
     const int64_t column = program % tiles * tile_columns + threadIdx.x % across * N;

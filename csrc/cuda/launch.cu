@@ -139,8 +139,9 @@ Error launch_lowrank(const Table& table, Dtype dtype, int64_t rank, const float*
   });
 }
 
-Error launch_momentum(const Table& table, const float* coeffs, void* stream) {
-  return launch(factor_momentum, stream, table, coeffs);
+Error launch_factor_momentum(const Table& table, const float* coeffs, const float* decays,
+                         void* stream) {
+  return launch(factor_momentum, stream, table, coeffs, decays);
 }
 
 }  // namespace zo_fused

@@ -56,6 +56,6 @@ Error launch_moments(const Table&, Dtype, First, Rule, const Directions&, const 
                      const float* coeffs, const Writing&, Transform, void* stream);
 Error launch_lowrank(const Table&, Dtype, int64_t rank, const float* coeffs, const Writing&,
                      void* stream);
-Error launch_momentum(const Table&, const float* coeffs, void* stream);
+Error launch_factor_momentum(const Table&, const float* coeffs, const float* decays, void* stream);
 
 }  // namespace zo_fused

@@ -126,9 +126,8 @@ def add_outer(dot, us, vs):
 
 @triton.jit
 def finish(w, dot, coeff, decay):
-    """decay * w + coeff * dot, or without coeff decay * w + dot"""
-    acc = decay * widen(w)
-    return acc + dot if coeff is None else fma(coeff, dot, acc)
+    """decay * w + coeff * dot"""
+    return fma(coeff, dot, decay * widen(w))
 
 
 @triton.jit
@@ -279,7 +278,7 @@ def stray_tile(
 def _lowrank_kernel(
     table_ptr,  # [rows, WIDTH]
     rows,
-    coeffs_ptr,  # [P], or None
+    coeffs_ptr,  # [P]
     decay_ptr,  # [P]
     rounding_ptr,  # [1] key of a rounding stream, or None
     DTYPE: tl.constexpr,
@@ -293,7 +292,7 @@ def _lowrank_kernel(
     STRAY_COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,  # weights in 128 bits
 ):
-    """p = round(decay * p + coeff * u v^T), or without coeff, for all parameters p of the table"""
+    """p = round(decay * p + coeff * u v^T) for all parameters p of the table"""
     row_ptr, tile = find(table_ptr, rows)
     n = tl.load(row_ptr + COLUMNS)
     tile = tile.to(tl.int32)
@@ -305,9 +304,7 @@ def _lowrank_kernel(
 
     index = tl.load(row_ptr + INDEX)
     decay = tl.load(decay_ptr + index)
-    coeff = None
-    if coeffs_ptr is not None:
-        coeff = tl.load(coeffs_ptr + index)
+    coeff = tl.load(coeffs_ptr + index)
     id = tl.load(row_ptr + ID)
     offset = tl.load(row_ptr + OFFSET)
     rank = tl.load(row_ptr + RANK_COLUMN)
@@ -331,7 +328,7 @@ def _lowrank_kernel(
         )  # fmt: skip
 
 
-def lowrank(launch: Any, coeffs: Tensor | None, decay: Tensor, rounding: Tensor | None) -> None:
+def lowrank(launch: Any, coeffs: Tensor, decay: Tensor, rounding: Tensor | None) -> None:
     """p = round(decay * p + coeff * u v^T), in place; see
     `zo_fused.sweeps.backends.multi_tensor`."""
     _lowrank_kernel[(launch.programs,)](
@@ -358,41 +355,39 @@ def lowrank(launch: Any, coeffs: Tensor | None, decay: Tensor, rounding: Tensor 
 # ---- momentum -----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["table_ptr", "rows", "coeffs_ptr"])
+@triton.jit(do_not_specialize=["table_ptr", "rows", "coeffs_ptr", "decay_ptr"])
 def _momentum_kernel(
-    table_ptr,  # [rows, WIDTH]; the weights are moments, the states u and a
+    table_ptr,  # [rows, WIDTH]; the weights are moments, the states u
     rows,
-    coeffs_ptr,  # [P, 4] beta, grad, restore, step
+    coeffs_ptr,  # [P]
+    decay_ptr,  # [P]
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """moment = beta * moment + grad * u; a = restore * u + step * moment"""
+    """moment = decay * moment + coeff * u"""
     row_ptr, program = find(table_ptr, rows)
     moment_ptr = pointer(tl.load(row_ptr + ADDRESS), tl.float32)
     u_ptr = pointer(tl.load(row_ptr + STATES), tl.float32)
-    a_ptr = pointer(tl.load(row_ptr + STATES + 1), tl.float32)
-    coeffs_ptr += tl.load(row_ptr + INDEX) * 4
-    beta = tl.load(coeffs_ptr)
-    grad = tl.load(coeffs_ptr + 1)
-    restore = tl.load(coeffs_ptr + 2)
-    step = tl.load(coeffs_ptr + 3)
+    index = tl.load(row_ptr + INDEX)
+    coeff = tl.load(coeffs_ptr + index)
+    decay = tl.load(decay_ptr + index)
     begin, end = chunk_elements(row_ptr, program, CHUNK)
     for first in range(begin, end, BLOCK):
         offs = first + tl.arange(0, BLOCK)
         mask = offs < end
         u = tl.load(u_ptr + offs, mask=mask)
-        moment = fma(grad, u, beta * tl.load(moment_ptr + offs, mask=mask))
+        moment = decay * tl.load(moment_ptr + offs, mask=mask) + coeff * u
         tl.store(moment_ptr + offs, moment, mask=mask)
-        tl.store(a_ptr + offs, fma(step, moment, restore * u), mask=mask)
 
 
-def momentum(launch: Any, coeffs: Tensor) -> None:
-    """The factors' moments, and from them the factors to add; see
+def factor_momentum(launch: Any, coeffs: Tensor, decay: Tensor) -> None:
+    """moment = decay * moment + coeff * u of factors, in place; see
     `zo_fused.sweeps.backends.multi_tensor`."""
     _momentum_kernel[(launch.programs,)](
         launch.table,
         launch.rows,
         coeffs,
+        decay,
         CHUNK=CHUNK,
         BLOCK=MOMENTUM_BLOCK,
         num_warps=NOISE_WARPS,

@@ -3,7 +3,7 @@
 from .dense import dense
 from .fill import bits, normal
 from .launch import CHUNK, TILE
-from .lowrank import lowrank, momentum
+from .lowrank import factor_momentum, lowrank
 from .moments import moments
 from .steps import dense_steps
 
@@ -13,8 +13,8 @@ __all__ = [
     "bits",
     "dense",
     "dense_steps",
+    "factor_momentum",
     "lowrank",
     "moments",
-    "momentum",
     "normal",
 ]

@@ -22,7 +22,8 @@ import torch
 from bench import machine
 from bench.gpu import main, measure, report, sanitize, steps, sweeps
 from bench.gpu.sweep_cases import FAMILIES
-from zo_fused.sweeps import dispatch, operators
+from zo_fused.sweeps import dispatch
+from zo_fused.sweeps.signatures import SWEEPS
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -355,10 +356,10 @@ def test_cases_agree_on_the_cpu(family: str) -> None:
 
 def test_cases_cover_every_operator_and_have_names_of_their_own() -> None:
     cases = [case for family in FAMILIES.values() for case in family()]
-    assert {case.operator for case in cases} == set(operators.SCHEMAS)
+    assert {case.operator for case in cases} == set(SWEEPS)
     assert len({case.name for case in cases}) == len(cases)
-    for name, schema in operators.SCHEMAS.items():
-        assert len(sanitize.written(name)) == schema.count("!)[]")
+    for name, signature in SWEEPS.items():
+        assert len(sanitize.written(name)) == signature.written
 
 
 def test_a_difference_of_one_bit_is_found() -> None:

@@ -188,6 +188,7 @@ def check_lowrank(
     check("lowrank_", [[written]], [u], [v], float32(-0.3), *rest, shift=shift)
     table = float32(0.9, -0.2, 0.01, -0.7)[None]
     check("lowrank_momentum_", [[written], [moment]], [u], [v], table, *rest, shift=shift)
+    check("factor_momentum_", [[moment]], [u], float32(-0.2), float32(decay), shift=shift)
 
 
 # A direction again and again, two at once, one from before, roundings of both kinds.
@@ -201,7 +202,7 @@ def check_steps(
     shift: int = 0,
     transform: str = "portable",
 ) -> None:
-    """Both sweeps of scripts."""
+    """Sweeps of a script."""
     generator = torch.Generator().manual_seed(len(shapes))
     count, sweeps = len(shapes), len(SCRIPT)
     params = [weights(s, dtype, seed=i) for i, s in enumerate(shapes)]
@@ -209,12 +210,6 @@ def check_steps(
     coeffs = torch.randn(count, sweeps, 2, generator=generator)
     decay = 1 + torch.randn(count, sweeps, generator=generator) / 8
     check("dense_steps_", [params], *streams, SCRIPT, coeffs, decay, transform, shift=shift)
-    script = SCRIPT * int64(1, 0, 1) - int64(0, 1, 0)
-    sides = [(s[0] if s else 1, p.numel()) for s, p in zip(shapes, params, strict=True)]
-    us = [torch.randn(3, m, 2, generator=generator) for m, _ in sides]
-    vs = [torch.randn(n // m if m else 0, 2, generator=generator) for m, n in sides]
-    rows = (script, coeffs[..., 0].contiguous(), decay)
-    check("lowrank_steps_", [params], us, vs, *streams, *rows, shift=shift)
 
 
 # ---- noise --------------------------------------------------------------------------------------
@@ -567,7 +562,7 @@ def test_moments_of_signs(dtype: torch.dtype, rule: str) -> None:
 @pytest.mark.parametrize("transform", [-1, 2, 3])
 def test_operators_refuse_transforms_that_they_lack(transform: int) -> None:
     out, one = torch.zeros(5), torch.ones(1)
-    table = cpu.noise_table([out], [2], int64(0), int64(0))
+    table = cpu.noise_table("dense_", [[out]], int64(0), int64(0))
     operators, rows = torch.ops.zo_fused_C, (table, int64(1))
     for call in (
         lambda: operators.normal(*rows, transform),
@@ -632,6 +627,7 @@ def test_lowrank_of_several_parameters() -> None:
     check("lowrank_", [params], us, vs, torch.randn(4), decay)
     moments = [torch.randn_like(u) for u in us]
     check("lowrank_momentum_", [params, moments], us, vs, torch.randn(4, 4), decay)
+    check("factor_momentum_", [moments], us, torch.randn(4), decay)
 
 
 # ---- the build ----------------------------------------------------------------------------------

@@ -376,11 +376,7 @@ def operator_calls() -> dict[str, tuple]:
         "moments_": (p, firsts, seconds, *moments_of),
         "moments_ of squares": (*(p, [], [], *moments_of, None, "rademacher", torch.rand(2, 3)),),
         "lowrank_": (p, us, vs, torch.randn(2), one, i64, zeros, i64[:1]),
-        "lowrank_steps_": (
-            *(p, [torch.stack((u, u)) for u in us], vs, i64, zeros, torch.tensor([1, 2, 3])),
-            *(script * torch.tensor([1, 0, 1]) - torch.tensor([0, 1, 0]), lines[0][..., 0].clone()),
-            lines[1],
-        ),
+        "factor_momentum_": (moments, us, torch.randn(2), one),
         "lowrank_momentum_": (p, moments, us, vs, torch.randn(2, 4), one),
     }
 

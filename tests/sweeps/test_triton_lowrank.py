@@ -146,7 +146,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(sweeps, name, lambda *args: (made.append(name), run(*args))[1])
 
     count("lowrank")
-    count("momentum")
+    count("factor_momentum")
     return made
 
 
@@ -155,7 +155,7 @@ def test_one_launch_a_dtype(momentum: bool, launches: list[str], device: torch.d
     shapes = ((9, 16), (7,), (3, 3), (5, 2, 2), (4, 8), (6,), (1, 1), (2, 64))
     dtypes = (HALF, HALF, SINGLE, SINGLE)
     check(device, shapes, (4, 1, 2), dtypes, rounds=True, momentum=momentum)
-    assert launches == ["momentum"] * momentum + ["lowrank"] * 2
+    assert launches == ["factor_momentum"] * 2 * momentum + ["lowrank"] * 2
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")

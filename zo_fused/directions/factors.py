@@ -19,7 +19,7 @@ from zo_fused.noise.keys import DeviceStep, Step, Stream, on_device, stream_keys
 from zo_fused.noise.streams import Purpose
 from zo_fused.step.buckets import Bucket
 from zo_fused.step.vectors import Vector, float32
-from zo_fused.sweeps import operators
+from zo_fused.sweeps.arguments import matrix_shape
 from zo_fused.sweeps.functions import int64_tensor
 
 Pair = tuple[list[Tensor], list[Tensor]]
@@ -56,9 +56,7 @@ class Factors:
         self._bucket = bucket
         self._basis = basis
         shapes = [
-            (*operators.matrix_shape(p), bucket.fixed[g]["rank"])
-            if p.dim() >= 2
-            else (p.numel(), 1, 1)
+            (*matrix_shape(p), bucket.fixed[g]["rank"]) if p.dim() >= 2 else (p.numel(), 1, 1)
             for p, g in zip(bucket.params, bucket.group_of, strict=True)
         ]
         self.u_shapes = [(m, rank) for m, _, rank in shapes]

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from zo_fused.directions.dense import Dense
-from zo_fused.directions.low_rank import LowRank
 from zo_fused.methods.table import methods
 from zo_fused.noise.streams import CONTRACT_VERSION, plain_name
 from zo_fused.replaying.tape import Recorder
-from zo_fused.rules.factor_momentum import FactorMomentum
 from zo_fused.step import log_lines
 from zo_fused.step.access import plain_tensors
 from zo_fused.step.buckets import fingerprint
@@ -36,7 +34,7 @@ def replay(
 ) -> int:
     """Apply a replay log to base weights, in place: the run's weights, bit for bit, on any device.
 
-    No forward pass is made. The sweeps are those of the run, but many steps of them in one pass
+    No forward pass is made. The sweeps are those of the run, but dense ones many steps in one pass
     over the weights (`zo_fused.replaying.tape`). If it is interrupted, the weights are of no use.
 
     Args:
@@ -98,12 +96,11 @@ def _repeat(optimizer: ZerothOrderOptimizer, event: log_lines.Event) -> None:
 
 
 def recorder_of(optimizer: ZerothOrderOptimizer) -> Recorder | None:
-    """What the sweeps of an optimizer wait in from here on. None where it would bring nothing (a
-    direction keeps a part of the weights beside them) or miss some (of rules that make their own).
+    """What the sweeps of an optimizer wait in from here on. None where there is no sweep of many
+    (low rank) or some would be missed (of rules that make their own).
     """
     direction = optimizer.direction
-    own = optimizer.rule.takes != (Direction,) and not isinstance(optimizer.rule, FactorMomentum)
-    if own or not (isinstance(direction, Dense) or type(direction) is LowRank):
+    if optimizer.rule.takes != (Direction,) or not isinstance(direction, Dense):
         return None
     recorder = Recorder(direction)
     optimizer.weights.direction = recorder

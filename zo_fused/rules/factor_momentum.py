@@ -11,6 +11,7 @@ from zo_fused.directions.factors import Factors, small_product
 from zo_fused.directions.low_rank import LowRank
 from zo_fused.step.direction import Term
 from zo_fused.step.rule import Rule, Update, check_state
+from zo_fused.step.vectors import float32
 from zo_fused.sweeps.functions import int64_tensor
 
 
@@ -52,10 +53,11 @@ class FactorMomentum(Rule):
                     moments[row].copy_(project(moments[row], old[row], new[row], square))
                     state[p]["momentum_window"].fill_(u.number // bucket.fixed[g]["interval"])
         beta = bucket.hyper(u.param_groups, "momentum")
-        flat.mul_(factors.spread(u.if_finite(beta, 1.0)))
         for query, grad in enumerate(u.grads):
-            gain = factors.spread(u.if_finite((1 - beta) * grad, 0.0))
-            flat.add_(gain * factors.of(u.seed, u.number, query).flat_u)
+            now = factors.of(u.seed, u.number, query)
+            add = bucket.prepared("factor_momentum_", now.us, key=now.number, params=moments)
+            kept = u.if_finite(beta, 1.0) if query == 0 else bucket.ones
+            add(float32(u.if_finite((1 - beta) * grad, 0.0)), float32(kept))
         u.write(
             direction,
             Term(u.number, u.if_finite(u.decay * u.restore, u.restore), query=u.displaced),

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from zo_fused.noise.streams import parameter_id
 from zo_fused.step.vectors import Vector, vector
-from zo_fused.sweeps import operators
 from zo_fused.sweeps.arguments import not_dense, overlap
 from zo_fused.sweeps.functions import int64_tensor
+from zo_fused.sweeps.numbers import WEIGHT_DTYPES
 from zo_fused.sweeps.prepared import Prepared, prepare
 
 Made = TypeVar("Made")
@@ -200,7 +200,7 @@ def _refuse_unsupported(p: Tensor, label: str) -> None:
         raise NotImplementedError(
             f"zo_fused: {label} is a DTensor; sharded parameters are not supported yet"
         )
-    if p.dtype not in operators.WEIGHT_DTYPES:
+    if p.dtype not in WEIGHT_DTYPES:
         raise TypeError(
             f"zo_fused: {label} has dtype {p.dtype}; supported are float16, bfloat16 and float32. "
             "Set requires_grad=False on parameters that must not be tuned."

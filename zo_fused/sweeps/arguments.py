@@ -1,4 +1,4 @@
-"""The arguments of sweeps: their order, and what they must be.
+"""What the arguments of sweeps must be. Which there are is told in `zo_fused.sweeps.signatures`.
 
 They are checked in two parts. `check_lists` looks at every tensor, `check_rows` at what changes
 from call to call, in a time that does not depend on the number of parameters: a prepared sweep
@@ -8,71 +8,16 @@ from call to call, in a time that does not depend on the number of parameters: a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import mul
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-TRANSFORMS = ("portable", "rademacher", "fast")
-RULES = ("momentum", "adam", "sign")
-
-# The lists of tensors that a sweep begins with, and how many of them, the first ones, it writes.
-_LABELS = {
-    "bits_": ("outs",),
-    "normal_": ("outs",),
-    "dense_": ("params",),
-    "dense_steps_": ("params",),
-    "moments_": ("params", "firsts", "seconds"),
-    "lowrank_": ("params", "us", "vs"),
-    "lowrank_steps_": ("params", "us", "vs"),
-    "lowrank_momentum_": ("params", "moments", "us", "vs"),
-}
-LISTS = {name: len(labels) for name, labels in _LABELS.items()}
-WRITTEN = LISTS | {"lowrank_": 1, "lowrank_steps_": 1, "lowrank_momentum_": 2}
-_LOWRANK = ("lowrank_", "lowrank_momentum_")
-
-Lists = Sequence[Sequence[Tensor]]
-
-
-# ---- order --------------------------------------------------------------------------------------
-
-
-class Parts(NamedTuple):
-    """The arguments of a sweep, apart."""
-
-    lists: Lists
-    ids: Tensor | None
-    offsets: Tensor | None
-    rows: tuple[Any, ...]  # the others, in the order of the schema
-
-
-def split(name: str, args: Sequence[Any]) -> Parts:
-    """The arguments of a sweep in the order of its schema; the last defaults may be left out."""
-    lists, rest = args[: LISTS[name]], tuple(args[LISTS[name] :])
-    if name not in _LOWRANK:
-        return Parts(lists, rest[0], rest[1], rest[2:])
-    ids, offsets, rounding = (*rest[2:], None, None, None)[:3]
-    return Parts(lists, ids, offsets, (*rest[:2], rounding))
-
-
-def bind(
-    sweep: Callable[..., Any], name: str, lists: Lists, ids: Tensor | None, offsets: Tensor | None
-) -> Callable[..., None]:
-    """A sweep with everything but its rows."""
-
-    def lowrank(coeffs: Tensor, decay: Tensor, rounding: Tensor | None = None) -> None:
-        sweep(*lists, coeffs, decay, ids, offsets, rounding)
-
-    def noise(*rows: Any, **options: Any) -> None:
-        sweep(*lists, ids, offsets, *rows, **options)
-
-    return lowrank if name in _LOWRANK else noise
-
+from zo_fused.sweeps.signatures import CHOICES, SWEEPS, Argument, Lists
 
 # ---- lists, ids and offsets ---------------------------------------------------------------------
 
@@ -86,7 +31,6 @@ class Checked:
     device: torch.device | None  # None if there are none
     streams: bool  # whether there are ids and offsets
     lengths: tuple[int, ...]  # of the lists
-    products: int = 0  # of ``lowrank_steps_``
 
 
 def check_lists(name: str, lists: Lists, ids: Tensor | None, offsets: Tensor | None) -> Checked:
@@ -96,28 +40,23 @@ def check_lists(name: str, lists: Lists, ids: Tensor | None, offsets: Tensor | N
         TypeError: a tensor has a dtype that the sweep does not take.
         ValueError: anything else that a sweep can't work with.
     """
-    params = lists[0]
-    if name in ("bits_", "normal_"):
-        _check_tensors("outs", params, (torch.int64 if name == "bits_" else torch.float32,))
-    else:
-        _check_tensors("params", params, WEIGHT_DTYPES)
+    signature, params = SWEEPS[name], lists[0]
+    _check_tensors(signature.lists[0], params, signature.dtypes)
     if name == "moments_":
-        _check_moments(params, lists[1], lists[2])
-    if name in _LOWRANK:
+        _check_moments(*lists)
+    if "vs" in signature.lists:
         _check_factors(params, lists[-2], lists[-1])
-    if name == "lowrank_steps_":
-        _check_factors_of_products(params, lists[1], lists[2])
-    if name == "lowrank_momentum_":
-        _check_factor_moments(lists[1], lists[2])
+    if "moments" in signature.lists:
+        moments = signature.lists.index("moments")
+        _check_factor_moments(lists[moments], lists[moments + 1])
     streams = ids is not None and offsets is not None
-    _check(streams or name in _LOWRANK, "ids and offsets are needed")
+    _check(streams or not signature.needs_streams, "ids and offsets are needed")
     if ids is not None and offsets is not None:
         for label, row in (("ids", ids), ("offsets", offsets)):
             _check_row(label, row, torch.int64, (len(params),))
             _check(row.device.type == "cpu", f"{label} must be a CPU tensor")
     device = params[0].device if params else None
-    products = lists[1][0].shape[0] if name == "lowrank_steps_" and params else 0
-    return Checked(name, len(params), device, streams, tuple(map(len, lists)), products)
+    return Checked(name, len(params), device, streams, tuple(map(len, lists)))
 
 
 def _check(condition: bool, message: str) -> None:
@@ -182,12 +121,13 @@ def check_apart(name: str, lists: Lists) -> None:
     Raises:
         ValueError: two do.
     """
-    written, read = lists[: WRITTEN[name]], lists[WRITTEN[name] :]
+    signature = SWEEPS[name]
+    written, read = lists[: signature.written], lists[signature.written :]
     pair = overlap(list(chain.from_iterable(written)), list(chain.from_iterable(read)))
     if pair is not None:
         labels = [
             f"{label}[{i}]"
-            for label, tensors in zip(_LABELS[name], lists, strict=True)
+            for label, tensors in zip(signature.lists, lists, strict=True)
             for i in range(len(tensors))
         ]
         first, second = (labels[i] for i in pair)
@@ -259,23 +199,12 @@ def _check_factors(params: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[
         _check_device("vs", vs[0], params[0].device)
 
 
-def _check_factors_of_products(
-    params: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor]
-) -> None:
-    products = us[0].shape[0] if us and us[0].dim() else 1
-    for i, u in enumerate(us):
-        if u.dim() != 3 or u.shape[0] != products or not products or not u.is_contiguous():
-            raise ValueError(
-                f"zo_fused: us[{i}] must be contiguous, (products, m, rank), with as many products "
-                f"as us[0] and at least one; got {tuple(u.shape)}"
-            )
-    _check_factors(params, [u[0] for u in us], vs)
-
-
 def _check_factor_moments(moments: Sequence[Tensor], us: Sequence[Tensor]) -> None:
     _check(len(moments) == len(us), f"{len(us)} factors need as many moments, got {len(moments)}")
     _check_tensors("moments", moments, (torch.float32,))
+    _check_tensors("us", us, (torch.float32,))
     for i, (moment, u) in enumerate(zip(moments, us, strict=True)):
+        _check(u.is_contiguous(), f"us[{i}] must be contiguous")
         if moment.shape != u.shape or not moment.is_contiguous() or moment.device != u.device:
             raise ValueError(
                 f"zo_fused: moments[{i}] must be contiguous, of shape {tuple(u.shape)}, "
@@ -293,7 +222,44 @@ def check_rows(checked: Checked, *rows: Any, **options: Any) -> str:
         TypeError: there are too few or too many.
         ValueError: a dtype, shape, device or choice is wrong.
     """
-    return _ROWS[checked.name](checked, *rows, **options)
+    signature = SWEEPS[checked.name]
+    sizes = {"P": checked.count}  # what the letters of shapes stand for
+    values = signature.complete(rows, options)
+    given = {a.name: value for a, value in zip(signature.rows, values, strict=True)}
+    for argument, value in zip(signature.rows, values, strict=True):
+        if argument.name in CHOICES:
+            _check_choice(argument.name, value, CHOICES[argument.name])
+        elif value is not None or not argument.optional:
+            _check_table(checked, argument, value, sizes)
+    if checked.name == "moments_":
+        _check_kept(checked, given)
+    if checked.name == "dense_steps_":
+        _check_indices(given["script"], given["keys"].numel())
+    transform: str = given.get("transform", "portable")
+    return transform
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"zo_fused: {name}={value!r}: choose one of {', '.join(choices)}")
+
+
+def _check_table(
+    checked: Checked, argument: Argument, value: Tensor, sizes: dict[str, int]
+) -> None:
+    """Shape, dtype and device of a row. A size that only it can tell is noted for the others."""
+    for i, letter in enumerate(argument.shape):
+        if letter.isalpha() and letter not in sizes:
+            alone = len(argument.shape) == 1
+            sizes[letter] = value.numel() if alone else value.shape[i] if value.dim() > i else 0
+    shape = tuple(sizes[size] if size.isalpha() else int(size) for size in argument.shape)
+    _check_row(argument.name, value, argument.dtype, shape)
+    if argument.on_host:
+        _check(value.device.type == "cpu", f"{argument.name} must be a CPU tensor")
+    else:
+        _check_device(argument.name, value, checked.device)
+    if argument.name == "rounding":
+        _check(checked.streams, "stochastic rounding needs ids and offsets")
 
 
 def _check_row(name: str, row: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -309,147 +275,24 @@ def _check_device(name: str, tensor: Tensor, device: torch.device | None) -> Non
         raise ValueError(f"zo_fused: {name} is on {tensor.device}, the parameters on {device}")
 
 
-def _check_on(
-    name: str, row: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device | None
-) -> None:
-    _check_row(name, row, dtype, shape)
-    _check_device(name, row, device)
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"zo_fused: {name}={value!r}: choose one of {', '.join(choices)}")
-
-
-def _check_directions(checked: Checked, keys: Tensor, **tables: Tensor) -> None:
-    directions = keys.numel()
-    _check_on("keys", keys, torch.int64, (directions,), checked.device)
-    for name, table in tables.items():
-        _check_on(name, table, torch.float32, (checked.count, directions), checked.device)
-
-
-def _check_update(checked: Checked, decay: Tensor, rounding: Tensor | None) -> None:
-    _check_on("decay", decay, torch.float32, (checked.count,), checked.device)
-    if rounding is not None:
-        _check_on("rounding", rounding, torch.int64, (1,), checked.device)
-        _check(checked.streams, "stochastic rounding needs ids and offsets")
-
-
-def _fill_rows(checked: Checked, keys: Tensor, transform: str = "portable") -> str:
-    _check_choice("transform", transform, TRANSFORMS)
-    _check_on("keys", keys, torch.int64, (checked.count,), checked.device)
-    return transform
-
-
-def _dense_rows(
-    checked: Checked,
-    keys: Tensor,
-    coeffs: Tensor,
-    decay: Tensor,
-    rounding: Tensor | None = None,
-    transform: str = "portable",
-) -> str:
-    _check_choice("transform", transform, TRANSFORMS)
-    _check_directions(checked, keys, coeffs=coeffs)
-    _check_update(checked, decay, rounding)
-    return transform
-
-
-def _check_script(checked: Checked, keys: Tensor, script: Tensor, decay: Tensor) -> int:
-    """Returns the number of its sweeps."""
-    sweeps = script.shape[0] if script.dim() else 0
-    _check_row("script", script, torch.int64, (sweeps, 3))
-    _check(script.device.type == "cpu", "script must be a CPU tensor")
-    _check_on("keys", keys, torch.int64, (keys.numel(),), checked.device)
-    _check_on("decay", decay, torch.float32, (checked.count, sweeps), checked.device)
-    return sweeps
-
-
-def _check_indices(script: Tensor, *ends: int) -> None:
-    """A column of a script after the other must lie below these; all but the first may be -1."""
-    if type(script) is not Tensor or not script.numel():  # traced: the values are not known
-        return
-    for column, end in enumerate(ends):
-        low, high = (int(x) for x in script[:, column].aminmax())
-        first = 0 if column == 0 else -1
-        _check(first <= low and high < end, f"column {column} of script is out of range")
-
-
-def _dense_steps_rows(
-    checked: Checked,
-    keys: Tensor,
-    script: Tensor,
-    coeffs: Tensor,
-    decay: Tensor,
-    transform: str = "portable",
-) -> str:
-    _check_choice("transform", transform, TRANSFORMS)
-    shape = (checked.count, _check_script(checked, keys, script, decay), 2)
-    _check_on("coeffs", coeffs, torch.float32, shape, checked.device)
-    _check_indices(script, *[keys.numel()] * 3)
-    return transform
-
-
-def _lowrank_steps_rows(
-    checked: Checked, keys: Tensor, script: Tensor, coeffs: Tensor, decay: Tensor
-) -> str:
-    shape = (checked.count, _check_script(checked, keys, script, decay))
-    _check_on("coeffs", coeffs, torch.float32, shape, checked.device)
-    if checked.count:  # else there are no products
-        _check_indices(script, checked.products, 0, keys.numel())
-    return "portable"
-
-
-def _moments_rows(
-    checked: Checked,
-    keys: Tensor,
-    grads: Tensor,
-    restores: Tensor,
-    coeffs: Tensor,
-    decay: Tensor,
-    rule: str,
-    rounding: Tensor | None = None,
-    transform: str = "portable",
-    squares: Tensor | None = None,
-) -> str:
-    _check_choice("rule", rule, RULES)
-    _check_choice("transform", transform, TRANSFORMS)
-    count, firsts, seconds = checked.count, *checked.lengths[1:]
-    if squares is not None:
+def _check_kept(checked: Checked, given: Mapping[str, Any]) -> None:
+    """The moments that are kept are those of the rule."""
+    rule, (count, firsts, seconds) = given["rule"], checked.lengths
+    if given["squares"] is not None:
         _check(rule == "adam", f"rule {rule!r} has no squares")
         _check(not firsts and not seconds, "with squares no firsts and no seconds are kept")
-        _check_directions(checked, keys, squares=squares)
     elif rule == "adam":
         _check_length("firsts", firsts, count)
         _check_length("seconds", seconds, count)
     elif seconds:
         raise ValueError(f"zo_fused: rule {rule!r} has no second moments")
-    _check_directions(checked, keys, grads=grads, restores=restores)
-    _check_on("coeffs", coeffs, torch.float32, (count, 6), checked.device)
-    _check_update(checked, decay, rounding)
-    return transform
 
 
-def _lowrank_rows(
-    checked: Checked, coeffs: Tensor, decay: Tensor, rounding: Tensor | None = None
-) -> str:
-    shape = (checked.count,) if checked.name == "lowrank_" else (checked.count, 4)
-    _check_on("coeffs", coeffs, torch.float32, shape, checked.device)
-    _check_update(checked, decay, rounding)
-    return "portable"
-
-
-def _bits_rows(checked: Checked, keys: Tensor) -> str:
-    return _fill_rows(checked, keys)
-
-
-_ROWS: dict[str, Callable[..., str]] = {
-    "bits_": _bits_rows,
-    "normal_": _fill_rows,
-    "dense_": _dense_rows,
-    "dense_steps_": _dense_steps_rows,
-    "moments_": _moments_rows,
-    "lowrank_": _lowrank_rows,
-    "lowrank_steps_": _lowrank_steps_rows,
-    "lowrank_momentum_": _lowrank_rows,
-}
+def _check_indices(script: Tensor, keys: int) -> None:
+    """A script's columns are indices of keys; all but the first may be -1."""
+    if type(script) is not Tensor or not script.numel():  # traced: the values are not known
+        return
+    for column in range(script.shape[1]):
+        low, high = (int(x) for x in script[:, column].aminmax())
+        first = 0 if column == 0 else -1
+        _check(first <= low and high < keys, f"column {column} of script is out of range")

@@ -2,7 +2,7 @@
 
 A backend that was asked for works or raises its reason; one chosen automatically is visible
 through `backend_of` and ``zo-fused doctor``, and where only the slow reference is left a warning
-says why. A new backend is a module in ``zo_fused/backends`` and a name here.
+says why. A new backend is a module in ``zo_fused/sweeps/backends`` and a name here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def set_backend(name: str | None) -> str | None:
 
 def load(name: str) -> ModuleType:
     """The backend's module."""
-    return importlib.import_module(f"zo_fused.sweeps.backends.{name}")
+    folder = "zo_fused.sweeps" if name == "reference" else "zo_fused.sweeps.backends"
+    return importlib.import_module(f"{folder}.{name}")
 
 
 def why_not(name: str, device_type: str) -> str | None:

@@ -25,6 +25,7 @@ from zo_fused.checks import finite, number, whole
 from zo_fused.noise.keys import on_device
 from zo_fused.noise.streams import MAX_ELEMENTS, as_int64
 from zo_fused.sweeps import operators
+from zo_fused.sweeps.arguments import matrix_shape
 
 Scalar = float | Tensor
 Factor = int | Sequence[Tensor]
@@ -332,9 +333,7 @@ def factors(
             raise ValueError("zo_fused: factors from keys need a rank")
         columns = whole("zo_fused: rank", rank, 1)
         outs = [
-            torch.empty(
-                operators.matrix_shape(p)[side], columns, dtype=torch.float32, device=p.device
-            )
+            torch.empty(matrix_shape(p)[side], columns, dtype=torch.float32, device=p.device)
             for p in params
         ]
         operators.normal_(outs, table, starts, key_row)

@@ -16,16 +16,8 @@ import torch
 from torch import Tensor
 
 from zo_fused.sweeps import operators
-from zo_fused.sweeps.arguments import (
-    LISTS,
-    WRITTEN,
-    Checked,
-    Lists,
-    bind,
-    check_apart,
-    check_lists,
-    check_rows,
-)
+from zo_fused.sweeps.arguments import Checked, check_apart, check_lists, check_rows
+from zo_fused.sweeps.signatures import SWEEPS, Lists
 
 
 def _addresses(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
@@ -50,14 +42,14 @@ class Prepared:
     _sweep: Callable[..., None]
 
     def __init__(self, name: str, lists: Lists, ids: Tensor | None, offsets: Tensor | None) -> None:
-        if name not in LISTS or len(lists) != LISTS[name]:
+        if name not in SWEEPS or len(lists) != len(SWEEPS[name].lists):
             raise ValueError(f"zo_fused: {name!r} is no sweep over {len(lists)} lists of tensors")
-        self._name = name
-        read_only = [[tensor.detach() for tensor in tensors] for tensors in lists[WRITTEN[name] :]]
-        self._lists = [*map(list, lists[: WRITTEN[name]]), *read_only]
-        self._written = tuple(chain.from_iterable(self._lists[: WRITTEN[name]]))
-        self._ids = None if ids is None else ids.clone()
-        self._offsets = None if offsets is None else offsets.clone()
+        self._name, written = name, SWEEPS[name].written
+        read_only = [[tensor.detach() for tensor in tensors] for tensors in lists[written:]]
+        self._lists = [*map(list, lists[:written]), *read_only]
+        self._written = tuple(chain.from_iterable(self._lists[:written]))
+        streams = (ids, offsets) if SWEEPS[name].has_streams else (None, None)
+        self._ids, self._offsets = (None if row is None else row.clone() for row in streams)
         self._look()
 
     def __call__(self, *rows: Any, **options: Any) -> None:
@@ -65,8 +57,7 @@ class Prepared:
 
         Args:
             rows, options: the other arguments of the operator, in the order of its schema: for
-                ``dense_`` keys, coeffs, decay, rounding=None, transform="portable"; for
-                ``lowrank_`` coeffs, decay, rounding=None.
+                ``dense_`` keys, coeffs, decay, rounding=None, transform="portable".
 
         Raises:
             TypeError, ValueError: as the operator. Nothing has been written then.
@@ -110,13 +101,14 @@ class Prepared:
         self._versioned = [tensor for tensor in self._written if not tensor.is_inference()]
 
     def _made_by(self, backend: Any) -> Callable[..., None]:
-        arguments = (self._name, self._lists, self._ids, self._offsets)
-        if not all(map(torch.Tensor.is_contiguous, self._written)):
-            return torch.no_grad()(bind(getattr(torch.ops.zo_fused, self._name), *arguments))
-        if not hasattr(backend, "prepare"):
-            return torch.no_grad()(bind(getattr(backend, self._name), *arguments))
-        sweep: Callable[..., None] = backend.prepare(*arguments)
-        return sweep
+        arguments = (self._lists, self._ids, self._offsets)
+        contiguous = all(map(torch.Tensor.is_contiguous, self._written))
+        if contiguous and hasattr(backend, "prepare"):
+            sweep: Callable[..., None] = backend.prepare(self._name, *arguments)
+            return sweep
+        functions = backend if contiguous else torch.ops.zo_fused
+        function = getattr(functions, self._name)
+        return torch.no_grad()(SWEEPS[self._name].bind(function, *arguments))
 
 
 def _not_made(*rows: Any, **options: Any) -> None:
@@ -128,10 +120,9 @@ def prepare(name: str, lists: Lists, ids: Tensor | None, offsets: Tensor | None)
 
     Args:
         name: of an operator, e.g. ``"dense_"``.
-        lists: its lists of tensors, in the order of its schema: ``[params]``, or for ``moments_``
-            ``[params, firsts, seconds]``, for ``lowrank_`` ``[params, us, vs]``, for
-            ``lowrank_momentum_`` ``[params, moments, us, vs]``.
-        ids, offsets: as the operator's; low-rank sweeps that never round stochastically do without.
+        lists: its lists of tensors, in the order of its schema: for ``lowrank_``
+            ``[params, us, vs]``.
+        ids, offsets: as the operator's, or None where it can do without. Not used if it has none.
 
     Raises:
         TypeError, ValueError: as the operator.

@@ -1,9 +1,11 @@
-"""The executable specification: noise and sweeps in plain PyTorch, in rising complexity.
+"""The executable specification: the sweeps in plain PyTorch, in rising complexity.
 
 Slow and obvious. Every other backend equals these functions bit for bit, so each line
-here is a promise: change one and the contract version changes with it (``docs/noise.md``).
+here is a promise: change one and the contract version changes with it (``docs/noise.md``). As a
+backend it serves any device, in bounded scratch memory.
 
-Unsigned 32-bit words live in int64 tensors; ``fma`` is exact; nothing here calls libm.
+Noise is that of `zo_fused.noise.reference`. Arguments as in `zo_fused.sweeps.signatures`, already
+checked: parameters are contiguous.
 """
 
 from __future__ import annotations
@@ -15,24 +17,17 @@ from torch import Tensor
 
 from zo_fused.noise.reference import fma, normal, random_bits, rounding_bits, stochastic
 from zo_fused.sweeps import script as scripts
+from zo_fused.sweeps.numbers import EXACT
 
+TRANSFORMS = EXACT
 CHUNK = 1 << 18  # elements at a time; a multiple of 4. Bounds the temporaries, changes no bit.
 
 
-# ---- random words -------------------------------------------------------------------------------
-
-
-# ---- normals ------------------------------------------------------------------------------------
-
-
-# ---- stochastic rounding ------------------------------------------------------------------------
-
-
-# ---- sweeps -------------------------------------------------------------------------------------
-# The operators of the backends. Arguments as in `zo_fused/sweeps/operators.py`, already checked:
-# parameters are contiguous; one row of `ids`, `offsets`, `coeffs`, `decay` belongs to each.
-
-TRANSFORMS = ("portable", "rademacher")
+def why_not(device_type: str) -> str | None:
+    """None: the reference serves every device (float64 arithmetic included)."""
+    if device_type in ("mps", "meta"):
+        return f"the reference needs float64 arithmetic, which {device_type!r} tensors lack"
+    return None
 
 
 def _chunks(numel: int) -> Iterator[tuple[int, int]]:
@@ -234,21 +229,12 @@ def lowrank_(
             _store(block, acc, rounding, id_, offset + part.start * matrix.shape[1])
 
 
-def lowrank_steps_(
-    params: Sequence[Tensor],
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    ids: Tensor,
-    offsets: Tensor,
-    keys: Tensor,
-    script: Tensor,
-    coeffs: Tensor,
-    decay: Tensor,
+def factor_momentum_(
+    moments: Sequence[Tensor], us: Sequence[Tensor], coeffs: Tensor, decay: Tensor
 ) -> None:
-    """The low-rank sweeps of a script (`zo_fused.sweeps.script`), one after the other, each
-    rounded; us has the factors of all products, (products, m, rank)."""
-    for product, (c, d, rounding) in scripts.lowrank(keys, script, coeffs, decay):
-        lowrank_(params, [u[product] for u in us], vs, c, d, ids, offsets, rounding)
+    """moment = decay * moment + coeff * u, in three roundings."""
+    for moment, u, c, d in zip(moments, us, coeffs, decay, strict=True):
+        moment.copy_(moment * d + u * c)
 
 
 def lowrank_momentum_(
@@ -263,17 +249,15 @@ def lowrank_momentum_(
     rounding: Tensor | None = None,
 ) -> None:
     """moment = beta * moment + grad * u, then p = round(decay * p + a @ v.T) with
-    a = restore * u + step * moment. Columns of coeffs: beta, grad, restore, step."""
-    streams = _streams(len(params), ids, offsets)
-    rows = zip(params, moments, us, vs, coeffs, decay, streams, strict=True)
-    for param, moment, u, v, c, d, (id_, offset) in rows:
+    a = step * moment + restore * u, both as `factor_momentum_` has it. Columns of coeffs: beta,
+    grad, restore, step. The moment of an empty parameter stays as it is."""
+    rows = zip(params, moments, us, vs, coeffs, decay.split(1), strict=True)
+    for i, (param, moment, u, v, c, d) in enumerate(rows):
         if not param.numel():
             continue
-        beta, grad, restore, step = c
-        moment.copy_(fma(grad, u, moment * beta))
-        a = fma(step, moment, u * restore)
-        matrix = _as_matrix(param)
-        for part in _row_blocks(matrix):
-            block = matrix[part]
-            acc = block.float() * d + _outer(a[part], v)
-            _store(block, acc, rounding, id_, offset + part.start * matrix.shape[1])
+        beta, grad, restore, step = c.split(1)
+        factor_momentum_([moment], [u], grad, beta)
+        a = moment.clone()
+        factor_momentum_([a], [u], restore, step)
+        id_, offset = (None if row is None else row[i : i + 1] for row in (ids, offsets))
+        lowrank_([param], [a], [v], torch.ones_like(d), d, id_, offset, rounding)

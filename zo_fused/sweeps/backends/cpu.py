@@ -1,8 +1,6 @@
 """The C++ CPU backend: the operators of the extension ``zo_fused._C``.
 
-They take parameters as a table of addresses, one row each. Every sweep is prepared first, which
-makes the table. The functions on lists do it at every call, `zo_fused.sweeps.prepared` keeps what
-`prepare` returns.
+They take parameters as a table of addresses, one row each, which is made when a sweep is prepared.
 """
 
 from __future__ import annotations
@@ -15,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_fused.sweeps.arguments import Lists, split
-from zo_fused.sweeps.backends import extension
+from zo_fused.sweeps.backends import extension, on_lists
+from zo_fused.sweeps.numbers import EXACT, NUMBER, NUMBER_OF_DTYPE
+from zo_fused.sweeps.signatures import SWEEPS, Lists
 
-TRANSFORMS = ("portable", "rademacher")  # as in `Transform` of csrc/element.h
-RULES = ("momentum", "sign", "adam")  # as in `Rule` there
-_DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # as in csrc/cpu/sweeps.h
+TRANSFORMS = EXACT
 
 EXTENSION = "zo_fused._C"
 _BUILD = (
@@ -51,7 +48,7 @@ def isa() -> str:
 
 def _dtypes(name: str, tensors: Sequence[Tensor]) -> list[int]:
     try:
-        return [_DTYPES[tensor.dtype] for tensor in tensors]
+        return [NUMBER_OF_DTYPE[tensor.dtype] for tensor in tensors]
     except KeyError as dtype:
         raise TypeError(
             f"zo_fused: {name} must be of dtype float16, bfloat16 or float32, got {dtype}"
@@ -75,19 +72,14 @@ def _table(*columns: Sequence[int]) -> Tensor:
     return torch.frombuffer(numbers, dtype=torch.int64).view(len(columns), -1).t().contiguous()
 
 
-def noise_table(
-    tensors: Sequence[Tensor],
-    dtypes: Sequence[int],
-    ids: Tensor,
-    offsets: Tensor,
-    firsts: Sequence[Tensor] = (),
-    seconds: Sequence[Tensor] = (),
-) -> Tensor:
-    """The table of a sweep over noise, int64 [P, 8]: `Noise` of csrc/cpu/binding.cpp."""
-    count = len(tensors)
+def noise_table(name: str, lists: Lists, ids: Tensor | None, offsets: Tensor | None) -> Tensor:
+    """The table of a sweep over noise or factors, int64 [P, 8]: `Noise` of csrc/cpu/binding.cpp."""
+    tensors, firsts, seconds = (*lists, (), ())[:3]
+    count, label, dtypes = len(tensors), SWEEPS[name].lists[0], SWEEPS[name].dtypes
+    only = dtypes[0] if len(dtypes) == 1 else None
     return _table(
-        _addresses("tensors", tensors),
-        dtypes,
+        _addresses(label, tensors, only),
+        _numbers(None, count) if only else _dtypes(label, tensors),
         list(map(torch.Tensor.numel, tensors)),
         _numbers(ids, count),
         _numbers(offsets, count),
@@ -97,15 +89,9 @@ def noise_table(
     )
 
 
-def lowrank_table(
-    params: Sequence[Tensor],
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    ids: Tensor | None,
-    offsets: Tensor | None,
-    moments: Sequence[Tensor] = (),
-) -> Tensor:
-    """The table of a low-rank sweep, int64 [P, 10]: `Product` of csrc/cpu/binding.cpp."""
+def lowrank_table(lists: Lists, ids: Tensor | None, offsets: Tensor | None) -> Tensor:
+    """The table of a low-rank sweep, int64 [P, 9]: `Product` of csrc/cpu/binding.cpp."""
+    params, us, vs = lists
     count = len(params)
     shapes = [u.shape for u in us]
     return _table(
@@ -118,172 +104,41 @@ def lowrank_table(
         [rank for _, rank in shapes],
         _addresses("us", us, torch.float32),
         _addresses("vs", vs, torch.float32),
-        _addresses("moments", moments, torch.float32) or _numbers(None, count),
     )
 
 
-# ---- prepared -----------------------------------------------------------------------------------
-# Strings stay on this side: torch's stable ABI loses the memory of every one that it hands to C++.
-
-
-def _fill_table(outs: Sequence[Tensor], dtype: torch.dtype, ids: Tensor, offsets: Tensor) -> Tensor:
-    _addresses("outs", outs, dtype)
-    return noise_table(outs, [0] * len(outs), ids, offsets)
-
-
-def _bits(outs: Sequence[Tensor], ids: Tensor, offsets: Tensor) -> Callable[..., None]:
-    table = _fill_table(outs, torch.int64, ids, offsets)
-    operator = torch.ops.zo_fused_C.bits.default
-
-    def sweep(keys: Tensor) -> None:
-        operator(table, keys.contiguous())
-
-    return sweep
-
-
-def _normal(outs: Sequence[Tensor], ids: Tensor, offsets: Tensor) -> Callable[..., None]:
-    table = _fill_table(outs, torch.float32, ids, offsets)
-    operator = torch.ops.zo_fused_C.normal.default
-
-    def sweep(keys: Tensor, transform: str = "portable") -> None:
-        operator(table, keys.contiguous(), TRANSFORMS.index(transform))
-
-    return sweep
-
-
-def _dense(params: Sequence[Tensor], ids: Tensor, offsets: Tensor) -> Callable[..., None]:
-    table = noise_table(params, _dtypes("params", params), ids, offsets)
-    operator = torch.ops.zo_fused_C.dense.default
-
-    def sweep(
-        keys: Tensor,
-        coeffs: Tensor,
-        decay: Tensor,
-        rounding: Tensor | None = None,
-        transform: str = "portable",
-    ) -> None:
-        rows = [row.contiguous() for row in (keys, coeffs, decay)]
-        operator(table, *rows, rounding, TRANSFORMS.index(transform))
-
-    return sweep
-
-
-def _moments(
-    params: Sequence[Tensor],
-    firsts: Sequence[Tensor],
-    seconds: Sequence[Tensor],
-    ids: Tensor,
-    offsets: Tensor,
-) -> Callable[..., None]:
-    table = noise_table(params, _dtypes("params", params), ids, offsets, firsts, seconds)
-    operator = torch.ops.zo_fused_C.moments.default
-
-    def sweep(
-        keys: Tensor,
-        grads: Tensor,
-        restores: Tensor,
-        coeffs: Tensor,
-        decay: Tensor,
-        rule: str,
-        rounding: Tensor | None = None,
-        transform: str = "portable",
-        squares: Tensor | None = None,
-    ) -> None:
-        rows = [row.contiguous() for row in (keys, grads, restores, coeffs, decay)]
-        squares = None if squares is None else squares.contiguous()
-        operator(table, *rows, RULES.index(rule), rounding, TRANSFORMS.index(transform), squares)
-
-    return sweep
-
-
-def _dense_steps(params: Sequence[Tensor], ids: Tensor, offsets: Tensor) -> Callable[..., None]:
-    table = noise_table(params, _dtypes("params", params), ids, offsets)
-    operator = torch.ops.zo_fused_C.dense_steps.default
-
-    def sweep(
-        keys: Tensor,
-        script: Tensor,
-        coeffs: Tensor,
-        decay: Tensor,
-        transform: str = "portable",
-    ) -> None:
-        rows = [row.contiguous() for row in (keys, script, coeffs, decay)]
-        operator(table, *rows, TRANSFORMS.index(transform))
-
-    return sweep
-
-
-def _lowrank_steps(
-    params: Sequence[Tensor],
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    ids: Tensor,
-    offsets: Tensor,
-) -> Callable[..., None]:
-    # Addresses and shapes of the first product; the others follow it.
-    table = lowrank_table(params, [u[0] for u in us], vs, ids, offsets)
-    products = us[0].shape[0] if us else 0
-    operator = torch.ops.zo_fused_C.lowrank_steps.default
-
-    def sweep(*rows: Tensor) -> None:
-        operator(table, products, *[row.contiguous() for row in rows])
-
-    return sweep
-
-
-def _lowrank(name: str) -> Callable[..., Callable[..., None]]:
-    def prepare(*arguments: Any) -> Callable[..., None]:
-        params, *moments, us, vs, ids, offsets = arguments
-        table = lowrank_table(params, us, vs, ids, offsets, *moments)
-        operator = getattr(torch.ops.zo_fused_C, name).default
-
-        def sweep(coeffs: Tensor, decay: Tensor, rounding: Tensor | None = None) -> None:
-            if rounding is not None and (ids is None or offsets is None):
-                raise ValueError("zo_fused: stochastic rounding needs ids and offsets")
-            operator(table, coeffs.contiguous(), decay.contiguous(), rounding)
-
-        return sweep
-
-    return prepare
-
-
-_MAKERS: dict[str, Callable[..., Callable[..., None]]] = {
-    "bits_": _bits,
-    "normal_": _normal,
-    "dense_": _dense,
-    "dense_steps_": _dense_steps,
-    "moments_": _moments,
-    "lowrank_": _lowrank("lowrank"),
-    "lowrank_steps_": _lowrank_steps,
-    "lowrank_momentum_": _lowrank("lowrank_momentum"),
-}
+# ---- sweeps -------------------------------------------------------------------------------------
 
 
 def prepare(
     name: str, lists: Lists, ids: Tensor | None, offsets: Tensor | None
 ) -> Callable[..., None]:
-    """A sweep over these tensors, which must stay alive and where they are. It takes the other
-    arguments in the order of the schema."""
-    return _MAKERS[name](*lists, ids, offsets)
+    """A sweep over these tensors, which must stay alive and where they are. It takes the rows of
+    the operator."""
+    if name == "lowrank_momentum_":
+        return on_lists.lowrank_momentum(prepare, lists, ids, offsets)
+    if name == "lowrank_":
+        table = lowrank_table(lists, ids, offsets)
+    else:
+        table = noise_table(name, lists, ids, offsets)
+    operator = getattr(torch.ops.zo_fused_C, name.removesuffix("_")).default
+    complete, has_streams = SWEEPS[name].complete, ids is not None and offsets is not None
+
+    def sweep(*given: Any, **options: Any) -> None:
+        rows = complete(given, options)
+        if name == "lowrank_" and not has_streams and rows[-1] is not None:
+            raise ValueError("zo_fused: stochastic rounding needs ids and offsets")
+        operator(table, *map(_for_cpp, rows))
+
+    return sweep
 
 
-# ---- on lists -----------------------------------------------------------------------------------
+def _for_cpp(row: Any) -> Any:
+    """A row as C++ takes it. Strings stay on this side: torch's stable ABI loses the memory of
+    every one that it hands to C++."""
+    if isinstance(row, Tensor):
+        return row.contiguous()
+    return NUMBER[row] if isinstance(row, str) else row
 
 
-def _on_lists(name: str) -> Callable[..., None]:
-    def call(*arguments: Any) -> None:
-        lists, ids, offsets, rows = split(name, arguments)
-        prepare(name, lists, ids, offsets)(*rows)
-
-    call.__name__ = name
-    return call
-
-
-bits_ = _on_lists("bits_")
-normal_ = _on_lists("normal_")
-dense_ = _on_lists("dense_")
-dense_steps_ = _on_lists("dense_steps_")
-moments_ = _on_lists("moments_")
-lowrank_ = _on_lists("lowrank_")
-lowrank_steps_ = _on_lists("lowrank_steps_")
-lowrank_momentum_ = _on_lists("lowrank_momentum_")
+globals().update(on_lists.functions(prepare, on_lists.Kept()))  # dense_ and the others

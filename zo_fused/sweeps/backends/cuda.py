@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from zo_fused.sweeps.backends import extension
 from zo_fused.sweeps.backends.multi_tensor import MultiTensor
 from zo_fused.sweeps.backends.table import Launch
-
-# Numbers of the enumerations in csrc/cuda/launch.h and csrc/element.h.
-_DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-_RULES = {"momentum": 0, "sign": 1, "adam": 2}
-TRANSFORMS = ("portable", "rademacher", "fast")
-_NOTHING, _FLOAT32, _LIKE_WEIGHTS = range(3)
+from zo_fused.sweeps.numbers import FIRSTS, NUMBER, NUMBER_OF_DTYPE
+from zo_fused.sweeps.numbers import TRANSFORMS as TRANSFORMS
 
 EXTENSION = "zo_fused._CUDA"
 _BUILD = (
@@ -55,107 +51,51 @@ def _stream(launch: Launch) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-class Kernels:
-    """The kernels, as `zo_fused.sweeps.backends.multi_tensor.Kernels`, which tells what each
-    computes."""
+def _first(launch: Launch) -> int:
+    """What is kept of first moments, as a number of `FIRSTS`."""
+    if not launch.state_dtypes:
+        return 0
+    return FIRSTS.index("float32" if launch.state_dtypes[0] == torch.float32 else "like_weights")
+
+
+# What an operator is told of a launch besides its table.
+_ABOUT: dict[str, Callable[[Launch], tuple[int, ...]]] = {
+    "bits": lambda launch: (),
+    "normal": lambda launch: (),
+    "dense": lambda launch: (NUMBER_OF_DTYPE[launch.dtype],),
+    "moments": lambda launch: (NUMBER_OF_DTYPE[launch.dtype], _first(launch)),
+    "lowrank": lambda launch: (NUMBER_OF_DTYPE[launch.dtype], launch.rank),
+    "factor_momentum": lambda launch: (),
+}
+
+
+class CudaKernels:
+    """The kernels, as `zo_fused.sweeps.backends.multi_tensor.Kernels`."""
+
+    CHUNK: int
+    TILE: tuple[int, int]
 
     def __init__(self, operators: Any) -> None:
         """operators: the namespace of ``torch.ops`` in which the extension registered them."""
-        self._operators = operators
         self.CHUNK, *tile = operators.sizes()
         self.TILE = (tile[0], tile[1])
+        for name, about in _ABOUT.items():
+            setattr(self, name, _kernel(getattr(operators, name), about))
 
-    def bits(self, launch: Launch, keys: Tensor) -> None:
-        self._operators.bits(launch.table, launch.programs, keys, _stream(launch))
 
-    def normal(self, launch: Launch, keys: Tensor, transform: str) -> None:
-        number = TRANSFORMS.index(transform)
-        self._operators.normal(launch.table, launch.programs, keys, number, _stream(launch))
+def _kernel(operator: Any, about: Callable[[Launch], tuple[int, ...]]) -> Callable[..., None]:
+    def run(launch: Launch, *rows: Any) -> None:
+        numbers = [NUMBER[row] if isinstance(row, str) else row for row in rows]
+        operator(launch.table, launch.programs, *about(launch), *numbers, _stream(launch))
 
-    def dense(
-        self,
-        launch: Launch,
-        keys: Tensor,
-        coeffs: Tensor,
-        decay: Tensor,
-        rounding: Tensor | None,
-        transform: str,
-    ) -> None:
-        self._operators.dense(
-            launch.table,
-            launch.programs,
-            _DTYPES[launch.dtype],
-            keys,
-            coeffs,
-            decay,
-            rounding,
-            TRANSFORMS.index(transform),
-            _stream(launch),
-        )
-
-    def moments(
-        self,
-        launch: Launch,
-        keys: Tensor,
-        grads: Tensor,
-        restores: Tensor,
-        coeffs: Tensor,
-        decay: Tensor,
-        rule: str,
-        rounding: Tensor | None,
-        transform: str,
-        squares: Tensor | None,
-    ) -> None:
-        first = _NOTHING
-        if launch.state_dtypes:
-            first = _FLOAT32 if launch.state_dtypes[0] == torch.float32 else _LIKE_WEIGHTS
-        self._operators.moments(
-            launch.table,
-            launch.programs,
-            _DTYPES[launch.dtype],
-            first,
-            _RULES[rule],
-            keys,
-            grads,
-            restores,
-            squares,
-            coeffs,
-            decay,
-            rounding,
-            TRANSFORMS.index(transform),
-            _stream(launch),
-        )
-
-    def lowrank(
-        self, launch: Launch, coeffs: Tensor | None, decay: Tensor, rounding: Tensor | None
-    ) -> None:
-        self._operators.lowrank(
-            launch.table,
-            launch.programs,
-            _DTYPES[launch.dtype],
-            launch.rank,
-            coeffs,
-            decay,
-            rounding,
-            _stream(launch),
-        )
-
-    def momentum(self, launch: Launch, coeffs: Tensor) -> None:
-        self._operators.momentum(launch.table, launch.programs, coeffs, _stream(launch))
+    return run
 
 
 @functools.cache
-def _kernels() -> Kernels:
-    return Kernels(torch.ops.zo_fused_CUDA)
+def _kernels() -> CudaKernels:
+    return CudaKernels(torch.ops.zo_fused_CUDA)
 
 
 sweeps = MultiTensor(_kernels)
 prepare = sweeps.prepare
-bits_ = sweeps.bits_
-normal_ = sweeps.normal_
-dense_ = sweeps.dense_
-dense_steps_ = sweeps.dense_steps_
-moments_ = sweeps.moments_
-lowrank_ = sweeps.lowrank_
-lowrank_steps_ = sweeps.lowrank_steps_
-lowrank_momentum_ = sweeps.lowrank_momentum_
+globals().update(sweeps.functions)  # dense_ and the others

@@ -3,24 +3,17 @@
 A GPU kernel serves every parameter of one dtype in one launch. What it must know of each stands in
 a row of int64 numbers. Programs are numbered through all parameters; a program looks its parameter
 up by the number of the parameter's first program, which rises from row to row.
-
-Tables are kept. A call finds the one made for it as long as no pointer, shape, dtype, id or offset
-has changed; only then is a new one written and copied to the device.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
-
-# Columns. The first six are for all sweeps,
+# Columns; kernels have copies (`tests/sweeps/test_numbers.py`). The first six are for all sweeps,
 FIRST = 0  # number of the parameter's first program
 ADDRESS = 1  # of the weights
 INDEX = 2  # position in the caller's list: the row of coefficients and decay
@@ -160,26 +153,3 @@ def launches(rows: Sequence[Row], device: torch.device) -> list[Launch]:
         rank = max(programs_of_rank, key=lambda r: programs_of_rank[r])
         made.append(Launch(table, first, dtypes[0], dtypes[1:], rank))
     return made
-
-
-class Cache:
-    """What was made for the calls made last."""
-
-    def __init__(self, size: int = 64) -> None:
-        self._size = size
-        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
-        self.built = 0  # so far, for tests
-
-    def get(self, key: Hashable, build: Callable[[], T]) -> T:
-        """What `build` returned the last time that it was called under this key."""
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        else:
-            if len(self._kept) == self._size:
-                if torch.cuda.is_initialized():  # a kernel may still read it, on any stream
-                    torch.cuda.synchronize()
-                self._kept.popitem(last=False)
-            self.built += 1
-            self._kept[key] = build()
-        kept: T = self._kept[key]
-        return kept

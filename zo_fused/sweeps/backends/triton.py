@@ -9,11 +9,10 @@ from importlib.metadata import PackageNotFoundError, requires
 import torch
 
 from zo_fused.sweeps.backends.multi_tensor import Kernels, MultiTensor
+from zo_fused.sweeps.numbers import TRANSFORMS as TRANSFORMS
 
 # The Triton that a minor version of PyTorch requires. zo_fused is tested with all of them.
 PAIRS = {"2.11": "3.6.0", "2.12": "3.7.1", "2.13": "3.7.1", "2.14": "3.8.0", "2.15": "3.9.0"}
-
-TRANSFORMS = ("portable", "rademacher", "fast")
 
 
 # ---- versions -----------------------------------------------------------------------------------
@@ -113,11 +112,4 @@ def _kernels() -> Kernels:
 
 sweeps = MultiTensor(_kernels)
 prepare = sweeps.prepare
-bits_ = sweeps.bits_
-normal_ = sweeps.normal_
-dense_ = sweeps.dense_
-dense_steps_ = sweeps.dense_steps_
-moments_ = sweeps.moments_
-lowrank_ = sweeps.lowrank_
-lowrank_steps_ = sweeps.lowrank_steps_
-lowrank_momentum_ = sweeps.lowrank_momentum_
+globals().update(sweeps.functions)  # dense_ and the others
