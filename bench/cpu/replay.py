@@ -27,14 +27,11 @@ from bench.models import DTYPES, OPT, opt_parameters
 from bench.page import publish
 from zo_fused.replaying import rebuild
 
+# Others are replayed sweep by sweep.
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "MeZO": (zo_fused.MeZO, {}),
     "MeZO deferred": (zo_fused.MeZO, {"deferred": True}),
     "MeZO, stochastic": (zo_fused.MeZO, {"rounding": "stochastic"}),
-    "LOZO": (zo_fused.LOZO, {"rank": 2}),
-    "LOZO deferred": (zo_fused.LOZO, {"rank": 2, "deferred": True}),
-    "LOZO, stochastic": (zo_fused.LOZO, {"rank": 2, "rounding": "stochastic"}),
-    "LOZO-M": (zo_fused.LOZO, {"rank": 2, "momentum": 0.9}),
 }
 
 

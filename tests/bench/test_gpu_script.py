@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -40,23 +41,21 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "CUDA_VISIBLE_DEVICES": "", **more}
 
 
+def bare() -> dict[str, str]:
+    """The environment of `gpu.sh`; with ``python -S``, nothing of ours is installed."""
+    packages = [folder for folder in sys.path if folder.endswith("-packages")]
+    return environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *packages]))
+
+
 # ---- the measurements and their report ----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpu")
-    command = [
-        sys.executable,
-        "-m",
-        "bench.gpu.main",
-        "--device",
-        "cpu",
-        "--quick",
-        "--out",
-        str(folder),
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    command = [sys.executable, "-S", "-m", "bench.gpu.main", "--device", "cpu", "--quick"]
+    command += ["--out", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=bare(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -321,6 +320,24 @@ def test_script_runs_every_stage(tmp_path: Path) -> None:
     for stage in ("build", "gpu", "test_triton", "memcheck", "racecheck", "benchmarks"):
         assert f"| {stage} | ok |" in page
     assert "| a |" in done.stdout
+
+
+def test_what_the_script_runs_loads_where_nothing_is_installed(tmp_path: Path) -> None:
+    """Neither this package nor what only its own environment has."""
+    pytest.importorskip("triton")
+    _, out = shell(tmp_path)
+    files = set(re.findall(r"tests/\S+\.py", (out / "tests.log").read_text()))
+    assert len(files) > 4
+    absent = ("randomgen", "datasets")
+    (tmp_path / "absent.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({absent})\n")
+    command = [sys.executable, "-S", "-m", "pytest", "-p", "absent", "-p", "no:cacheprovider"]
+    command += ["--require-gpu", "-W", "default", "--collect-only", "-qq", *sorted(files)]
+    variables = bare()
+    variables["PYTHONPATH"] += os.pathsep + str(tmp_path)
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    loads = "import absent, bench.gpu.main, bench.gpu.report, bench.gpu.sanitize, bench.gpu.sass"
+    subprocess.run([sys.executable, "-S", "-c", loads], cwd=ROOT, env=variables, check=True)
 
 
 def test_script_goes_on_after_failures_and_tells(tmp_path: Path) -> None:
