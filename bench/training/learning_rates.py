@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from zo_fused.cli import defaults
 from zo_fused.cli.compare import make_runs
-from zo_fused.cli.finetune import whole
+from zo_fused.cli.method_options import by_method
+from zo_fused.cli.parser import whole
 from zo_fused.cli.runs import Run, run_all
 from zo_fused.task.comparison import mean, read_outcome
 from zo_fused.task.errors import Interrupted, UserError
@@ -80,7 +81,7 @@ def markdown(rates: Sequence[Rate], note: str, vary: str = "lr") -> str:
 def main() -> int:
     """Does the runs and writes the table; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--methods", default=",".join(defaults.by_method()), help="as of compare")
+    parser.add_argument("--methods", default=",".join(by_method()), help="as of compare")
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--forwards", type=whole, default=2 * defaults.EMBEDDED_COMMON["steps"])
     parser.add_argument("--vary", choices=FACTORS, default="lr")
@@ -90,9 +91,7 @@ def main() -> int:
     args = parser.parse_args()
     methods = args.methods.split(",")
     if args.vary == "eps":  # forward-grad has none
-        methods = [
-            name for name in methods if "eps" in defaults.by_method()[name.partition(":")[0]]
-        ]
+        methods = [name for name in methods if "eps" in by_method()[name.partition(":")[0]]]
     seeds = [int(seed) for seed in args.seeds.split(",")]
     # dev is evaluated before and after alone; test is not looked at
     data = defaults.EMBEDDED_DATA

@@ -13,6 +13,7 @@ import pytest
 import zo_fused
 from zo_fused.cli import compare, defaults, doctor, finetune
 from zo_fused.cli.main import main, make_parser
+from zo_fused.cli.method_options import OPTIONS, by_method
 from zo_fused.task import errors
 from zo_fused.task.files import writing
 
@@ -141,23 +142,23 @@ def test_answers_keep_their_spaces_and_equals_signs():
 def test_defaults_cover_every_option():
     without = "command model train dev test task template verbalizer no_template method output "
     options = set(vars(parse())) - set(f"{without} resume overwrite forwards".split())
-    for method, own in defaults.by_method().items():
-        assert own.keys() <= set(defaults.HYPER)
+    for method, own in by_method().items():
+        assert own.keys() <= set(OPTIONS)
         assert defaults.EMBEDDED_BY_METHOD[method].keys() <= own.keys()
         for embedded in (False, True):
             table = defaults.defaults(method, embedded)
-            assert options - set(defaults.HYPER) <= table.keys() <= options
-    assert set().union(*defaults.by_method().values()) == set(defaults.HYPER)
+            assert options - set(OPTIONS) <= table.keys() <= options
+    assert set().union(*by_method().values()) == set(OPTIONS)
 
 
-@pytest.mark.parametrize("method", defaults.by_method())
+@pytest.mark.parametrize("method", by_method())
 def test_the_table_has_the_arguments_of_the_optimizers(method):
     from zo_fused.methods.table import recipes
     from zo_fused.task.run import SCHEDULES
 
     optimizer, _ = recipes()[method]
     arguments = inspect.signature(optimizer).parameters.keys()
-    table = defaults.by_method()[method]
+    table = by_method()[method]
     assert table.keys() - {"schedule", "blocks"} <= arguments
     assert ("blocks" in table) == ("block_order" in arguments)
     assert SCHEDULES[table["schedule"]].keys() <= arguments

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import pytest
 import torch
@@ -15,10 +15,15 @@ from support.methods import METHODS
 from torch import nn
 
 import zo_fused
-from zo_fused.cli import defaults
+from zo_fused.cli import defaults, finetune, plan
+from zo_fused.cli.main import make_parser
+from zo_fused.cli.method_options import by_method
+from zo_fused.directions.dense import Dense
 from zo_fused.methods import table
+from zo_fused.rules.sgd import SGD, ScalarSign
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.schedule import STEP_DEFAULTS, StepOptions
+from zo_fused.task.run import make_optimizer
 
 ROOT = Path(zo_fused.__file__).parent.parent
 
@@ -82,6 +87,7 @@ def test_signatures_show_all_keywords_once(name: str) -> None:
     assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for option in parameters.keys() & StepOptions.__annotations__.keys():
         assert parameters[option].default == STEP_DEFAULTS[option]
+        assert parameters[option].kind is inspect.Parameter.KEYWORD_ONLY
     described = inspect.getdoc(made)
     own = [p for p in parameters if p not in STEP_DEFAULTS]
     # "eps: ...", or "queries, distribution: ..." in the Args section
@@ -97,9 +103,8 @@ def test_unknown_keywords_are_refused_with_the_nearest_one() -> None:
         zo_fused.LOZO(model, nonsense=1)  # type: ignore[call-arg]
 
 
-def test_a_name_is_given_once(monkeypatch: Any) -> None:
-    monkeypatch.setattr(table, "METHODS", dict(table.methods()))
-
+@pytest.mark.usefixtures("scratch")
+def test_a_name_is_given_once() -> None:
     class MeZO(zo_fused.MeZO):
         pass
 
@@ -107,12 +112,100 @@ def test_a_name_is_given_once(monkeypatch: Any) -> None:
         table.method()(MeZO)
 
 
-def test_a_users_method_is_replayed(tmp_path: Path, monkeypatch: Any) -> None:
-    """One that is registered by the file that makes it; nothing else knows it."""
-    from zo_fused.directions.dense import Dense
-    from zo_fused.rules.sgd import SGD
-
+@pytest.fixture
+def scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(table, "RECIPES", dict(table.recipes()))
     monkeypatch.setattr(table, "METHODS", dict(table.methods()))
+
+
+@pytest.mark.usefixtures("scratch")
+def test_a_recipe_is_given_once_and_with_arguments_of_its_method() -> None:
+    class Another(zo_fused.MeZO):
+        pass
+
+    with pytest.raises(ValueError, match="there is a method lozo in zo_fused"):
+        table.method(table.Recipe("lozo", "LOZO"))(Another)
+    with pytest.raises(TypeError, match="another: Another has no argument 'momentun'"):
+        table.method(table.Recipe("another", "Another", {"momentun": 0.9}))(Another)
+    assert "Another" not in table.methods()
+
+
+@pytest.mark.usefixtures("scratch")
+def test_a_recipe_may_have_options_that_the_command_line_lacks() -> None:
+    @table.method(table.Recipe("scalar", "Scalar", {"sign": "scalar"}))
+    class Scalar(zo_fused.ZOSignSGD):
+        pass
+
+    by_method.cache_clear()
+    try:
+        parsed = make_parser(["finetune"]).parse_args(["finetune", "--method", "scalar"])
+        options = finetune.options(parsed)
+        optimizer = make_optimizer(options.method, options.hyper, nn.Linear(2, 2))
+    finally:
+        by_method.cache_clear()
+    assert type(optimizer) is Scalar
+    assert isinstance(optimizer.rule, ScalarSign)
+
+
+def test_plan_has_every_method() -> None:
+    assert {name for _, name, _ in plan.cases()} == set(table.recipes())
+
+
+class Plain(ZerothOrderOptimizer):
+    """In no table."""
+
+    def __init__(self, params: Any, lr: float = 1e-2, **common: Unpack[StepOptions]) -> None:
+        group = {"lr": lr, "eps": 1e-3, "weight_decay": 0.0}
+        super().__init__(params, Dense(), SGD(), group, {}, **common)
+
+
+def test_signatures_of_subclasses_are_their_own() -> None:
+    class Passing(zo_fused.MeZO):
+        def __init__(self, *args: Any, **keywords: Any) -> None:
+            super().__init__(*args, **keywords)
+
+    class Heavy(zo_fused.MeZO):
+        def __init__(self, params: Any, lr: float = 1.0, **common: Unpack[StepOptions]) -> None:
+            super().__init__(params, lr, momentum=0.9, **common)
+
+    common = list(STEP_DEFAULTS)
+    assert list(inspect.signature(Plain).parameters) == ["params", "lr", *common]
+    assert list(inspect.signature(Heavy).parameters) == ["params", "lr", *common]
+    assert inspect.signature(Heavy).parameters["lr"].default == 1.0
+    assert table.arguments(Passing) == table.arguments(zo_fused.MeZO)
+    assert inspect.signature(Plain).parameters["seed"].annotation is int
+
+
+@pytest.mark.usefixtures("scratch")
+def test_a_subclass_with_an_argument_that_logs_would_lack_is_refused() -> None:
+    class Scaled(zo_fused.MeZO):
+        def __init__(self, params: Any, factor: float = 2.0, **others: Any) -> None:
+            super().__init__(params, **others)
+
+    with pytest.raises(TypeError, match="Scaled has the argument 'factor', which MeZO would not"):
+        table.method()(Scaled)
+
+
+@pytest.mark.usefixtures("scratch")
+def test_a_log_says_which_module_registers_its_method(tmp_path: Path) -> None:
+    model, copy = nn.Linear(4, 4), nn.Linear(4, 4)
+    copy.load_state_dict(model.state_dict())
+    log = tmp_path / "log.jsonl"
+    opt = Plain(model, queries=2)  # in no table, but its log is whole
+    opt.start_log(log)
+    opt.step(lambda: model(torch.ones(3, 4)).square().mean())
+    opt.close_log()
+    with pytest.raises(ValueError, match=f"of method 'Plain'.*imported first: import {__name__}$"):
+        zo_fused.replay(copy, log)
+    table.method()(Plain)
+    assert zo_fused.replay(copy, log) == 1
+    assert torch.equal(model.weight, copy.weight)
+
+
+@pytest.mark.usefixtures("scratch")
+def test_a_users_method_is_replayed_and_resumed(tmp_path: Path) -> None:
+    """One that is registered by the file that makes it; nothing else knows it."""
 
     @table.method()
     class Halved(ZerothOrderOptimizer):
@@ -127,9 +220,14 @@ def test_a_users_method_is_replayed(tmp_path: Path, monkeypatch: Any) -> None:
     torch.manual_seed(0)
     model, copy = nn.Linear(4, 4), nn.Linear(4, 4)
     copy.load_state_dict(model.state_dict())
-    opt = Halved(model, deferred=True, seed=4)
+    opt = Halved(model, half=0.25, deferred=True, seed=4)
     opt.start_log(tmp_path / "log.jsonl")
-    for _ in range(5):
+    for step in range(5):
+        if step == 3:
+            saved = opt.state_dict()
+            opt = Halved(model, half=0.25, deferred=True, seed=4)
+            opt.load_state_dict(saved)
+            opt.start_log(tmp_path / "log.jsonl", resume=True)
         opt.step(lambda: model(torch.ones(3, 4)).square().mean())
     opt.flush()
     assert zo_fused.replay(copy, tmp_path / "log.jsonl") == 5

@@ -13,6 +13,7 @@ from support import tiny_models  # noqa: E402
 
 from zo_fused.cli import defaults, plan  # noqa: E402
 from zo_fused.cli.main import main  # noqa: E402
+from zo_fused.cli.method_options import by_method  # noqa: E402
 from zo_fused.task.encoding import Encoded  # noqa: E402
 from zo_fused.task.memory import Live, Outline, kept  # noqa: E402
 from zo_fused.task.models import load_config  # noqa: E402
@@ -24,9 +25,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "plan"
 
 def hyper(method, more):
     table = defaults.defaults(method, embedded=False)
-    return {
-        key: value for key, value in table.items() if key in defaults.by_method()[method]
-    } | more
+    return {key: value for key, value in table.items() if key in by_method()[method]} | more
 
 
 def measured(model, method, settings, batch, length):
@@ -55,7 +54,7 @@ def measured(model, method, settings, batch, length):
         pytest.param("mixtral", torch.float32, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("case", plan.CASES, ids=lambda case: case[0])
+@pytest.mark.parametrize("case", plan.cases(), ids=lambda case: case[0])
 def test_state_and_what_is_kept_beside_the_weights(kind, dtype, case):
     """Tied weights and vectors; grouped heads in 16 bits; experts in three dimensions."""
     _, method, more = case
@@ -111,7 +110,7 @@ def test_the_peak_of_a_step(name, tmp_path, capsys):
     assert main([*words, "--batch-size", "8", "--length", "48"]) == 0
     found = json.loads(capsys.readouterr().out)
     row = next(row for row in found["methods"] if row["method"] == name)
-    _, method, more = next(case for case in plan.CASES if case[0] == name)
+    _, method, more = next(case for case in plan.cases() if case[0] == name)
     model = tiny_models.causal_model("llama", **SMALL)
     _, _, peak = measured(model, method, hyper(method, more), batch=8, length=48)
     # an estimate: what a step needs for a moment besides (sums of factors, tangents of sums)

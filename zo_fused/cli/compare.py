@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_fused.cli import defaults, finetune
+from zo_fused.cli.method_options import OPTIONS
 from zo_fused.cli.parser import Parser, folder
 from zo_fused.cli.runs import Run, run_all
 from zo_fused.task.errors import Interrupted, UserError, first_line
@@ -75,7 +76,7 @@ def method_words(text: str) -> list[str]:
     words = [f"--method={name}"]
     for option in given:
         key = option.partition("=")[0]
-        if key.replace("-", "_") not in defaults.HYPER:
+        if key.replace("-", "_") not in OPTIONS:
             raise UserError(f"--methods: {key!r} in {text!r} is no option of a method")
         words.append(f"--{option}")
     return words

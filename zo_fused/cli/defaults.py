@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-from functools import cache
 from pathlib import Path
 from typing import Any
+
+from zo_fused.cli.method_options import by_method
 
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "embedded"
 EMBEDDED_MODEL = EMBEDDED_FOLDER / "model"
@@ -28,43 +28,6 @@ COMMON: dict[str, Any] = {
     "trust_remote_code": False,
     "max_length": None,  # as many tokens as the model takes
 }
-
-# Options of methods that the command line has: arguments of their classes, and two that stand for
-# several of them.
-HYPER = (
-    "lr",
-    "eps",
-    "weight_decay",
-    "rounding",
-    "schedule",
-    "rank",
-    "interval",
-    "momentum",
-    "queries",
-    "one_sided",
-    "distribution",
-    "history",
-    "blocks",
-)
-
-
-@cache
-def by_method() -> dict[str, dict[str, Any]]:
-    """The options that each method takes, with its defaults, in the order of `HYPER`."""
-    from zo_fused.methods.table import recipes
-
-    table = {}
-    for name, (method, recipe) in recipes().items():
-        takes = inspect.signature(method).parameters
-        own = {option: takes[option].default for option in HYPER if option in takes}
-        own["schedule"] = (
-            "factored" if "mode" in takes else "deferred" if "deferred" in takes else "plain"
-        )
-        if "block_order" in takes:
-            own["blocks"] = None
-        table[name] = own | recipe.options
-    return table
-
 
 # The embedded model is tiny, so it bears far larger steps than a real one, and sweeps over its
 # weights cost less than what a factored step adds to every layer. Rates: bench/training.

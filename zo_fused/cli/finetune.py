@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zo_fused.cli import defaults
-from zo_fused.cli.parser import add_trust_option, choice, folder
+from zo_fused.cli.method_options import OPTIONS, add_method_options, by_method
+from zo_fused.cli.parser import add_trust_option, choice, default_text, folder, whole
 from zo_fused.step.interrupts import uninterrupted
 from zo_fused.task.errors import Interrupted, UserError, first_line, out_of_memory
 
@@ -48,17 +49,7 @@ _DTYPES = {
 
 def method_choice() -> dict[str, Any]:
     """Arguments of ``add_argument`` for the name of a method."""
-    return choice(defaults.by_method(), {"zosignsgd": "zo-sign"})
-
-
-def whole(text: str) -> int:
-    """A count; of more than 2**31 there is no memory and no time for."""
-    value = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
-    if value >= 1 << 31:
-        raise argparse.ArgumentTypeError(f"must be below 2**31, got {text!r}")
-    return value
+    return choice(by_method(), {"zosignsgd": "zo-sign"})
 
 
 def seed(text: str) -> int:
@@ -75,20 +66,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _default(name: str) -> str:
-    own = {m: defaults.defaults(m, False).get(name) for m in defaults.by_method()}
-    values = sorted(
-        {
-            f"{value:g}" if isinstance(value, float) else f"{value}"
-            for value in own.values()
-            if value is not None
-        }
-    )
-    return f"default: {' or '.join(values)}"
-
-
-def _takers(name: str) -> str:
-    """The methods that take an option, for its help."""
-    return ", ".join(method for method, table in defaults.by_method().items() if name in table)
+    return default_text([defaults.COMMON[name]])
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -171,67 +149,6 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--label-field", metavar="NAME", help=f"({_default('label_field')})")
 
 
-def add_method_options(method: Any) -> None:
-    """Adds the options of one method or another: `defaults.HYPER`."""
-    method.add_argument("--lr", type=float, help=f"learning rate ({_default('lr')})")
-    method.add_argument("--eps", type=float, help=f"perturbation radius ({_default('eps')})")
-    method.add_argument(
-        "--queries",
-        type=whole,
-        help=f"random directions a step, averaged ({_default('queries')})",
-    )
-    method.add_argument(
-        "--one-sided",
-        action="store_true",
-        default=None,
-        help="estimate from theta + eps z and theta instead of theta +- eps z",
-    )
-    method.add_argument(
-        "--distribution",
-        **choice(("gaussian", "rademacher")),
-        help=f"of z, all but lozo ({_default('distribution')})",
-    )
-    method.add_argument(
-        "--rank", type=whole, help=f"lozo, lozo-m: columns of U and V ({_default('rank')})"
-    )
-    method.add_argument(
-        "--interval",
-        type=whole,
-        help=f"lozo, lozo-m: steps for which V stays ({_default('interval')})",
-    )
-    method.add_argument(
-        "--momentum",
-        type=float,
-        help=f"{_takers('momentum')}: in [0, 1) (default: 0, with -m 0.9)",
-    )
-    method.add_argument(
-        "--history",
-        metavar="STEPS",
-        type=whole,
-        help="zo-adam: keep no moments, make them anew from so many last steps",
-    )
-    method.add_argument(
-        "--blocks",
-        **choice(("sequential", "simultaneous")),
-        help="perturb layer by layer: one block of the model a step, in turn, or every block in "
-        "each step, two forward passes a block; takes the schedule plain",
-    )
-    method.add_argument("--weight-decay", type=float, help=f"({_default('weight_decay')})")
-    method.add_argument(
-        "--rounding",
-        **choice(("nearest", "stochastic")),
-        help="of updates in 16-bit weights (default: stochastic where the schedule is factored or "
-        "paired and with forward-grad, else nearest)",
-    )
-    method.add_argument(
-        "--schedule",
-        **choice(("plain", "deferred", "factored", "paired")),
-        help="sweeps over the weights a step: 3, 2, or (lozo) one a window; paired: the same, with "
-        "both signs in one forward pass, for batches of few tokens (default: factored for lozo "
-        "and lozo-m, deferred for the others that have it)",
-    )
-
-
 def add_run_options(parser: argparse.ArgumentParser) -> Any:
     """Adds the options that say how long and how to train; returns their group."""
     run = parser.add_argument_group("run")
@@ -300,18 +217,19 @@ def options(args: argparse.Namespace) -> Options:
     method = args.method or defaults.METHOD
     blocks, one_sided = args.blocks is not None, args.one_sided is not None
     table = defaults.defaults(method, embedded, args.peft, blocks, one_sided)
-    for name in defaults.HYPER:
+    for name in OPTIONS:
         if name not in table and getattr(args, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} is no option of the method {method}")
     if blocks and args.schedule not in (None, "plain"):
         raise UserError("--blocks takes the schedule plain")
     if blocks and args.peft is not None:
         raise UserError("--blocks and --peft exclude each other: an adapter has no blocks")
-    if args.loss == "accuracy" and method == "forward-grad":
-        raise UserError("--loss accuracy has no derivative, which the method forward-grad needs")
+    made, recipe = recipes()[method]
+    if args.loss == "accuracy" and made.differentiates:
+        raise UserError(f"--loss accuracy has no derivative, which the method {method} needs")
 
     def value(name: str) -> Any:
-        given = getattr(args, name)
+        given = getattr(args, name, None)  # a recipe may have more than the command line
         return table[name] if given is None else given
 
     train = str(defaults.EMBEDDED_DATA) if args.train is None else args.train
@@ -323,7 +241,7 @@ def options(args: argparse.Namespace) -> Options:
         sources=_sources(train, args.dev, args.test),
         task=_task(args, train),
         method=method,
-        hyper={name: value(name) for name in defaults.HYPER if name in table},
+        hyper={name: value(name) for name in by_method()[method]},
         plan=Plan(**{name: value(name) for name in _PLAN}),
         forwards=args.forwards,
         peft=args.peft,
@@ -335,7 +253,7 @@ def options(args: argparse.Namespace) -> Options:
         trust_remote_code=value("trust_remote_code"),
         resume=args.resume,
         overwrite=args.overwrite or (demo and args.output is None and not args.resume),
-        title=f"{recipes()[method][1].title} fine-tuning of {name}",
+        title=f"{recipe.title} fine-tuning of {name}",
     )
 
 

@@ -50,6 +50,22 @@ def choice(names: Iterable[str], others: Mapping[str, str] | None = None) -> dic
     return {"type": read, "metavar": f"{{{','.join(names)}}}"}
 
 
+def whole(text: str) -> int:
+    """A count; of more than 2**31 there is no memory and no time for."""
+    value = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
+    if value >= 1 << 31:
+        raise argparse.ArgumentTypeError(f"must be below 2**31, got {text!r}")
+    return value
+
+
+def default_text(values: Iterable[Any]) -> str:
+    """What a help text says of an option's defaults."""
+    texts = {f"{v:g}" if isinstance(v, float) else f"{v}" for v in values if v is not None}
+    return f"default: {' or '.join(sorted(texts))}"
+
+
 def folder(text: str) -> Path:
     """A folder to write; libraries in Rust take no name that is not UTF-8."""
     if not text:  # of a variable that is not set; it would be the present folder

@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 from zo_fused.cli import defaults
-from zo_fused.cli.finetune import whole
-from zo_fused.cli.parser import add_trust_option
+from zo_fused.cli.method_options import by_method
+from zo_fused.cli.parser import add_trust_option, whole
 
 HELP = "show what a model and a step of each method take in memory, without loading it"
 
@@ -19,20 +19,27 @@ Parameters, weights and state are exact. A peak is an estimate: weights, what th
 and what is alive at most in a forward pass over the batch, without what kernels, allocators and the
 process need for themselves."""
 
-# name, method of finetune, its options; the schedules are those that finetune takes by default
-CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("MeZO", "mezo", {}),
-    ("MeZO-M", "mezo-m", {}),
-    ("LOZO, factored", "lozo", {}),
-    ("LOZO, in place", "lozo", {"schedule": "deferred"}),
-    ("LOZO-M, factored", "lozo-m", {}),
-    ("LOZO, paired", "lozo", {"schedule": "paired"}),
-    ("ZO-Adam", "zo-adam", {}),
-    ("ZO-Adam, history 100", "zo-adam", {"history": 100}),
-    ("ZO-SignSGD", "zo-sign", {}),
-    ("ZO-Conservative", "zo-conservative", {}),
-    ("Forward-Grad", "forward-grad", {}),
-)
+# Methods that have other rows than one: what to add to the title, options.
+_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "lozo": {
+        ", factored": {},
+        ", in place": {"schedule": "deferred"},
+        ", paired": {"schedule": "paired"},
+    },
+    "lozo-m": {", factored": {}},
+    "zo-adam": {"": {}, ", history 100": {"history": 100}},
+}
+
+
+def cases() -> list[tuple[str, str, dict[str, Any]]]:
+    """Title, method of finetune, its options; the schedules are those that finetune takes."""
+    from zo_fused.methods.table import recipes
+
+    return [
+        (recipe.title + variant, name, options)
+        for name, (_, recipe) in recipes().items()
+        for variant, options in _VARIANTS.get(name, {"": {}}).items()
+    ]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_trust_option(parser)
     parser.add_argument(
-        "--method", choices=list(defaults.by_method()), help="this method alone (default: all)"
+        "--method", choices=list(by_method()), help="this method alone (default: all)"
     )
     parser.add_argument(
         "--dtype",
@@ -79,7 +86,7 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
     forward = outline.activations(args.batch_size, args.length)
     rows = [
         _row(name, method, hyper, args, outline, forward)
-        for name, method, hyper in CASES
+        for name, method, hyper in cases()
         if args.method in (None, method)
     ]
     if args.method is None:
@@ -110,13 +117,12 @@ def _row(
 ) -> dict[str, Any]:
     import torch
 
+    from zo_fused.methods.table import recipes
     from zo_fused.task.memory import kept
     from zo_fused.task.run import make_optimizer
 
     table = defaults.defaults(method, embedded=False)
-    own = {
-        key: value for key, value in table.items() if key in defaults.by_method()[method]
-    } | hyper
+    own = {key: value for key, value in table.items() if key in by_method()[method]} | hyper
     if args.rank is not None and "rank" in own:
         own["rank"] = args.rank
     dtype = getattr(torch, args.dtype)
@@ -124,7 +130,9 @@ def _row(
     needed = forward
     if own["schedule"] == "paired" and forward is not None:
         needed = 2 * forward
-    if method == "forward-grad":  # beside every activation its tangent; no fused attention
+    if recipes()[method][
+        0
+    ].differentiates:  # beside every activation its tangent; no fused attention
         plain = outline.activations(args.batch_size, args.length, fused=False)
         needed = None if plain is None else held.peak - held.beside + 2 * plain
     weights = sum(p.numel() for p in outline.model.parameters()) * dtype.itemsize

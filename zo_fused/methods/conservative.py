@@ -48,9 +48,8 @@ class ZOConservative(ZerothOrderOptimizer):
         params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
         lr: learning rate.
         eps: perturbation radius.
-        seed: base seed of the run.
         distribution: of the elements of z: "gaussian", or "rademacher", -1 or 1.
-        block_order: None or "sequential", see `ZerothOrderOptimizer`.
+        seed, block_order: see `ZerothOrderOptimizer`; not "simultaneous".
     """
 
     needs_closure = True
@@ -60,8 +59,9 @@ class ZOConservative(ZerothOrderOptimizer):
         params: Any,
         lr: float | Tensor = 1e-6,
         eps: float = 1e-3,
-        seed: int = 0,
         distribution: str = "gaussian",
+        *,
+        seed: int = 0,
         block_order: str | None = None,
     ) -> None:
         if block_order == "simultaneous":

@@ -61,12 +61,12 @@ class ForwardGrad(ZerothOrderOptimizer):
         weight_decay: decay, with the learning rate as factor.
         rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias. No
             restore dithers this update, so small ones need "stochastic".
-        seed: base seed of the run.
-        queries: directions a step, whose estimates are averaged.
         distribution: of the elements of z: "gaussian", or "rademacher", -1 or 1.
+        seed, queries: see `ZerothOrderOptimizer`.
     """
 
     needs_closure = True
+    differentiates = True
 
     def __init__(
         self,
@@ -74,9 +74,10 @@ class ForwardGrad(ZerothOrderOptimizer):
         lr: float | Tensor = 1e-6,
         weight_decay: float = 0.0,
         rounding: str = "stochastic",
+        distribution: str = "gaussian",
+        *,
         seed: int = 0,
         queries: int = 1,
-        distribution: str = "gaussian",
     ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay, "rounding": rounding}
         direction = DenseOf(module if isinstance(module, nn.Module) else None, distribution)

@@ -11,7 +11,6 @@ from functools import cache
 from typing import Any, TypeVar
 
 from zo_fused.step.optimizer import ZerothOrderOptimizer
-from zo_fused.step.schedule import STEP_DEFAULTS, StepOptions
 
 Made = TypeVar("Made", bound=type[ZerothOrderOptimizer])
 
@@ -23,7 +22,7 @@ class Recipe:
     Args:
         name: of `zo-fused finetune --method`.
         title: as papers write it.
-        options: those whose defaults are others than the method's own.
+        options: arguments whose defaults are others than the method's own.
     """
 
     name: str
@@ -40,14 +39,20 @@ def method(*recipes: Recipe) -> Callable[[Made], Made]:
     by those of its recipes, if it has any.
 
     Raises:
+        TypeError: a recipe has an option that is no argument, or a subclass of a method has an
+            argument that the method does not record in logs.
         ValueError: there is another method of that name.
     """
 
     def register(made: Made) -> Made:
-        known = METHODS.get(made.__name__, made)
-        if (known.__module__, known.__qualname__) != (made.__module__, made.__qualname__):
-            raise ValueError(f"there is a method {made.__name__} in {known.__module__} already")
-        made.__signature__ = _expanded(inspect.signature(made))  # type: ignore[attr-defined]
+        _check_new(made.__name__, METHODS.get(made.__name__, made), made)
+        _check_arguments(made)
+        takes = arguments(made)
+        for recipe in recipes:
+            _check_new(recipe.name, RECIPES.get(recipe.name, (made, recipe))[0], made)
+            for option in recipe.options:
+                if option not in takes:
+                    raise TypeError(f"{recipe.name}: {made.__name__} has no argument {option!r}")
         METHODS[made.__name__] = made
         RECIPES.update({recipe.name: (made, recipe) for recipe in recipes})
         return made
@@ -55,11 +60,36 @@ def method(*recipes: Recipe) -> Callable[[Made], Made]:
     return register
 
 
+def _check_new(name: str, known: type, made: type) -> None:
+    """A module may run again, but no name stands for two methods."""
+    if (known.__module__, known.__qualname__) != (made.__module__, made.__qualname__):
+        raise ValueError(f"there is a method {name} in {known.__module__} already")
+
+
+def _check_arguments(made: type[ZerothOrderOptimizer]) -> None:
+    """What a method inherits from another records the arguments of that one alone."""
+    parent = next((kind for kind in made.__mro__[1:] if kind in METHODS.values()), None)
+    if parent is None:
+        return
+    for name in arguments(made):
+        if name not in arguments(parent):
+            raise TypeError(
+                f"{made.__name__} has the argument {name!r}, which {parent.__name__} would not "
+                "record in replay logs: derive it from ZerothOrderOptimizer"
+            )
+
+
 @cache
 def _import_all() -> None:
     package = importlib.import_module("zo_fused.methods")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"zo_fused.methods.{module.name}")
+
+
+def arguments(made: type[ZerothOrderOptimizer]) -> dict[str, Any]:
+    """Names and defaults of what a method takes besides what to tune."""
+    _, *others = inspect.signature(made).parameters.values()
+    return {p.name: p.default for p in others if p.kind is not p.VAR_POSITIONAL}
 
 
 def methods() -> Mapping[str, type[ZerothOrderOptimizer]]:
@@ -72,20 +102,3 @@ def recipes() -> Mapping[str, tuple[type[ZerothOrderOptimizer], Recipe]]:
     """What the command line offers, by name."""
     _import_all()
     return dict(sorted(RECIPES.items()))
-
-
-def _expanded(signature: inspect.Signature) -> inspect.Signature:
-    """With the keywords that all methods take, for help() and editors."""
-    own = list(signature.parameters.values())
-    if not own or own[-1].kind is not inspect.Parameter.VAR_KEYWORD:
-        return signature
-    common = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=STEP_DEFAULTS[name],
-            annotation=annotation,
-        )
-        for name, annotation in StepOptions.__annotations__.items()
-    ]
-    return signature.replace(parameters=[*own[:-1], *common])

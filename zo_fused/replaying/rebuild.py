@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_fused.directions.dense import Dense
-from zo_fused.methods.table import methods
+from zo_fused.methods.table import arguments, methods
 from zo_fused.noise.streams import CONTRACT_VERSION, plain_name
 from zo_fused.replaying.tape import Recorder
 from zo_fused.step import log_lines
@@ -113,9 +112,10 @@ def _optimizer(
     """The optimizer of the log's header over the model's tensors."""
     header = record.header
     if header["method"] not in methods():
+        home = f": import {header['module']}" if "module" in header else ""
         raise ValueError(
             f"the log is of method {header['method']!r}; known are {', '.join(sorted(methods()))}. "
-            "A method of your own must be imported first"
+            f"A method of your own must be imported first{home}"
         )
     table = header["parameters"]
     tensors = _tensors(model, table)
@@ -135,9 +135,8 @@ def _optimizer(
     defaults = {**header["groups"][0], **header["options"]}  # every group has values of its own
     defaults |= {"seed": header["seed"], "module": nn.Module()}
     factored = defaults.get("mode") == "factored"
-    takes = list(inspect.signature(method).parameters)[1:]  # the first: what to tune
-    arguments = {name: value for name, value in defaults.items() if name in takes}
-    optimizer = method(groups, **arguments)
+    takes = arguments(method)
+    optimizer = method(groups, **{name: defaults[name] for name in takes if name in defaults})
     for number, (group, values) in enumerate(
         zip(optimizer.param_groups, header["groups"], strict=True)
     ):

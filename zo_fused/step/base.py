@@ -25,7 +25,7 @@ from zo_fused.step.optimizer_state import check_saved, in_order
 from zo_fused.step.parameters import Parameters
 from zo_fused.step.report import Report
 from zo_fused.step.rule import Rule
-from zo_fused.step.schedule import STEP_DEFAULTS, Schedule, StepOptions
+from zo_fused.step.schedule import STEP_DEFAULTS, Schedule, StepOptions, spelled_out
 from zo_fused.step.timing import Timer
 from zo_fused.step.weights import Weights
 
@@ -38,6 +38,16 @@ class Base(torch.optim.Optimizer):
         rule: what a projected gradient does.
         schedule: which losses a step takes.
     """
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """`inspect.signature`, help() and replays see the names that ``**common`` stands for."""
+        super().__init_subclass__(**keywords)
+        if "__init__" in vars(cls):
+            own = inspect.signature(vars(cls)["__init__"])
+            own = own.replace(parameters=list(own.parameters.values())[1:])
+            parents = map(vars, cls.__mro__[1:])
+            above = (kind["__signature__"] for kind in parents if "__signature__" in kind)
+            cls.__signature__ = spelled_out(own, next(above, None))  # type: ignore[attr-defined]
 
     def __init__(
         self,

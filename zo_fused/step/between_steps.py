@@ -100,6 +100,9 @@ class BetweenSteps(Base):
             "method": type(self).__name__,
             "options": self._options,
         }
+        home = type(self).__module__
+        if not home.startswith(("zo_fused.", "__main__")):
+            about["module"] = home  # to be imported before a replay
         positions = [] if self.weights.beside.paired else self.positions()
         if positions and positions[0].sign == 0 and not self.schedule.deferred:
             del positions[0]  # they are there

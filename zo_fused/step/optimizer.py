@@ -74,6 +74,7 @@ class ZerothOrderOptimizer(BetweenSteps):
     """
 
     needs_closure = False  # whether `step` can't do with losses
+    differentiates = False  # whether the loss must have a derivative
 
     # ---- what a method may say ------------------------------------------------------------------
 

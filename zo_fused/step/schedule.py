@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, TypedDict
+from inspect import Parameter, Signature
+from typing import Any, NamedTuple, TypedDict, get_type_hints
 
 from zo_fused.checks import choice, switch, whole
 
@@ -79,6 +80,26 @@ class StepOptions(TypedDict, total=False):
 
 
 STEP_DEFAULTS: dict[str, Any] = {"seed": 0, **asdict(Schedule())}
+_STEP_PARAMETERS = [
+    Parameter(name, Parameter.KEYWORD_ONLY, default=STEP_DEFAULTS[name], annotation=hint)
+    for name, hint in get_type_hints(StepOptions).items()
+]
+
+
+def spelled_out(own: Signature, parent: Signature | None) -> Signature:
+    """A constructor's signature with names in the place of its ``**keywords``: those of
+    `StepOptions`, where that is their annotation or there is no parent, else what the constructor
+    of the parent takes besides."""
+    named = list(own.parameters.values())
+    if not named or named[-1].kind is not Parameter.VAR_KEYWORD:
+        return own
+    last = named.pop()
+    more = _STEP_PARAMETERS
+    if parent is not None and StepOptions.__name__ not in str(last.annotation):
+        more = list(parent.parameters.values())[1:]  # the first: what to tune
+    known = {parameter.name for parameter in named}
+    more = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in more if p.name not in known]
+    return own.replace(parameters=[*named, *more])
 
 
 def pairs(losses: Mapping[Position, Any]) -> list[tuple[Any, Any, int]]:

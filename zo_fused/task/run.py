@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -182,12 +181,12 @@ def finetune(options: Options) -> dict[str, Any]:
     try:
         history = run.run()
     except (RuntimeError, TypeError, ValueError) as error:
-        refusal = re.match(r"(paired=True|ForwardGrad)\b", str(error))
-        if refusal is None:
+        if str(error).startswith("paired=True"):
+            given, other = "schedule paired", "schedule factored"
+        elif optimizer.differentiates and str(error).startswith(type(optimizer).__name__):
+            given, other = f"method {options.method}", "method mezo"
+        else:
             raise
-        given, other = ("schedule paired", "schedule factored")
-        if refusal[1] == "ForwardGrad":
-            given, other = ("method forward-grad", "method mezo")
         raise UserError(
             f"--{given} is not for this model; take --{other} ({first_line(error)})"
         ) from error
@@ -277,7 +276,7 @@ def _encode(
 
 def _model(options: Options, checkpoint: Path | None, device: torch.device) -> Any:
     experts = None
-    if options.method == "forward-grad":  # whose differentiation knows no grouped_mm
+    if recipes()[options.method][0].differentiates:  # forward mode knows no grouped_mm
         experts = "eager"
     elif options.hyper["schedule"] == "paired":  # whose vmap knows no nonzero
         experts = "batched_mm"

@@ -1,0 +1,77 @@
+"""Options of ``zo-fused finetune`` that belong to methods. Defaults are those of the methods."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from zo_fused.cli.parser import choice, default_text, whole
+
+# Arguments of the methods, and two names that stand for several: schedule and blocks. In a help
+# text {default} stands for the default, and {methods} for the methods that take the option.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lr": {"type": float, "help": "learning rate ({default})"},
+    "eps": {"type": float, "help": "perturbation radius ({default})"},
+    "queries": {"type": whole, "help": "random directions a step, averaged ({default})"},
+    "one_sided": {
+        "action": "store_true",
+        "default": None,
+        "help": "estimate from theta + eps z and theta instead of theta +- eps z",
+    },
+    "distribution": {
+        **choice(("gaussian", "rademacher")),
+        "help": "{methods}: of z ({default})",
+    },
+    "rank": {"type": whole, "help": "{methods}: columns of U and V ({default})"},
+    "interval": {"type": whole, "help": "{methods}: steps for which V stays ({default})"},
+    "momentum": {"type": float, "help": "{methods}: in [0, 1) (default: 0, with -m 0.9)"},
+    "history": {
+        "metavar": "STEPS",
+        "type": whole,
+        "help": "{methods}: keep no moments, make them anew from so many last steps",
+    },
+    "blocks": {
+        **choice(("sequential", "simultaneous")),
+        "help": "perturb layer by layer: one block of the model a step, in turn, or every block in "
+        "each step, two forward passes a block; takes the schedule plain",
+    },
+    "weight_decay": {"type": float, "help": "({default})"},
+    "rounding": {
+        **choice(("nearest", "stochastic")),
+        "help": "of updates in 16-bit weights (default: stochastic where the schedule is factored "
+        "or paired and with forward-grad, else nearest)",
+    },
+    "schedule": {
+        **choice(("plain", "deferred", "factored", "paired")),
+        "help": "sweeps over the weights a step: 3, 2, or (lozo) one a window; paired: the same, "
+        "with both signs in one forward pass, for batches of few tokens (default: factored for "
+        "lozo and lozo-m, deferred for the others that have it)",
+    },
+}
+
+
+@cache
+def by_method() -> dict[str, dict[str, Any]]:
+    """The options that each method takes, with its defaults, by name."""
+    from zo_fused.methods.table import arguments, recipes
+
+    table = {}
+    for name, (method, recipe) in recipes().items():
+        takes = arguments(method)
+        own = {option: takes[option] for option in OPTIONS if option in takes}
+        own["schedule"] = (
+            "factored" if "mode" in takes else "deferred" if "deferred" in takes else "plain"
+        )
+        if "block_order" in takes:
+            own["blocks"] = None
+        table[name] = own | recipe.options
+    return table
+
+
+def add_method_options(parser: Any) -> None:
+    """Adds all of them."""
+    for name, option in OPTIONS.items():
+        takers = {method: table[name] for method, table in by_method().items() if name in table}
+        told = {"default": default_text(takers.values()), "methods": ", ".join(takers)}
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, **{**option, "help": option["help"].format(**told)})
