@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -88,13 +89,19 @@ def sweeps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     from zo_fused.step.buckets import Bucket
 
     made: list[str] = []
-    original = Bucket.prepared
+    original, make = Bucket.prepared, Bucket.__init__
+    mine: weakref.WeakSet[Bucket] = weakref.WeakSet()  # an earlier test's may be flushed meanwhile
+
+    def init(self: Bucket, *args: Any, **kw: Any) -> None:
+        make(self, *args, **kw)
+        mine.add(self)
 
     def sweep(self: Bucket, name: str, *lists: Any, **options: Any) -> Any:
         run = original(self, name, *lists, **options)
-        if name == "factor_momentum_":  # over factors alone
+        if self not in mine or name == "factor_momentum_":  # over factors alone
             return run
         return lambda *args, **options: (made.append(name), run(*args, **options))[1]
 
+    monkeypatch.setattr(Bucket, "__init__", init)
     monkeypatch.setattr(Bucket, "prepared", sweep)
     return made
