@@ -10,8 +10,10 @@ from __future__ import annotations
 import gc
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import pytest
@@ -164,24 +166,26 @@ def test_keys_made_on_the_device_are_those_of_the_host(
 # ---- Python work ---------------------------------------------------------------------------------
 
 
-def events_of_a_step(method: Any, parameters: int, **kw: Any) -> int:
+NEW_SEEDS = count(2**40)
+
+
+def events_of_a_step(method: Any, parameters: int, **kw: Any) -> Counter[str]:
     """What the interpreter does in a step after the first ones: calls, also of C functions."""
     module = nn.Module()
     for i in range(parameters):
         shape = (3, 2) if i % 2 else (3,)
         module.register_parameter(f"p{i}", nn.Parameter(torch.ones(shape)))
-    opt = method(module, seed=parameters, **kw)  # no keys that were derived before
+    opt = method(module, seed=next(NEW_SEEDS), **kw)  # no keys that are known from before
     loss = torch.ones(())
     for _ in range(4):
         opt.step(lambda: loss)
-    events = 0
+    events: Counter[str] = Counter()
 
-    def count(*_: Any) -> None:
-        nonlocal events
-        events += 1
+    def note(frame: Any, event: str, function: Any) -> None:
+        events[f"{event} {frame.f_code.co_qualname} {getattr(function, '__qualname__', '')}"] += 1
 
     gc.disable()  # what it would clear away here is of other tests
-    sys.setprofile(count)
+    sys.setprofile(note)
     try:
         opt.step(lambda: loss)
     finally:

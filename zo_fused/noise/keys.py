@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,12 +45,17 @@ class Stream(NamedTuple):
 
 
 def stream_keys(seed: int, streams: Sequence[Stream], device: torch.device) -> Tensor:
-    """`derive_key` of every stream, int64 [len(streams)]."""
+    """`derive_key` of every stream, int64 [len(streams)]. Not to be changed."""
     if any(isinstance(stream.step, DeviceStep) for stream in streams):
         return torch.stack([_made_on_device(seed, stream) for stream in streams])
-    keys = [derive_key(seed, s.purpose, s.step // s.interval, s.query) for s in streams]  # type: ignore[operator]
-    host = torch.from_numpy(np.array(keys, dtype=np.uint64).view(np.int64))
+    host = _made_on_host(seed, tuple(streams))
     return host if device.type == "cpu" else on_device(host, device)
+
+
+@lru_cache(maxsize=64)  # a step asks for its keys in each of its sweeps
+def _made_on_host(seed: int, streams: tuple[Stream, ...]) -> Tensor:
+    keys = [derive_key(seed, s.purpose, s.step // s.interval, s.query) for s in streams]  # type: ignore[operator]
+    return torch.from_numpy(np.array(keys, dtype=np.uint64).view(np.int64))
 
 
 def _made_on_device(seed: int, stream: Stream) -> Tensor:

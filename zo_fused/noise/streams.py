@@ -6,7 +6,6 @@ Pure Python integers. ``docs/noise.md`` is the contract in prose, with test vect
 from __future__ import annotations
 
 import enum
-import functools
 import hashlib
 
 from zo_fused.checks import whole
@@ -65,16 +64,10 @@ def derive_key(seed: int, purpose: int, step: int = 0, query: int = 0) -> int:
     Raises:
         ValueError: an argument is no whole number, or out of range.
     """
-    return _derived(
-        whole("seed", seed, 0, bits=64),
-        whole("purpose", purpose, 0, bits=32),
-        whole("step", step, 0, bits=64),
-        whole("query", query, 0, bits=32),
-    )
-
-
-@functools.lru_cache(maxsize=256)  # a step asks for its keys again and again
-def _derived(seed: int, purpose: int, step: int, query: int) -> int:
+    seed = whole("seed", seed, 0, bits=64)
+    purpose = whole("purpose", purpose, 0, bits=32)
+    step = whole("step", step, 0, bits=64)
+    query = whole("query", query, 0, bits=32)
     words = philox4x32((step & MASK32, step >> 32, query, purpose), (seed & MASK32, seed >> 32))
     return words[0] | words[1] << 32
 

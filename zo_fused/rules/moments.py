@@ -130,7 +130,9 @@ class Adam(Rule):
 
     def apply(self, update: Update, direction: Dense, state: dict[Any, Any]) -> None:
         u, bucket = update, update.bucket
-        beta1, beta2 = (bucket.constant([g["betas"][i] for g in u.param_groups]) for i in (0, 1))
+        betas = [[g["betas"][i] for g in u.param_groups] for i in (0, 1)]
+        beta1, beta2 = map(bucket.constant, betas)
+        gain1, gain2 = (bucket.constant([1 - beta for beta in group]) for group in betas)
         eps = bucket.hyper(u.param_groups, "adam_eps")
         t = bucket.once("step", lambda: steps_taken(bucket, state))
         t += u.finite
@@ -139,7 +141,7 @@ class Adam(Rule):
         step = -u.lr * root / (1 - beta1**t)
         m = kept(bucket, state, "exp_avg", self.state_dtype)
         v = kept(bucket, state, "exp_avg_sq")
-        columns = (beta1, 1 - beta1, beta2, 1 - beta2, eps * root, step)
+        columns = (beta1, gain1, beta2, gain2, eps * root, step)
         _sweep(u, direction, "adam", [m, v], *columns)
 
 

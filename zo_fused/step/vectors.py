@@ -67,4 +67,5 @@ def float32(value: Vector) -> Tensor:
 
 def table(columns: Sequence[Vector]) -> Tensor:
     """Vectors side by side as the sweeps take them, float32 [P, columns]."""
-    return torch.stack(list(columns), dim=-1).float()
+    side_by_side = torch.stack(list(columns), -1) if len(columns) > 1 else columns[0].unsqueeze(-1)
+    return side_by_side.float()
