@@ -53,4 +53,32 @@ ZO_HD typename L::F32 rademacher(typename L::U32 word) {
   return L::as_float(L::and_or(word, 0x80000000u, 0x3F800000u));
 }
 
+// ---- hadamard ------------------------------------------------------------------------------------
+
+// The 16 bytes of four words, each less its mean 127.5, go through a 16-point Hadamard transform,
+// byte k = 8 (b / 2) + 2 w + b % 2 for byte b of word w. `packed[i]` has two sums of eight: lo of the
+// low halves of the words, hi of the high ones. Outputs i and 8 + i are their sum and difference.
+template <class L>
+ZO_HD void hadamard_halves(typename L::U32 (&packed)[8], const typename L::U32 (&words)[4]) {
+  typename L::U32 even[4], odd[4];  // sums and differences of neighbouring bytes
+  for (int w = 0; w < 4; ++w) L::byte_pairs(words[w], even[w], odd[w]);
+  const auto across_words = [&](const typename L::U32(&x)[4], int i0) ZO_LAMBDA {
+    const auto a = L::add_halves(x[0], x[1]), b = L::sub_halves(x[0], x[1]);
+    const auto c = L::add_halves(x[2], x[3]), d = L::sub_halves(x[2], x[3]);
+    packed[i0] = L::add_halves(a, c);
+    packed[i0 + 2] = L::add_halves(b, d);
+    packed[i0 + 4] = L::sub_halves(a, c);
+    packed[i0 + 6] = L::sub_halves(b, d);
+  };
+  across_words(even, 0);
+  across_words(odd, 1);
+}
+
+// y (A + C y^2): variance 1 and kurtosis 3. y^2 is exact.
+template <class L>
+ZO_HD typename L::F32 near_normal(typename L::F32 y) {
+  const auto slope = L::fma(L::mul(y, y), L::splat(0x1.228252p-33f), L::splat(0x1.b6f80cp-9f));
+  return L::mul(y, slope);
+}
+
 }  // namespace zo_fused

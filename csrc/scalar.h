@@ -31,6 +31,25 @@ struct Scalar {
   ZO_HD static U32 and_or(U32 a, uint32_t mask, uint32_t set) { return (a & mask) | set; }
   ZO_HD static U32 xor_and(U32 a, U32 b, uint32_t mask) { return a ^ (b & mask); }
 
+  // Two integers lo and hi, packed as lo + 65536 hi, which + and - keep. First the sums of
+  // neighbouring bytes, less their mean, and the differences.
+  ZO_HD static void byte_pairs(U32 word, U32& sums, U32& differences) {
+    const U32 even = word & 0x00FF00FFu, odd = word >> 8 & 0x00FF00FFu;
+    sums = even + odd - 0x00FF00FFu;
+    differences = even - odd;
+  }
+  ZO_HD static U32 add_halves(U32 a, U32 b) { return a + b; }
+  ZO_HD static U32 sub_halves(U32 a, U32 b) { return a - b; }
+  // lo + hi and lo - hi, for numbers in [-2048, 2048): as floats above 2^23 they are their bits.
+  ZO_HD static F32 sum(U32 packed) {
+    const U32 x = packed + 0x08000800u;
+    return add(sub(float_of(0x4B000000u | x >> 16), 0x1.001p24f), float_of(0x4B000000u | (x & 0xFFFFu)));
+  }
+  ZO_HD static F32 difference(U32 packed) {
+    const U32 x = packed + 0x08000800u;
+    return sub(float_of(0x4B000000u | (x & 0xFFFFu)), float_of(0x4B000000u | x >> 16));
+  }
+
   // between the two
   ZO_HD static U32 bits(F32 x) { return bits_of(x); }
   ZO_HD static F32 as_float(U32 x) { return float_of(x); }

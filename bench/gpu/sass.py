@@ -176,9 +176,7 @@ def cases(target: str) -> Iterator[Case]:
         width = sum(dtype.itemsize for dtype in dtypes)
         return Unit(elements, elements * width // 16, launch.CHUNK // block, 2 * width)
 
-    def dense(
-        dtype: torch.dtype, directions: int, rounding: bool = False, transform: str = "portable"
-    ) -> None:
+    def dense(dtype: torch.dtype, directions: int, rounding: bool, transform: str) -> None:
         sweeps.dense(
             FakeLaunch(dtype), keys[:directions], torch.zeros(1, directions), one,
             key if rounding else None, transform,
@@ -209,11 +207,13 @@ def cases(target: str) -> Iterator[Case]:
 
     for name, dtype in DTYPES.items():
         for label, options in (
-            ("dense", (1,)),
-            ("dense, 2 directions", (2,)),
-            ("dense, any directions", (3,)),
-            ("dense, stochastic", (1, True)),
+            ("dense", (1, False, "portable")),
+            ("dense, 2 directions", (2, False, "portable")),
+            ("dense, any directions", (3, False, "portable")),
+            ("dense, stochastic", (1, True, "portable")),
             ("dense, rademacher", (1, False, "rademacher")),
+            ("dense, hadamard", (1, False, "hadamard")),
+            ("dense, hadamard, 2 directions", (2, False, "hadamard")),
             ("dense, fast", (1, False, "fast")),
         ):
             yield Case(
@@ -222,7 +222,7 @@ def cases(target: str) -> Iterator[Case]:
                 # No path tells how often the loop over any number of directions runs.
                 None
                 if "any" in label
-                else noise_unit(launch.noise_block(options[0], dtype.itemsize), dtype),
+                else noise_unit(launch.noise_block(options[0], dtype.itemsize, options[2]), dtype),
             )
         for rule, states in (
             ("momentum", (torch.float32,)),

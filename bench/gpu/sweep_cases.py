@@ -14,6 +14,7 @@ from torch import Tensor
 from bench.models import DTYPES
 from zo_fused.noise import Purpose, derive_key
 from zo_fused.sweeps.conversions import int64_tensor
+from zo_fused.sweeps.numbers import EXACT, TRANSFORMS
 
 SIZES = (1, 7, 0, 4099)
 LONG = (*SIZES, 2**15 + 13)  # longer than the chunk of a program; the reference is slow
@@ -23,8 +24,6 @@ RANKS = (1, 2, 3, 4, 8, 16, 17, 32, 64)
 IDS = 0xFEDC_BA98_7654_3210
 KEYS = [derive_key(7, Purpose.DENSE, step) for step in range(3)]
 ROUNDING = int64_tensor([derive_key(7, Purpose.ROUNDING)])
-EXACT = ("portable", "rademacher")
-TRANSFORMS = (*EXACT, "fast")
 
 
 @dataclass(frozen=True)
@@ -122,6 +121,7 @@ def _moments() -> Iterator[Case]:
             *((1, rounding, "portable") for rounding in _roundings(dtype)),
             *([(2, None, "portable")] if first == "float32" else []),
             *([(1, None, "fast"), (2, None, "rademacher")] if rule == "momentum" else []),
+            *([(1, None, "hadamard")] if rule != "sign" else []),
         ]
         state = {"float32": torch.float32, "like the weights": dtype}.get(first)
         for directions, rounding, transform in forms:

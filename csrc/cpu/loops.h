@@ -11,10 +11,20 @@
 namespace zo_fused {
 namespace {
 
-// ---- noise: blocks of `lanes` counters, 4 elements each ---------------------------------------
+// ---- noise: blocks of counters -----------------------------------------------------------------
 
-template <class L>
-constexpr int64_t block_elements = 4 * L::lanes;
+// A counter has 4 elements, `lanes` of them make a block. With `hadamard` it has 16, and 8 make a
+// tile: 128 elements, of which counter n has 8 from element 8 n and 8 from element 64 + 8 n.
+template <class L, Transform transform = Transform::portable>
+constexpr int64_t block_elements = transform == Transform::hadamard
+                                       ? 16 * (L::lanes < 8 ? 8 : L::lanes)
+                                       : 4 * L::lanes;
+
+// The numbers of a block, in element order.
+template <class L, Transform transform>
+constexpr int64_t vectors = block_elements<L, transform> / L::lanes;
+template <class L, Transform transform>
+using Block = typename L::F32[vectors<L, transform>];
 
 // Words 0..3 of counters first .. first + lanes; lanes are in the order of `L::counters`.
 template <class L>
@@ -37,10 +47,65 @@ ZO_HD void ordered_words(typename L::F32 (&words)[4], uint64_t first, uint64_t i
   L::interleave(words);
 }
 
-// The normals or signs of the block that starts with counter `first`, in element order.
+// Tiles of `lanes` counters of a vector type, from their words.
+template <class L>
+ZO_HD void hadamard_tiles(typename L::F32 (&z)[16], const typename L::U32 (&words)[4]) {
+  typename L::U32 packed[8];
+  hadamard_halves<L>(packed, words);
+  typename L::F32 low[4], high[4];
+  for (int i = 0; i < 4; ++i) {
+    low[i] = L::as_float(packed[i]);
+    high[i] = L::as_float(packed[4 + i]);
+  }
+  L::interleave(low);
+  L::interleave(high);
+  constexpr int run = 64 / L::lanes;  // vectors of half a tile
+  for (int j = 0; j < 4; ++j) {
+    L::zip_quads(low[j], high[j]);
+    for (int part = 0; part < 2; ++part) {
+      const auto pairs = L::bits(part ? high[j] : low[j]);
+      const int vector = 2 * j + part, at = vector / run * 2 * run + vector % run;
+      z[at] = near_normal<L>(L::sum(pairs));
+      z[at + run] = near_normal<L>(L::difference(pairs));
+    }
+  }
+}
+
+// The near-normals of the block that starts with element 16 * first.
+template <class L>
+ZO_HD void hadamard_block(Block<L, Transform::hadamard>& z, uint64_t first, uint64_t id,
+                          const RoundKeys& keys) {
+  using One = typename L::One;
+  if constexpr (One::lanes >= 8) {
+    typename L::U32 words[4];
+    random_words<L>(words, first, id, keys);
+    typename One::U32 words_of_a[4], words_of_b[4];
+    for (int i = 0; i < 4; ++i) words_of_a[i] = words[i].a, words_of_b[i] = words[i].b;
+    typename One::F32 a[16], b[16];
+    hadamard_tiles<One>(a, words_of_a);
+    hadamard_tiles<One>(b, words_of_b);
+    for (int i = 0; i < 8; ++i) {
+      z[i] = {a[2 * i], a[2 * i + 1]};
+      z[8 + i] = {b[2 * i], b[2 * i + 1]};
+    }
+  } else {
+    float tile[128];
+    for (int n = 0; n < 8; ++n) {
+      uint32_t words[4], packed[8];
+      random_words<One>(words, first + n, id, keys);
+      hadamard_halves<One>(packed, words);
+      for (int i = 0; i < 8; ++i) {
+        tile[8 * n + i] = near_normal<One>(One::sum(packed[i]));
+        tile[64 + 8 * n + i] = near_normal<One>(One::difference(packed[i]));
+      }
+    }
+    for (int i = 0; i < 128 / L::lanes; ++i) z[i] = L::load(tile + i * L::lanes);
+  }
+}
+
 template <class L, Transform transform>
-ZO_HD void block_normals(typename L::F32 (&z)[4], uint64_t first, uint64_t id,
-                         const RoundKeys& keys) {
+ZO_HD void four_a_counter(typename L::F32 (&z)[4], uint64_t first, uint64_t id,
+                          const RoundKeys& keys) {
   typename L::U32 words[4];
   random_words<L>(words, first, id, keys);
   if constexpr (transform == Transform::rademacher) {
@@ -50,6 +115,17 @@ ZO_HD void block_normals(typename L::F32 (&z)[4], uint64_t first, uint64_t id,
     normal_pair<L>(words[2], words[3], z[2], z[3]);
   }
   L::interleave(z);
+}
+
+// The normals or signs of the block that starts with element 4 * first, in element order.
+template <class L, Transform transform>
+ZO_HD void block_normals(Block<L, transform>& z, uint64_t first, uint64_t id,
+                         const RoundKeys& keys) {
+  if constexpr (transform == Transform::hadamard) {
+    hadamard_block<L>(z, first / 4, id, keys);
+  } else {
+    four_a_counter<L, transform>(z, first, id, keys);
+  }
 }
 
 // The random numbers of 8 * lanes elements from element 8 * first, in element order.
@@ -74,7 +150,7 @@ ZO_HD void copy(T* to, const T* from, int64_t count) {
 
 // body(counter, data...) for a block of which only `count` elements from element `skip` exist. It
 // goes through buffers, so that one code path computes all elements.
-template <class L, class Body, class... T>
+template <int64_t size, class Body, class... T>
 ZO_HD void partial_block(int64_t skip, int64_t count, uint64_t counter, const Body& body,
                          T*... data) {
   const auto run = [&](auto... buffer) ZO_LAMBDA {
@@ -82,23 +158,23 @@ ZO_HD void partial_block(int64_t skip, int64_t count, uint64_t counter, const Bo
     body(counter, (data ? buffer.x : nullptr)...);
     (copy(data, buffer.x + skip, count), ...);
   };
-  run(Buffer<T, block_elements<L>>{}...);
+  run(Buffer<T, size>{}...);
 }
 
-// body(first counter, data...) for every block of the span, `data` moved to the block. Null stays.
-template <class L, class Body, class... T>
+// body(first element / 4, data...) for every block of the span, `data` moved to the block. Null
+// stays.
+template <int64_t size, class Body, class... T>
 ZO_HD void for_blocks(const Span& span, const Body& body, T*... data) {
-  constexpr int64_t size = block_elements<L>;
   // The high word is constant in a chunk, so all that hangs on it leaves the loop.
   const uint64_t high = static_cast<uint64_t>(span.first) / 4 & 0xFFFFFFFF00000000u;
-  uint32_t low = static_cast<uint32_t>(span.first / size * L::lanes);
+  uint32_t low = static_cast<uint32_t>(span.first / size * (size / 4));
   int64_t skip = span.first % size;
-  for (int64_t left = span.count; left > 0; low += L::lanes) {
+  for (int64_t left = span.count; left > 0; low += size / 4) {
     const int64_t here = size - skip < left ? size - skip : left;
     if (here == size) {
       body(high | low, data...);
     } else {
-      partial_block<L>(skip, here, high | low, body, data...);
+      partial_block<size>(skip, here, high | low, body, data...);
     }
     ((data = data ? data + here : nullptr), ...);
     left -= here;
@@ -107,19 +183,22 @@ ZO_HD void for_blocks(const Span& span, const Body& body, T*... data) {
 }
 
 // The end of a sweep over weights: rounds them to nearest, or stochastically.
-template <class L, class T>
-ZO_HD void store_block(T* block, const typename L::F32 (&acc)[4], uint64_t first, uint64_t id,
+template <class L, int count, class T>
+ZO_HD void store_block(T* block, const typename L::F32 (&acc)[count], uint64_t first, uint64_t id,
                        const RoundKeys* rounding) {
   if (rounds<T> && rounding) {
-    // Half of the lanes of L make the numbers of a block.
-    alignas(64) uint16_t random[block_elements<L>];
-    random_numbers<typename L::One>(random, first / 2, id, *rounding);
-    for (int i = 0; i < 4; ++i) {
+    // Half of the lanes of L make the numbers of four vectors.
+    constexpr int64_t size = count * L::lanes, step = 4 * L::lanes;
+    alignas(64) uint16_t random[size];
+    for (int64_t i = 0; i < size; i += step) {
+      random_numbers<typename L::One>(random + i, first / 2 + i / 8, id, *rounding);
+    }
+    for (int i = 0; i < count; ++i) {
       const int64_t at = i * L::lanes;
       store_stochastic<L>(block + at, acc[i], L::load_bits(random + at));
     }
   } else {
-    for (int i = 0; i < 4; ++i) L::store(block + i * L::lanes, acc[i]);
+    for (int i = 0; i < count; ++i) L::store(block + i * L::lanes, acc[i]);
   }
 }
 
@@ -132,32 +211,37 @@ void bits(int64_t* out, const Span& span, const RoundKeys& keys) {
     for (int i = 0; i < 4; ++i) L::store(ordered + i * L::lanes, words[i]);
     for (int i = 0; i < block_elements<L>; ++i) block[i] = bits_of(ordered[i]);
   };
-  for_blocks<L>(span, body, out);
+  for_blocks<block_elements<L>>(span, body, out);
 }
 
 template <class L, Transform transform>
 void normal(float* out, const Span& span, const RoundKeys& keys) {
   const auto body = [&](uint64_t first, float* block) ZO_LAMBDA {
-    typename L::F32 z[4];
+    Block<L, transform> z;
     block_normals<L, transform>(z, first, span.id, keys);
-    for (int i = 0; i < 4; ++i) L::store(block + i * L::lanes, z[i]);
+    for (int i = 0; i < vectors<L, transform>; ++i) L::store(block + i * L::lanes, z[i]);
   };
-  for_blocks<L>(span, body, out);
+  for_blocks<block_elements<L, transform>>(span, body, out);
 }
 
 template <class L, Transform transform, class T>
 void dense(void* weights, const Span& span, const Update& u) {
   const auto body = [&](uint64_t first, T* block) ZO_LAMBDA {
-    typename L::F32 acc[4];
-    for (int i = 0; i < 4; ++i) acc[i] = decayed<L>(L::load(block + i * L::lanes), u.decay);
-    for (int64_t k = 0; k < u.directions; ++k) {
-      typename L::F32 z[4];
+    constexpr int count = vectors<L, transform>;
+    typename L::F32 acc[count], z[count];
+    // The first direction before the weights: they needn't wait in registers for it.
+    if (u.directions > 0) block_normals<L, transform>(z, first, span.id, u.keys[0]);
+    for (int i = 0; i < count; ++i) {
+      acc[i] = decayed<L>(L::load(block + i * L::lanes), u.decay);
+      if (u.directions > 0) acc[i] = step<L>(acc[i], u.coeffs[0], z[i]);
+    }
+    for (int64_t k = 1; k < u.directions; ++k) {
       block_normals<L, transform>(z, first, span.id, u.keys[k]);
-      for (int i = 0; i < 4; ++i) acc[i] = step<L>(acc[i], u.coeffs[k], z[i]);
+      for (int i = 0; i < count; ++i) acc[i] = step<L>(acc[i], u.coeffs[k], z[i]);
     }
     store_block<L>(block, acc, first, span.id, u.rounding);
   };
-  for_blocks<L>(span, body, static_cast<T*>(weights));
+  for_blocks<block_elements<L, transform>>(span, body, static_cast<T*>(weights));
 }
 
 // Sweep after sweep over a block, which stays in the first-level cache. Neighbouring sweeps share
@@ -165,12 +249,13 @@ void dense(void* weights, const Span& span, const Update& u) {
 template <class L, Transform transform, class T>
 void dense_steps(void* weights, const Span& span, const Script& s) {
   const auto body = [&](uint64_t first, T* block) ZO_LAMBDA {
-    typename L::F32 z[4] = {};
+    constexpr int count = vectors<L, transform>;
+    typename L::F32 z[count] = {};
     int64_t held = -1;  // whose normals are in z
     const int64_t* row = s.script;
     for (int64_t sweep = 0; sweep < s.sweeps; ++sweep, row += 3) {
-      typename L::F32 acc[4];
-      for (int i = 0; i < 4; ++i) {
+      typename L::F32 acc[count];
+      for (int i = 0; i < count; ++i) {
         acc[i] = decayed<L>(L::load(block + i * L::lanes), s.decay[sweep]);
       }
       for (int term = 0; term < 2 && row[term] >= 0; ++term) {
@@ -178,21 +263,23 @@ void dense_steps(void* weights, const Span& span, const Script& s) {
           held = row[term];
           block_normals<L, transform>(z, first, span.id, s.keys[held]);
         }
-        for (int i = 0; i < 4; ++i) acc[i] = step<L>(acc[i], s.coeffs[2 * sweep + term], z[i]);
+        for (int i = 0; i < count; ++i) {
+          acc[i] = step<L>(acc[i], s.coeffs[2 * sweep + term], z[i]);
+        }
       }
       store_block<L>(block, acc, first, span.id, row[2] < 0 ? nullptr : s.keys + row[2]);
     }
   };
-  for_blocks<L>(span, body, static_cast<T*>(weights));
+  for_blocks<block_elements<L, transform>>(span, body, static_cast<T*>(weights));
 }
 
 // ---- moments -----------------------------------------------------------------------------------
 
 // The block's estimate g goes into its moments and they into acc.
-template <class L, Rule rule, bool kept, class M>
-ZO_HD void update_moments(typename L::F32 (&acc)[4], const typename L::F32 (&g)[4], M* firsts,
-                          float* seconds, const MomentCoeffs& coeffs) {
-  for (int i = 0; i < 4; ++i) {
+template <class L, Rule rule, bool kept, int count, class M>
+ZO_HD void update_moments(typename L::F32 (&acc)[count], const typename L::F32 (&g)[count],
+                          M* firsts, float* seconds, const MomentCoeffs& coeffs) {
+  for (int i = 0; i < count; ++i) {
     const int64_t at = i * L::lanes;
     typename L::F32 first{}, second{};
     if constexpr (kept) first = L::load(firsts + at);
@@ -203,9 +290,9 @@ ZO_HD void update_moments(typename L::F32 (&acc)[4], const typename L::F32 (&g)[
   }
 }
 
-template <class L, Rule rule, class M>
-ZO_HD void update_moments(typename L::F32 (&acc)[4], const typename L::F32 (&g)[4], M* firsts,
-                          float* seconds, const MomentCoeffs& coeffs) {
+template <class L, Rule rule, int count, class M>
+ZO_HD void update_moments(typename L::F32 (&acc)[count], const typename L::F32 (&g)[count],
+                          M* firsts, float* seconds, const MomentCoeffs& coeffs) {
   if (rule == Rule::adam || firsts) {
     update_moments<L, rule, true>(acc, g, firsts, seconds, coeffs);
   } else {
@@ -218,15 +305,16 @@ template <class L, Transform transform, class T, class M>
 void moment_sweep(void* weights, void* firsts, float* seconds, const Span& span, const Update& u,
                   const Moments& m) {
   const auto body = [&](uint64_t first, T* block, M* firsts, float* seconds) ZO_LAMBDA {
-    typename L::F32 acc[4], g[4];
-    for (int i = 0; i < 4; ++i) {
+    constexpr int count = vectors<L, transform>;
+    typename L::F32 acc[count], g[count];
+    for (int i = 0; i < count; ++i) {
       acc[i] = decayed<L>(L::load(block + i * L::lanes), u.decay);
       g[i] = L::splat(0.0f);
     }
     for (int64_t k = 0; k < u.directions; ++k) {
-      typename L::F32 z[4];
+      typename L::F32 z[count];
       block_normals<L, transform>(z, first, span.id, u.keys[k]);
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < count; ++i) {
         g[i] = step<L>(g[i], m.grads[k], z[i]);
         acc[i] = step<L>(acc[i], u.coeffs[k], z[i]);
       }
@@ -244,34 +332,35 @@ void moment_sweep(void* weights, void* firsts, float* seconds, const Span& span,
     }
     store_block<L>(block, acc, first, span.id, u.rounding);
   };
-  for_blocks<L>(span, body, static_cast<T*>(weights), static_cast<M*>(firsts), seconds);
+  for_blocks<block_elements<L, transform>>(span, body, static_cast<T*>(weights), static_cast<M*>(firsts), seconds);
 }
 
 // Adam with the moments of these directions alone, which are in registers only.
 template <class L, Transform transform, class T>
 void adam_of_squares(void* weights, const Span& span, const Update& u, const Moments& m) {
   const auto body = [&](uint64_t first, T* block) ZO_LAMBDA {
-    typename L::F32 acc[4], g[4], second[4];
-    for (int i = 0; i < 4; ++i) {
+    constexpr int count = vectors<L, transform>;
+    typename L::F32 acc[count], g[count], second[count];
+    for (int i = 0; i < count; ++i) {
       acc[i] = decayed<L>(L::load(block + i * L::lanes), u.decay);
       g[i] = second[i] = L::splat(0.0f);
     }
     for (int64_t k = 0; k < u.directions; ++k) {
-      typename L::F32 z[4];
+      typename L::F32 z[count];
       block_normals<L, transform>(z, first, span.id, u.keys[k]);
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < count; ++i) {
         g[i] = step<L>(g[i], m.grads[k], z[i]);
         acc[i] = step<L>(acc[i], u.coeffs[k], z[i]);
         second[i] = add_square<L>(second[i], m.squares[k], z[i]);
       }
     }
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < count; ++i) {
       const auto mean = L::mul(g[i], L::splat(m.coeffs.gain));
       acc[i] = step<L>(acc[i], m.coeffs.step, adam<L>(mean, second[i], m.coeffs.eps));
     }
     store_block<L>(block, acc, first, span.id, u.rounding);
   };
-  for_blocks<L>(span, body, static_cast<T*>(weights));
+  for_blocks<block_elements<L, transform>>(span, body, static_cast<T*>(weights));
 }
 
 // ---- low rank ---------------------------------------------------------------------------------
@@ -427,7 +516,8 @@ constexpr NoiseSweeps noise_sweeps_of = {
 template <class L, class N = Twice<L>>
 constexpr Sweeps sweeps_of = {
     bits<N>,
-    {noise_sweeps_of<N, Transform::portable>, noise_sweeps_of<N, Transform::rademacher>},
+    {noise_sweeps_of<N, Transform::portable>, noise_sweeps_of<N, Transform::rademacher>,
+     noise_sweeps_of<N, Transform::hadamard>},
     {lowrank<L, Half>, lowrank<L, BFloat16>, lowrank<L, float>},
     factor_momentum<L>,
 };

@@ -55,6 +55,21 @@ struct Avx2 {
     return _mm256_xor_si256(a, _mm256_and_si256(b, splat(mask)));
   }
 
+  // Two integers of 16 bits in a lane. First the sums of neighbouring bytes, less their mean, and
+  // the differences.
+  ZO_HD static void byte_pairs(U32 word, U32& sums, U32& differences) {
+    sums = sub_halves(_mm256_maddubs_epi16(word, splat(0x01010101u)), splat(0x00FF00FFu));
+    differences = _mm256_maddubs_epi16(word, splat(0xFF01FF01u));
+  }
+  ZO_HD static U32 add_halves(U32 a, U32 b) { return _mm256_add_epi16(a, b); }
+  ZO_HD static U32 sub_halves(U32 a, U32 b) { return _mm256_sub_epi16(a, b); }
+  ZO_HD static F32 sum(U32 packed) {
+    return to_float(_mm256_madd_epi16(packed, splat(0x00010001u)));
+  }
+  ZO_HD static F32 difference(U32 packed) {
+    return to_float(_mm256_madd_epi16(packed, splat(0xFFFF0001u)));
+  }
+
   // between the two
   ZO_HD static U32 bits(F32 x) { return _mm256_castps_si256(x); }
   ZO_HD static F32 as_float(U32 x) { return _mm256_castsi256_ps(x); }
@@ -88,6 +103,13 @@ struct Avx2 {
     z[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
     z[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
     z[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+  }
+
+  // The quarters of 128 bits of both in turn: of a, of b, of a, ..
+  ZO_HD static void zip_quads(F32& a, F32& b) {
+    const F32 low = _mm256_permute2f128_ps(a, b, 0x20);
+    b = _mm256_permute2f128_ps(a, b, 0x31);
+    a = low;
   }
 
   // memory

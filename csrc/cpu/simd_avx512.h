@@ -56,6 +56,21 @@ struct Avx512 {
     return _mm512_ternarylogic_epi32(a, b, splat(mask), 0x78);
   }
 
+  // Two integers of 16 bits in a lane. First the sums of neighbouring bytes, less their mean, and
+  // the differences.
+  ZO_HD static void byte_pairs(U32 word, U32& sums, U32& differences) {
+    sums = sub_halves(_mm512_maddubs_epi16(word, splat(0x01010101u)), splat(0x00FF00FFu));
+    differences = _mm512_maddubs_epi16(word, splat(0xFF01FF01u));
+  }
+  ZO_HD static U32 add_halves(U32 a, U32 b) { return _mm512_add_epi16(a, b); }
+  ZO_HD static U32 sub_halves(U32 a, U32 b) { return _mm512_sub_epi16(a, b); }
+  ZO_HD static F32 sum(U32 packed) {
+    return to_float(_mm512_madd_epi16(packed, splat(0x00010001u)));
+  }
+  ZO_HD static F32 difference(U32 packed) {
+    return to_float(_mm512_madd_epi16(packed, splat(0xFFFF0001u)));
+  }
+
   // between the two
   ZO_HD static U32 bits(F32 x) { return _mm512_castps_si512(x); }
   ZO_HD static F32 as_float(U32 x) { return _mm512_castsi512_ps(x); }
@@ -89,6 +104,15 @@ struct Avx512 {
     z[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
     z[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
     z[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+  }
+
+  // The quarters of 128 bits of both in turn: of a, of b, of a, ..
+  ZO_HD static void zip_quads(F32& a, F32& b) {
+    const U32 first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const U32 second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const U32 x = bits(a), y = bits(b);
+    a = as_float(_mm512_permutex2var_epi64(x, first, y));
+    b = as_float(_mm512_permutex2var_epi64(x, second, y));
   }
 
   // memory

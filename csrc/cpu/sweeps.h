@@ -75,7 +75,7 @@ struct NoiseSweeps {
 
 struct Sweeps {
   void (*bits)(int64_t* out, const Span& span, const RoundKeys& keys);
-  NoiseSweeps noise[2];  // indexed by the Transform
+  NoiseSweeps noise[3];  // indexed by the Transform
   void (*lowrank[3])(void* weights, const Tile& tile);
   // moment = decay * moment + coeff * u
   void (*factor_momentum)(float* moment, const float* u, int64_t count, float coeff, float decay);

@@ -17,9 +17,10 @@ constexpr int threads = 256;
 // to cost nothing. Fixed, so that no launch asks for the properties of its device.
 constexpr int most_blocks = 2048;
 
-// Elements that a thread takes at once: 128 bits, and a whole number of counters.
-template <class T>
-constexpr int group = sizeof(T) == 2 ? 8 : 4;
+// Elements that a thread takes at once: 128 bits, and a whole number of counters, or half a counter
+// of `hadamard`.
+template <class T, Transform transform = Transform::portable>
+constexpr int group = sizeof(T) == 2 || transform == Transform::hadamard ? 8 : 4;
 
 // Columns of a table, as in zo_fused/sweeps/backends/table.py.
 enum Column { first_, address_, index_, id_, offset_, aligned_, table_width = 12 };
@@ -105,9 +106,31 @@ ZO_HD void words_at(uint32_t (&c)[4], const Chunk& chunk, int i, const RoundKeys
                static_cast<uint32_t>(n >> 32), chunk.id, keys);
 }
 
+// Near-normals of the eight elements of a counter that have element i of a chunk among them.
+ZO_HD void hadamard_run(float (&z)[8], const Chunk& chunk, int i, const RoundKeys& keys) {
+  const uint64_t n = static_cast<uint64_t>(chunk.start) / 16;
+  const uint32_t in_tile = static_cast<uint32_t>(i) % 64 / 8;
+  uint32_t words[4], packed[8];
+  random_words(words, static_cast<uint32_t>(n) + static_cast<uint32_t>(i) / 128 * 8 + in_tile,
+               static_cast<uint32_t>(n >> 32), chunk.id, keys);
+  hadamard_halves<Lane>(packed, words);
+  const bool second = i & 64;
+  ZO_UNROLL
+  for (int j = 0; j < 8; ++j) {
+    z[j] = near_normal<Lane>(second ? Lane::difference(packed[j]) : Lane::sum(packed[j]));
+  }
+}
+
 // Normals, or signs, of element i of a chunk and those behind it.
 template <Transform transform, int N>
 ZO_HD void normals(float (&z)[N], const Chunk& chunk, int i, const RoundKeys& keys) {
+  if constexpr (transform == Transform::hadamard) {
+    float run[8];
+    hadamard_run(run, chunk, i, keys);
+    ZO_UNROLL
+    for (int j = 0; j < N; ++j) z[j] = N == 4 && (i & 4) ? run[j + 4] : run[j];
+    return;
+  }
   ZO_UNROLL
   for (int j = 0; j < N; j += 4) {
     uint32_t c[4];
@@ -170,8 +193,9 @@ __global__ void __launch_bounds__(threads) normal(Table table, const int64_t* ke
     const Chunk chunk = chunk_of(row, program);
     const RoundKeys key = kept_keys_of(keys + chunk.index);
     float* const out = base<float>(row[address_], chunk);
-    for_groups<4>(chunk, [&](int i, auto part) {
-      float z[4];
+    constexpr int N = group<float, transform>;
+    for_groups<N>(chunk, [&](int i, auto part) {
+      float z[N];
       normals<transform>(z, chunk, i, key);
       store(out + i, part, narrow<float>(z));
     });
@@ -183,7 +207,7 @@ template <class T, bool one, bool stochastically, Transform transform>
 __global__ void __launch_bounds__(threads, 3)
     dense(Table table, const int64_t* keys, int directions, const float* coeffs,
           const float* decays, const int64_t* rounding) {
-  constexpr int N = group<T>;
+  constexpr int N = group<T, transform>;
   const RoundKeys key = one ? kept_keys_of(keys) : RoundKeys{};
   const RoundKeys rounding_key = stochastically ? kept_keys_of(rounding) : RoundKeys{};
   for_programs(table, [&](const int64_t* row, int64_t program) {
@@ -283,6 +307,8 @@ __global__ void __launch_bounds__(threads, 2)
           normals<Transform::portable>(z, chunk, i, key);
         } else if (transform == Transform::rademacher) {
           normals<Transform::rademacher>(z, chunk, i, key);
+        } else if (transform == Transform::hadamard) {
+          normals<Transform::hadamard>(z, chunk, i, key);
         } else {
           normals<Transform::fast>(z, chunk, i, key);
         }

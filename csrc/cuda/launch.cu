@@ -53,6 +53,8 @@ Error with_transform(Transform transform, const Call& call) {
   switch (transform) {
     case Transform::rademacher:
       return call(By<Transform::rademacher>{});
+    case Transform::hadamard:
+      return call(By<Transform::hadamard>{});
     case Transform::fast:
       return call(By<Transform::fast>{});
     default:

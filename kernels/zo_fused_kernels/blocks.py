@@ -8,6 +8,7 @@ by wide accesses, what is left at the ends, and misaligned tensors, STRAY elemen
 import triton
 import triton.language as tl
 
+from .launch import TILED
 from .table import ALIGNED, NUMEL, OFFSET
 
 
@@ -38,14 +39,22 @@ def is_whole(row_ptr, low, high, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def tile_starts(COUNT: tl.constexpr):
+    """[COUNT / 16, 1] where counters of tiles have their first runs; their second ones are 64 on"""
+    row = tl.arange(0, COUNT // 16)[:, None]
+    return row // 8 * 128 + row % 8 * 8
+
+
+@triton.jit
 def load_run(ptr, mask, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    """[COUNT] neighbouring elements; a thread gets runs of WIDTH"""
-    if WIDTH == 8 and ptr.dtype.element_ty.primitive_bitwidth == 32:
-        # Eight in 32 bits are two accesses, which Triton must see as two, or it would load fours
-        # and pass them round through shared memory.
-        ptrs = ptr + tl.arange(0, COUNT // 8)[:, None] * 8 + tl.arange(0, 4)[None, :]
-        x = tl.join(tl.load(ptrs), tl.load(ptrs + 4))
-        return tl.reshape(tl.permute(x, (0, 2, 1)), (COUNT,))
+    """[COUNT] neighbouring elements; a thread gets runs of WIDTH
+
+    TILED, they are [COUNT / 16, 8, 2]: a thread gets the two runs of a counter."""
+    if WIDTH == TILED:
+        ptrs = ptr + tile_starts(COUNT)
+        return tl.join(load_eights(ptrs), load_eights(ptrs + 64))
+    elif WIDTH == 8 and ptr.dtype.element_ty.primitive_bitwidth == 32:
+        return tl.reshape(load_eights(ptr + tl.arange(0, COUNT // 8)[:, None] * 8), (COUNT,))
     else:
         return tl.load(ptr + tl.arange(0, COUNT), mask=mask)
 
@@ -53,10 +62,38 @@ def load_run(ptr, mask, COUNT: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def store_run(ptr, x, mask, COUNT: tl.constexpr, WIDTH: tl.constexpr):
     """the way back"""
-    if WIDTH == 8 and ptr.dtype.element_ty.primitive_bitwidth == 32:
-        ptrs = ptr + tl.arange(0, COUNT // 8)[:, None] * 8 + tl.arange(0, 4)[None, :]
-        low, high = tl.split(tl.permute(tl.reshape(x, (COUNT // 8, 2, 4)), (0, 2, 1)))
-        tl.store(ptrs, low)
-        tl.store(ptrs + 4, high)
+    if WIDTH == TILED:
+        ptrs = ptr + tile_starts(COUNT)
+        first, second = tl.split(x)
+        store_eights(ptrs, first)
+        store_eights(ptrs + 64, second)
+    elif WIDTH == 8 and ptr.dtype.element_ty.primitive_bitwidth == 32:
+        ptrs = ptr + tl.arange(0, COUNT // 8)[:, None] * 8
+        store_eights(ptrs, tl.reshape(x, (COUNT // 8, 8)))
     else:
         tl.store(ptr + tl.arange(0, COUNT), x, mask=mask)
+
+
+@triton.jit
+def load_eights(ptrs):
+    """[N, 8] eight elements from each of the pointers [N, 1]"""
+    if ptrs.dtype.element_ty.primitive_bitwidth == 32:
+        # Eight in 32 bits are two accesses, which Triton must see as two, or it would load fours
+        # and pass them round through shared memory.
+        four = ptrs + tl.arange(0, 4)[None, :]
+        x = tl.join(tl.load(four), tl.load(four + 4))
+        return tl.reshape(tl.permute(x, (0, 2, 1)), (ptrs.shape[0], 8))
+    else:
+        return tl.load(ptrs + tl.arange(0, 8)[None, :])
+
+
+@triton.jit
+def store_eights(ptrs, x):
+    """the way back"""
+    if ptrs.dtype.element_ty.primitive_bitwidth == 32:
+        four = ptrs + tl.arange(0, 4)[None, :]
+        low, high = tl.split(tl.permute(tl.reshape(x, (ptrs.shape[0], 2, 4)), (0, 2, 1)))
+        tl.store(four, low)
+        tl.store(four + 4, high)
+    else:
+        tl.store(ptrs + tl.arange(0, 8)[None, :], x)

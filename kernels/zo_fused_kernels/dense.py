@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import block_elements, chunk_elements, index, is_whole
+from .blocks import block_elements, chunk_elements, index, is_whole, load_run, store_run
 from .fma import fma
 from .launch import (
     CHUNK,
@@ -22,14 +22,14 @@ from .launch import (
     UNROLLED_DIRECTIONS,
     noise_block,
 )
-from .normal import normals, transform_of
+from .normal import normals, transform_of, width_of
 from .rounding import rounded, widen
 from .table import ADDRESS, ID, INDEX, OFFSET, find, pointer
 
 
 @triton.jit
 def sweep_run(
-    ptrs,  # [COUNT] neighbouring weights
+    ptr,  # to the first of some neighbouring weights
     mask,  # [COUNT] or None
     first,  # index of the first in the full parameter
     id,
@@ -43,8 +43,8 @@ def sweep_run(
     COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """*ptrs = round(decay * *ptrs + sum_k coeffs[k] * z_k)"""
-    w = tl.load(ptrs, mask=mask)
+    """w = round(decay * w + sum_k coeffs[k] * z_k) of COUNT weights"""
+    w = load_run(ptr, mask, COUNT, WIDTH)
     acc = decay * widen(w)
     if len(held) > 0:
         for i in tl.static_range(0, len(held), 2):
@@ -53,7 +53,8 @@ def sweep_run(
         for k in range(directions):
             z = normals(first, tl.load(keys_ptr + k), id, COUNT, WIDTH, TRANSFORM)
             acc = fma(tl.load(coeffs_ptr + k), z, acc)
-    tl.store(ptrs, rounded(acc, w.dtype, rounding_ptr, first, id, COUNT, WIDTH), mask=mask)
+    w = rounded(acc, w.dtype, rounding_ptr, first, id, COUNT, WIDTH)
+    store_run(ptr, w, mask, COUNT, WIDTH)
 
 
 POINTERS = ["table_ptr", "keys_ptr", "coeffs_ptr", "decay_ptr", "rounding_ptr"]
@@ -99,18 +100,16 @@ def _dense_kernel(
     for block in range(begin // BLOCK, tl.cdiv(end, BLOCK)):
         low, high = block_elements(block, begin, end, BLOCK)
         if is_whole(row_ptr, low, high, BLOCK):
-            ptrs = tl.multiple_of(p_ptr + (low - offset), 16) + tl.arange(0, BLOCK)
             sweep_run(
-                ptrs, None, block * BLOCK, id, keys_ptr, coeffs_ptr, directions, held,
-                decay, rounding_ptr, TRANSFORM, BLOCK, WIDTH,
+                tl.multiple_of(p_ptr + (low - offset), 16), None, block * BLOCK, id, keys_ptr,
+                coeffs_ptr, directions, held, decay, rounding_ptr, TRANSFORM, BLOCK, WIDTH,
             )  # fmt: skip
         else:
             for i in range(low, high, STRAY):
                 first = index(i)
-                run = first + tl.arange(0, STRAY)
                 sweep_run(
-                    p_ptr + (run - offset), run < high, first, id, keys_ptr, coeffs_ptr,
-                    directions, (), decay, rounding_ptr, TRANSFORM, STRAY, 1,
+                    p_ptr + (first - offset), first + tl.arange(0, STRAY) < high, first, id,
+                    keys_ptr, coeffs_ptr, directions, (), decay, rounding_ptr, TRANSFORM, STRAY, 1,
                 )  # fmt: skip
 
 
@@ -137,8 +136,8 @@ def dense(
         UNROLL=directions if directions <= UNROLLED_DIRECTIONS else 0,
         TRANSFORM=transform_of(transform),
         CHUNK=CHUNK,
-        BLOCK=noise_block(directions, launch.dtype.itemsize),
-        WIDTH=16 // launch.dtype.itemsize,
+        BLOCK=noise_block(directions, launch.dtype.itemsize, transform),
+        WIDTH=width_of(transform, launch.dtype.itemsize),
         STRAY=STRAY,
         num_warps=NOISE_WARPS,
         **OPTIONS,

@@ -20,6 +20,10 @@ INTERPRETING = tl.constexpr(bool(knobs.runtime.interpret))
 NOISE_BLOCK = 4096
 NOISE_WARPS = 4
 
+# What stands for the elements in a row that a thread owns where a counter has two runs of eight, 64
+# apart: tiles of `hadamard`.
+TILED = tl.constexpr(16)
+
 # With moments there is more to hold, and memory moves five times as much.
 MOMENTS_BLOCK = 2048
 
@@ -35,10 +39,15 @@ STRAY = 4 * 32 * NOISE_WARPS
 UNROLLED_DIRECTIONS = 2
 
 
-def noise_block(directions: int, itemsize: int) -> int:
+def noise_block(directions: int, itemsize: int, transform: str) -> int:
     """Elements of a block of a dense sweep. More directions in blocks of the full size take more
-    registers: 160 in a loop, and two in float32 spill on sm_80."""
-    return NOISE_BLOCK if directions * itemsize <= 4 else NOISE_BLOCK // 2
+    registers: 160 in a loop, and two in float32 spill on sm_80. `hadamard` takes few, and what is
+    paid once a block, half an instruction an element, then counts."""
+    if directions * itemsize > 4:
+        return NOISE_BLOCK // 2
+    return (
+        2 * NOISE_BLOCK if transform == "hadamard" and directions * itemsize == 2 else NOISE_BLOCK
+    )
 
 
 # Rows and columns of a matrix that a program of a low-rank sweep takes, GROUP rows at a time. With

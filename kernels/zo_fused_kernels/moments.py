@@ -14,7 +14,7 @@ from torch import Tensor
 from .blocks import block_elements, chunk_elements, index, is_whole, load_run, store_run
 from .fma import fma
 from .launch import CHUNK, DTYPES, MOMENTS_BLOCK, NOISE_WARPS, OPTIONS, STRAY
-from .normal import as_bits, as_float, hidden, normals, transform_of
+from .normal import as_bits, as_float, hidden, normals, transform_of, width_of
 from .rounding import narrow, rounded, widen
 from .table import ADDRESS, ID, INDEX, OFFSET, STATES, find, pointer
 
@@ -190,7 +190,7 @@ def moments(
         TRANSFORM=transform_of(transform),
         CHUNK=CHUNK,
         BLOCK=MOMENTS_BLOCK,
-        WIDTH=16 // launch.dtype.itemsize,
+        WIDTH=width_of(transform, launch.dtype.itemsize),
         STRAY=STRAY,
         num_warps=NOISE_WARPS,
         **OPTIONS,

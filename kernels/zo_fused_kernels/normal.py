@@ -4,26 +4,35 @@
 the same bits on every device. What the constants are and why the steps fit together is told in
 `zo_fused.sweeps.reference`; here they stand in the same order. `fast` takes the same steps with a
 GPU's approximate units, at two thirds of the instructions. `rademacher` takes the top bits of the
-words.
+words. `hadamard` takes their bytes, through integers.
 """
 
 import triton
 import triton.language as tl
 
 from .fma import fma
-from .launch import INTERPRETING
+from .launch import INTERPRETING, TILED
 from .philox import counters, counters_at
 
 PORTABLE = tl.constexpr("portable")
 RADEMACHER = tl.constexpr("rademacher")
+HADAMARD = tl.constexpr("hadamard")
+HADAMARD_NVIDIA = tl.constexpr("hadamard, nvidia")
 FAST_AMD = tl.constexpr("fast, amd")
+
+
+def width_of(transform: str, itemsize: int) -> int:
+    """Elements that a thread owns in a row in blocks of noise: 128 bits of the weights."""
+    return TILED.value if transform == HADAMARD.value else 16 // itemsize
 
 
 def transform_of(name: str) -> str:
     """The kernels' name of a transform on the current device."""
-    if name == "fast" and not INTERPRETING.value:
+    if name in ("fast", "hadamard") and not INTERPRETING.value:
         backend = triton.runtime.driver.active.get_current_target().backend
-        return FAST_AMD.value if backend == "hip" else "fast, nvidia"
+        if backend == "cuda":
+            return f"{name}, nvidia"
+        return FAST_AMD.value if name == "fast" else name
     return name
 
 
@@ -172,15 +181,114 @@ def pair(a, b, TRANSFORM: tl.constexpr):
     return z0, z1
 
 
+# ---- hadamard -----------------------------------------------------------------------------------
+
+LINEAR = tl.constexpr(float.fromhex("0x1.b6f80cp-9"))
+CUBIC = tl.constexpr(float.fromhex("0x1.228252p-33"))
+
+
+@triton.jit
+def near_normal(y):
+    """a sum of bytes with variance 1 and kurtosis 3; y * y is exact"""
+    return y * fma(y * y, CUBIC, LINEAR)
+
+
+@triton.jit
+def byte_pairs(word, TRANSFORM: tl.constexpr):
+    """sums of neighbouring bytes, less their mean, and differences: two to a word, lo + 65536 hi
+
+    Words add and subtract as such pairs do.
+    """
+    even = word & 0x00FF00FF
+    if TRANSFORM == HADAMARD_NVIDIA:  # shift and mask in one
+        odd = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, 0x4341;", "=r,r", [word], tl.uint32, True, 1
+        )
+    else:
+        odd = (word >> 8) & 0x00FF00FF
+    return even + odd - 0x00FF00FF, even - odd
+
+
+@triton.jit
+def outputs(packed, TRANSFORM: tl.constexpr):
+    """lo + hi and lo - hi, as near-normals, of words that pack numbers in [-2048, 2048)"""
+    # A float from 2**23 on is its bits, so conversions take no instruction of their own.
+    x = packed + 0x08000800  # numbers without sign
+    if TRANSFORM == HADAMARD_NVIDIA:
+        # 1.5 * 2**23 as bits, and the products of the halves with (1, 1) and (1, -1).
+        plus = tl.inline_asm_elementwise(
+            "dp2a.lo.u32.s32 $0, $1, 0x0101, 0x4B400000;", "=r,r", [x], tl.uint32, True, 1
+        )
+        minus = tl.inline_asm_elementwise(
+            "dp2a.lo.u32.s32 $0, $1, 0xFF01, 0x4B400000;", "=r,r", [x], tl.uint32, True, 1
+        )
+        return near_normal(as_float(plus) - 12587008.0), near_normal(as_float(minus) - 12582912.0)
+    else:
+        power = hidden(0x4B000000)
+        lo, hi = as_float((x & 0xFFFF) | power), as_float((x >> 16) | power)
+        return near_normal((hi - 16781312.0) + lo), near_normal(lo - hi)
+
+
+@triton.jit
+def across_words(x0, x1, x2, x3):
+    """sums of four with the signs of a 4-point Hadamard transform, in two last axes"""
+    a, b, c, d = x0 + x1, x0 - x1, x2 + x3, x2 - x3
+    return tl.join(tl.join(a + c, a - c), tl.join(b + d, b - d))
+
+
+@triton.jit
+def hadamard_tiles(first, key, id, COUNT: tl.constexpr, TRANSFORM: tl.constexpr):
+    """[COUNT / 16, 8, 2] near-normals of the elements of tiles; see `zo_fused.noise.reference`"""
+    w0, w1, w2, w3 = counters(first // 16, key, id, COUNT // 16, 1)
+    s0, d0 = byte_pairs(w0, TRANSFORM)
+    s1, d1 = byte_pairs(w1, TRANSFORM)
+    s2, d2 = byte_pairs(w2, TRANSFORM)
+    s3, d3 = byte_pairs(w3, TRANSFORM)
+    packed = tl.join(across_words(s0, s1, s2, s3), across_words(d0, d1, d2, d3))
+    z0, z1 = outputs(tl.reshape(packed, (COUNT // 16, 8)), TRANSFORM)
+    return tl.join(z0, z1)
+
+
+@triton.jit
+def signed(x, negative):
+    """x or -x"""
+    return tl.where(negative, 0 - x, x)
+
+
+@triton.jit
+def either(word, second, TRANSFORM: tl.constexpr):
+    """the sums of a word's neighbouring bytes or the differences"""
+    sums, differences = byte_pairs(word, TRANSFORM)
+    return tl.where(second, differences, sums)
+
+
+@triton.jit
+def hadamard_at(e, key, id, TRANSFORM: tl.constexpr):
+    """near-normals of elements e, a block"""
+    w0, w1, w2, w3 = counters_at((e >> 7) * 8 + ((e >> 3) & 7), key, id)
+    i0, i1, i2 = e & 1 != 0, e & 2 != 0, e & 4 != 0
+    low = either(w0, i0, TRANSFORM) + signed(either(w1, i0, TRANSFORM), i1)
+    high = either(w2, i0, TRANSFORM) + signed(either(w3, i0, TRANSFORM), i1)
+    z0, z1 = outputs(low + signed(high, i2), TRANSFORM)
+    return tl.where(e & 64 == 0, z0, z1)
+
+
+# ---- elements in order --------------------------------------------------------------------------
+
+
 @triton.jit
 def normals(first, key, id, COUNT: tl.constexpr, WIDTH: tl.constexpr, TRANSFORM: tl.constexpr):
     """[COUNT] standard normals or signs of elements first, first + 1, ..; a thread owns runs of
     WIDTH
 
-    WIDTH 4 and 8 are for blocks: first is a multiple of COUNT. WIDTH 1 takes any first, and four
-    times as many words.
+    WIDTH 4, 8 and TILED are for blocks: first is a multiple of COUNT. WIDTH 1 takes any first, and
+    four times as many words. TILED goes with `hadamard`; the shape is that of `blocks.load_run`.
     """
-    if WIDTH == 1:
+    if WIDTH == TILED:
+        return hadamard_tiles(first, key, id, COUNT, TRANSFORM)
+    elif TRANSFORM == HADAMARD or TRANSFORM == HADAMARD_NVIDIA:  # noqa: SIM109 (no Triton)
+        return hadamard_at(first + tl.arange(0, COUNT), key, id, TRANSFORM)
+    elif WIDTH == 1:
         e = first + tl.arange(0, COUNT)
         w0, w1, w2, w3 = counters_at(e >> 2, key, id)
         early = e & 2 == 0

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .launch import TILED
+
 
 @triton.jit
 def philox(c0, c1, c2, c3, k0, k1):
@@ -71,9 +73,22 @@ def halves(first, key, id, COUNT: tl.constexpr, WIDTH: tl.constexpr):
     `normal.normals`"""
     if WIDTH == 1:
         return half_at(first + tl.arange(0, COUNT), key, id)
+    elif WIDTH == TILED:
+        row = tl.arange(0, COUNT // 16)
+        n = row // 8 * 16 + row % 8
+        return tl.join(halves_of(first // 8, n, key, id), halves_of(first // 8, n + 8, key, id))
     else:
-        # One counter serves eight elements of a thread. Each join adds a last axis, which stays
-        # within its thread: no data moves.
-        w0, w1, w2, w3 = counters(first // 8, key, id, COUNT // 8, 1)
-        w = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-        return tl.reshape(tl.join(w & 0xFFFF, w >> 16), (COUNT,))
+        return tl.reshape(halves_of(first // 8, tl.arange(0, COUNT // 8), key, id), (COUNT,))
+
+
+@triton.jit
+def halves_of(first, n, key, id):
+    """[N, 8] the 16-bit numbers of counters first + n, a block, which have one high word"""
+    low, high = split(first)
+    k0, k1 = split(key)
+    id_low, id_high = split(id)
+    w0, w1, w2, w3 = philox(low + n.to(tl.uint32), high, id_low, id_high, k0, k1)
+    # One counter serves eight elements of a thread. Each join adds a last axis, which stays within
+    # its thread: no data moves.
+    w = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return tl.reshape(tl.join(w & 0xFFFF, w >> 16), (n.shape[0], 8))

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import block_elements, chunk_elements, index, is_whole
+from .blocks import block_elements, chunk_elements, index, is_whole, load_run, store_run
 from .fma import fma
 from .launch import CHUNK, DTYPES, NOISE_BLOCK, NOISE_WARPS, OPTIONS, STRAY
-from .normal import normals, transform_of
+from .normal import normals, transform_of, width_of
 from .rounding import rounded, widen
 from .table import ADDRESS, ID, INDEX, OFFSET, find, pointer
 
@@ -46,7 +46,7 @@ def terms_of(script: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def steps_run(
-    ptrs,  # [COUNT] neighbouring weights
+    ptr,  # to the first of some neighbouring weights
     mask,  # [COUNT] or None
     first,  # index of the first in the full parameter
     id,
@@ -61,8 +61,8 @@ def steps_run(
     COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """*ptrs = *ptrs after all sweeps, each of them rounded"""
-    w = tl.load(ptrs, mask=mask)
+    """COUNT weights after all sweeps, each of them rounded"""
+    w = load_run(ptr, mask, COUNT, WIDTH)
     acc = widen(w)
     for group in range(groups):
         begin = tl.load(begins_ptr + group)
@@ -82,7 +82,7 @@ def steps_run(
                         w = rounded(acc, w.dtype, None, first, id, COUNT, WIDTH)
                 else:
                     w = rounded(acc, w.dtype, None, first, id, COUNT, WIDTH)
-    tl.store(ptrs, w, mask=mask)
+    store_run(ptr, w, mask, COUNT, WIDTH)
 
 
 POINTERS = ["table_ptr", "keys_ptr", "terms_ptr", "begins_ptr", "coeffs_ptr", "decay_ptr"]
@@ -119,18 +119,18 @@ def _dense_steps_kernel(
     for block in range(begin // BLOCK, tl.cdiv(end, BLOCK)):
         low, high = block_elements(block, begin, end, BLOCK)
         if is_whole(row_ptr, low, high, BLOCK):
-            ptrs = tl.multiple_of(p_ptr + (low - offset), 16) + tl.arange(0, BLOCK)
             steps_run(
-                ptrs, None, block * BLOCK, id, keys_ptr, terms_ptr, begins_ptr, groups,
-                coeffs_ptr, decay_ptr, TRANSFORM, STOCHASTIC, BLOCK, WIDTH,
+                tl.multiple_of(p_ptr + (low - offset), 16), None, block * BLOCK, id, keys_ptr,
+                terms_ptr, begins_ptr, groups, coeffs_ptr, decay_ptr, TRANSFORM, STOCHASTIC,
+                BLOCK, WIDTH,
             )  # fmt: skip
         else:
             for i in range(low, high, STRAY):
                 first = index(i)
-                run = first + tl.arange(0, STRAY)
                 steps_run(
-                    p_ptr + (run - offset), run < high, first, id, keys_ptr, terms_ptr,
-                    begins_ptr, groups, coeffs_ptr, decay_ptr, TRANSFORM, STOCHASTIC, STRAY, 1,
+                    p_ptr + (first - offset), first + tl.arange(0, STRAY) < high, first, id,
+                    keys_ptr, terms_ptr, begins_ptr, groups, coeffs_ptr, decay_ptr, TRANSFORM,
+                    STOCHASTIC, STRAY, 1,
                 )  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def dense_steps(
         TRANSFORM=transform_of(transform),
         CHUNK=CHUNK,
         BLOCK=NOISE_BLOCK // 2,
-        WIDTH=16 // launch.dtype.itemsize,
+        WIDTH=width_of(transform, launch.dtype.itemsize),
         STRAY=STRAY,
         num_warps=NOISE_WARPS,
         **OPTIONS,

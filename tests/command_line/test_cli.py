@@ -70,7 +70,7 @@ def test_mistakes_are_told_in_one_sentence(words, message, capsys):
         (["--resume", "--overwrite"], "exclude each other"),
         (["--method", "mezo", "--rank", "4"], "--rank is no option of the method mezo"),
         (["--method", "zo-sign", "--momentum", "0.5"], "--momentum is no option of the method zo-"),
-        (["--distribution", "rademacher"], "--distribution is no option of the method lozo"),
+        (["--history", "5"], "--history is no option of the method lozo"),
         (["--method", "zo-conservative", "--one-sided"], "--one-sided is no option of the method"),
         (["--method", "forward-grad", "--eps", "1"], "--eps is no option of the method forward-"),
         (["--method", "forward-grad", "--loss", "accuracy"], "accuracy has no derivative, which"),
@@ -131,7 +131,7 @@ def test_options_not_given_get_the_defaults(tmp_path):
     options = finetune.options(parse("--model", "m", "--train", str(tmp_path), "--dev", "d"))
     assert options.sources == {"train": str(tmp_path), "dev": "d", "test": str(tmp_path)}
     common = {"lr", "eps", "weight_decay", "rounding", "schedule", "queries", "one_sided", "blocks"}
-    assert options.hyper.keys() == common | {"rank", "interval", "momentum"}
+    assert options.hyper.keys() == common | {"rank", "interval", "momentum", "distribution"}
     assert options.task.answers == ("x", "y")
 
 

@@ -50,6 +50,7 @@ class Orthonormal(LowRank):
 DIRECTIONS: dict[str, Callable[[], Direction]] = {
     "Dense": Dense,
     "Rademacher": lambda: Dense("rademacher"),
+    "hadamard": lambda: Dense("hadamard"),
     "Stretched": Stretched,
     "LowRank": LowRank,
     "Orthonormal": Orthonormal,
@@ -118,7 +119,8 @@ def test_which_pairs_there_are() -> None:
         for rule, make_rule in RULES.items()
         if isinstance(make(), make_rule().takes)
     }
-    dense, low_rank = ("Dense", "Rademacher", "Stretched"), ("LowRank", "Orthonormal")
+    dense = ("Dense", "Rademacher", "hadamard", "Stretched")
+    low_rank = ("LowRank", "Orthonormal")
     of_any = {(d, r) for d in DIRECTIONS for r in ("SGD", "ScalarSign")}
     of_dense = {(d, r) for d in dense for r in ("Momentum", "Adam", "Sign", "AdamOfHistory")}
     assert works == of_any | of_dense | {(d, "FactorMomentum") for d in low_rank}

@@ -22,6 +22,7 @@ from zo_fused.replaying import rebuild
 from zo_fused.replaying import tape as recorder
 from zo_fused.sweeps import dispatch, reference
 from zo_fused.sweeps import script as scripts
+from zo_fused.sweeps.numbers import EXACT
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KEYS = torch.tensor([as_int64(k) for k in (0x0123456789ABCDEF, 1, 2**64 - 1, 7 << 60, 42)])
@@ -77,7 +78,7 @@ class Call:
 
     def check(self, by: Any) -> None:
         """Fused on the current backend, against the single sweeps of `by`."""
-        for transform in ("portable", "rademacher"):
+        for transform in EXACT:
             fused, single = self.copies(), self.copies()
             zo_fused.sweeps.operators.dense_steps_(fused, *self.streams, *self.dense(), transform)
             for rows in scripts.dense(*self.dense()):

@@ -19,6 +19,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one-sided": {"one_sided": True},
     "queries": {"queries": 3},
     "rademacher": {"distribution": "rademacher"},
+    "hadamard": {"distribution": "hadamard"},
     "in turn": {"block_order": "sequential"},
     "at once": {"block_order": "simultaneous"},
     "history": {"history": 4},
@@ -44,14 +45,14 @@ METHODS = {
         {},
         (
             *(*USUAL, "one-sided, deferred", "queries, one-sided", "queries, one-sided, deferred"),
-            *("rademacher", "in turn", "at once"),
+            *("rademacher", "hadamard", "in turn", "at once"),
         ),
     ),
     "MeZO-M": Method(zo_fused.MeZO, {"momentum": 0.9, "dampening": 0.5}),
     "LOZO": Method(
         zo_fused.LOZO,
         {**LOW_RANK, "divide_by_rank": True},
-        (*USUAL, "in turn", "factored", "queries, factored", "queries, paired"),
+        (*USUAL, "in turn", "factored", "queries, factored", "queries, paired", "hadamard"),
     ),
     "LOZO-M": Method(
         zo_fused.LOZO,

@@ -16,21 +16,20 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from support.emulated_cuda import Served, emulation
 from torch import Tensor
 
 from zo_fused.noise.streams import as_int64
 from zo_fused.sweeps import dispatch, reference
 from zo_fused.sweeps.backends import cuda, table
-from zo_fused.sweeps.backends.multi_tensor import MultiTensor
+from zo_fused.sweeps.numbers import TRANSFORMS
 
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -46,54 +45,10 @@ ROUNDING = torch.tensor([as_int64(0xDEAD_BEEF_0000_0001)])
 # ---- what runs the kernels ----------------------------------------------------------------------
 
 
-@dataclass
-class Served:
-    """Sweeps over kernels, and the device of their tensors."""
-
-    sweeps: Any  # has dense_ and the others
-    operators: Any  # of the extension
-    kernels: Any  # over these
-    device: torch.device
-    launches: Callable[[], int] | None = None  # so far, where they are counted
-
-
-@functools.cache
-def emulation(folder: Path) -> Served:
-    """The kernels compiled for the CPU; their operators are in torch.ops.zo_fused_emulation."""
-    from torch.utils.cpp_extension import include_paths, library_paths
-
-    library = folder / "emulation.so"
-    python = sysconfig.get_path("include")
-    command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-fPIC", "-shared"]
-    command += ["-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]
-    # As on a GPU, a 128-bit access of memory that isn't aligned ends the process.
-    command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
-    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    command += ["-DZO_FUSED_CUDA_LIBRARY=zo_fused_emulation"]
-    command += [f"-isystem{path}" for path in (*include_paths(), python)]
-    command += [
-        str(ROOT / "csrc/cuda/binding.cpp"),
-        str(ROOT / "tests/cuda_emulation/emulation.cpp"),
-    ]
-    command += [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
-    subprocess.run([*command, "-o", str(library)], check=True)
-    torch.ops.load_library(str(library))
-    count = ctypes.CDLL(str(library)).zo_fused_emulated_launches
-    count.restype = ctypes.c_int64
-    operators = torch.ops.zo_fused_emulation
-    kernels = cuda.CudaKernels(operators)
-    sweeps = SimpleNamespace(**MultiTensor(lambda: kernels).functions)
-    return Served(sweeps, operators, kernels, torch.device("cpu"), count)
-
-
 @pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
     if request.param == "emulated":
-        if shutil.which(os.environ.get("CXX", "c++")) is None:
-            pytest.skip("no C++ compiler")
-        folder = tmp_path_factory.getbasetemp() / "emulation"
-        folder.mkdir(exist_ok=True)
-        return emulation(folder)
+        return emulation(tmp_path_factory)
     reason = cuda.why_not("cuda")
     if reason is not None:
         pytest.skip(reason)
@@ -366,7 +321,7 @@ def test_fills_of_signs(served: Served) -> None:
         check(served, "normal_", {"outs": outs}, misalignment, **rest)
 
 
-@pytest.mark.parametrize("number", [-1, 3])
+@pytest.mark.parametrize("number", [-1, len(TRANSFORMS)])
 def test_operators_refuse_transforms_that_they_lack(served: Served, number: int) -> None:
     out = torch.zeros(5, device=served.device)
     rows = table.noise_rows([out], [ID], [0], (), CHUNK)

@@ -20,6 +20,7 @@ from zo_fused.noise import reference as noise_reference
 from zo_fused.noise.streams import as_int64, philox4x32
 from zo_fused.sweeps import reference
 from zo_fused.sweeps.backends import cpu
+from zo_fused.sweeps.numbers import EXACT, TRANSFORMS
 
 TESTS = Path(__file__).parents[1]
 ISAS = ("portable", "avx2", "avx512")
@@ -559,7 +560,7 @@ def test_moments_of_signs(dtype: torch.dtype, rule: str) -> None:
 
 
 @needs_extension
-@pytest.mark.parametrize("transform", [-1, 2, 3])
+@pytest.mark.parametrize("transform", [-1, len(EXACT), len(TRANSFORMS)])
 def test_operators_refuse_transforms_that_they_lack(transform: int) -> None:
     out, one = torch.zeros(5), torch.ones(1)
     table = cpu.noise_table("dense_", [[out]], int64(0), int64(0))

@@ -74,7 +74,8 @@ def test_words_of_triton_kernels() -> None:
     pytest.importorskip("triton")
     from zo_fused_kernels import launch, moments, normal
 
-    assert {normal.PORTABLE.value, normal.RADEMACHER.value, "fast"} == set(numbers.TRANSFORMS)
+    names = {name.value for name in (normal.PORTABLE, normal.RADEMACHER, normal.HADAMARD)}
+    assert names | {"fast"} == set(numbers.TRANSFORMS)
     text = Path(moments.__file__).read_text()
     assert set(re.findall(r'RULE == "(\w+)"', text)) | {"momentum"} == set(numbers.RULES)
     assert set(numbers.WEIGHT_DTYPES) == set(launch.DTYPES) - {torch.int64}

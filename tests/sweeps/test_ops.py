@@ -14,13 +14,13 @@ from torch import Tensor
 import zo_fused
 from zo_fused import noise
 from zo_fused.sweeps import dispatch
+from zo_fused.sweeps.numbers import EXACT
 
 KEY = noise.derive_key(0, noise.Purpose.DENSE)
 KEYS = [noise.derive_key(0, noise.Purpose.DENSE, step) for step in range(3)]
 KEY_U = noise.derive_key(0, noise.Purpose.U)
 KEY_V = noise.derive_key(0, noise.Purpose.V)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-EXACT = ["portable", "rademacher"]  # transforms that are the same everywhere
 
 
 @pytest.fixture(autouse=True, params=ON_THE_CPU)

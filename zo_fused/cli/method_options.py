@@ -19,8 +19,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "estimate from theta + eps z and theta instead of theta +- eps z",
     },
     "distribution": {
-        **choice(("gaussian", "rademacher")),
-        "help": "{methods}: of z ({default})",
+        **choice(("gaussian", "hadamard", "rademacher")),
+        "help": "{methods}: of z, or U and V ({default})",
     },
     "rank": {"type": whole, "help": "{methods}: columns of U and V ({default})"},
     "interval": {"type": whole, "help": "{methods}: steps for which V stays ({default})"},

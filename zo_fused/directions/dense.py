@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from zo_fused.checks import choice
 from zo_fused.noise.keys import Stream, stream_keys
 from zo_fused.noise.streams import Purpose
 from zo_fused.step.buckets import Bucket
@@ -16,22 +14,9 @@ from zo_fused.step.direction import Direction, Sweep, Term
 from zo_fused.step.vectors import Vector, float32, table
 from zo_fused.sweeps import operators
 
-DISTRIBUTIONS = {"gaussian": "portable", "rademacher": "rademacher"}  # and their transforms
-
 
 class Dense(Direction):
-    """z of independent elements, one stream a query (MeZO, arXiv 2305.17333, algorithm 1).
-
-    Args:
-        distribution: "gaussian", N(0, 1), or "rademacher", -1 or 1.
-    """
-
-    def __init__(self, distribution: str = "gaussian") -> None:
-        self._transform = DISTRIBUTIONS[choice("distribution", distribution, DISTRIBUTIONS)]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {} if self._transform == "portable" else {"transform": self._transform}
+    """z of independent elements, one stream a query (MeZO, arXiv 2305.17333, algorithm 1)."""
 
     def length(self, seed: int, term: Term) -> float:
         """z is this number times elements of the distribution. A method may draw it anew in each
@@ -66,6 +51,6 @@ class Dense(Direction):
         for row, p in enumerate(bucket.params):
             z = torch.empty(p.shape, dtype=torch.float32, device=p.device)
             where = slice(row, row + 1)
-            operators.normal_([z], bucket.ids[where], bucket.offsets[where], key, self._transform)
+            operators.normal_([z], bucket.ids[where], bucket.offsets[where], key, self.transform)
             made.append((z if length == 1.0 else z * length).to(p.dtype))
         return made

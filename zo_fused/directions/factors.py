@@ -8,8 +8,9 @@ where a schedule looks ahead, or the last one's, where momentum moves to a new w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,10 +51,17 @@ class Factors:
 
     Args:
         basis: from a matrix and normals of the shapes of Q and V to Q and V; None: there is no Q.
+        options: of the sweeps that draw, as `Direction.options`.
     """
 
-    def __init__(self, bucket: Bucket, basis: Basis | None = None) -> None:
+    def __init__(
+        self,
+        bucket: Bucket,
+        basis: Basis | None = None,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self._bucket = bucket
+        self._options = options
         self._basis = basis
         shapes = [
             (*matrix_shape(p), bucket.fixed[g]["rank"]) if p.dim() >= 2 else (p.numel(), 1, 1)
@@ -126,12 +134,16 @@ class Factors:
         streams = [Stream(purpose, step, query=query) for purpose in (matrices, Purpose.DENSE)]
         keys = stream_keys(seed, streams, self._bucket.device)[self._is_vector]
         if self._basis is None:
-            self._bucket.fill(slot.us, self._all, ("u", slot.number))(keys)
+            self._bucket.fill(slot.us, self._all, ("u", slot.number))(keys, **self._options)
             return
         us = [slot.us[i] for i in self._vectors]
-        self._bucket.fill(us, self._vectors, ("u", slot.number))(keys[self._vectors])
+        self._bucket.fill(us, self._vectors, ("u", slot.number))(
+            keys[self._vectors], **self._options
+        )
         cores = self._bucket.once("cores", self._cores)
-        self._bucket.fill(cores, self._matrices, "cores drawn")(keys[self._matrices])
+        self._bucket.fill(cores, self._matrices, "cores drawn")(
+            keys[self._matrices], **self._options
+        )
         for i, q, core in zip(self._matrices, slot.qs, cores, strict=True):
             slot.us[i].copy_(small_product(q, core))
 
@@ -158,7 +170,7 @@ class Factors:
     ) -> None:
         streams = [Stream(purpose, step, interval) for interval in self._intervals]
         keys = stream_keys(seed, streams, self._bucket.device)[self._group_of_matrix]
-        self._bucket.fill(outs, self._matrices, (purpose, number))(keys)
+        self._bucket.fill(outs, self._matrices, (purpose, number))(keys, **self._options)
 
     def add(self, number: int, coeffs: Vector, factor: Tensor, first: bool) -> list[Tensor]:
         """``sum += coeff * factor``, from zero at first, in buffer 0 or 1; its parts.

@@ -24,7 +24,8 @@ class LowRank(Direction):
 
     fixed: tuple[str, ...] = ("rank", "interval")
 
-    def __init__(self, divide_by_rank: bool = False) -> None:
+    def __init__(self, divide_by_rank: bool = False, distribution: str = "gaussian") -> None:
+        super().__init__(distribution)
         self.divide_by_rank = divide_by_rank
 
     def not_capturable(self, deferred: bool) -> str:
@@ -52,7 +53,7 @@ class LowRank(Direction):
     def factors(self, bucket: Bucket) -> Factors:
         """The factors of a bucket."""
         basis = self.basis if self.has_basis else None
-        return bucket.once("factors", lambda: Factors(bucket, basis))
+        return bucket.once("factors", lambda: Factors(bucket, basis, self.options))
 
     def sweep(self, sweep: Sweep) -> None:
         bucket, seed, terms, decay, rounding = sweep

@@ -43,7 +43,7 @@ class ZOAdam(ZerothOrderOptimizer):
         weight_decay: decay, with the learning rate as factor.
         state_dtype: of m: "float32", or "param", the dtype of each weight.
         rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
-        distribution: of the elements of z: "gaussian", or "rademacher", -1 or 1.
+        distribution: of the elements of z: "gaussian", "hadamard" or "rademacher".
         history: None, or H: keep the coefficients of the last H steps instead of moments, see
             above.
         common: seed, deferred, one_sided, queries, block_order: see `ZerothOrderOptimizer`.

@@ -48,7 +48,7 @@ class ZOConservative(ZerothOrderOptimizer):
         params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
         lr: learning rate.
         eps: perturbation radius.
-        distribution: of the elements of z: "gaussian", or "rademacher", -1 or 1.
+        distribution: of the elements of z: "gaussian", "hadamard" or "rademacher".
         seed, block_order: see `ZerothOrderOptimizer`; not "simultaneous".
     """
 

@@ -61,7 +61,7 @@ class ForwardGrad(ZerothOrderOptimizer):
         weight_decay: decay, with the learning rate as factor.
         rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias. No
             restore dithers this update, so small ones need "stochastic".
-        distribution: of the elements of z: "gaussian", or "rademacher", -1 or 1.
+        distribution: of the elements of z: "gaussian", "hadamard" or "rademacher".
         seed, queries: see `ZerothOrderOptimizer`.
     """
 

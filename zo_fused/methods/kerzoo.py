@@ -40,7 +40,7 @@ class KerZOO(ZerothOrderOptimizer):
     Args:
         params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
         lr, eps, weight_decay, rounding: see `MeZO`.
-        distribution: of the elements of u: "gaussian", or "rademacher", -1 or 1.
+        distribution: of the elements of u: "gaussian", "hadamard" or "rademacher".
         common: seed, deferred, one_sided, queries, block_order: see `ZerothOrderOptimizer`.
     """
 

@@ -51,6 +51,7 @@ class LOZO(ZerothOrderOptimizer):
         rounding: of updates in 16-bit weights: "nearest", or "stochastic", without bias. The
             default is "stochastic" in mode "factored", where nothing else would keep updates below
             a weight's last place, else "nearest" (docs/performance.md).
+        distribution: of the elements of U and V: see `MeZO`.
         mode: "inplace", or "factored": weights are not written within a window. The forward pass
             adds ``x V (A +- eps U)^T`` beside every use of a matrix, updates add up in A, in
             float32, and each window ends with one sweep. `flush` writes A, so evaluate the model
@@ -75,6 +76,7 @@ class LOZO(ZerothOrderOptimizer):
         weight_decay: float = 0.0,
         divide_by_rank: bool = False,
         rounding: str | None = None,
+        distribution: str = "gaussian",
         mode: str = "inplace",
         paired: bool = False,
         module: nn.Module | None = None,
@@ -105,8 +107,13 @@ class LOZO(ZerothOrderOptimizer):
             defaults["momentum"] = momentum
         rule = FactorMomentum() if momentum else SGD()
         # Groups may set their own momentum; this one chose the rule, so a replay needs it.
-        options = {"divide_by_rank": divide_by_rank, "momentum": momentum, "mode": mode}
-        direction = LowRank(divide_by_rank)
+        options = {
+            "divide_by_rank": divide_by_rank,
+            "momentum": momentum,
+            "mode": mode,
+            "distribution": distribution,
+        }
+        direction = LowRank(divide_by_rank, distribution)
         if mode == "factored":
             evaluated = params if isinstance(params, nn.Module) else module
             if evaluated is None:
@@ -114,5 +121,5 @@ class LOZO(ZerothOrderOptimizer):
                     'mode="factored" needs the module whose forward pass takes part: '
                     "LOZO(model, ...), or module=model beside param groups"
                 )
-            direction = Factored(evaluated, paired, divide_by_rank)
+            direction = Factored(evaluated, paired, divide_by_rank, distribution)
         super().__init__(params, direction, rule, defaults, options, **common)

@@ -41,7 +41,8 @@ class MeZO(ZerothOrderOptimizer):
         dampening: 0 is the heavy ball; ``dampening=momentum`` the exponential moving average.
         state_dtype: of m: "float32", or "param", the dtype of each weight.
         rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
-        distribution: of the elements of z: "gaussian", or "rademacher", -1 or 1.
+        distribution: of the elements of z: "gaussian"; "hadamard", nearly that and cheaper to make;
+            or "rademacher", -1 or 1.
         common: seed, deferred, one_sided, queries, block_order: see `ZerothOrderOptimizer`.
     """
 

@@ -30,7 +30,7 @@ class ZOSignSGD(ZerothOrderOptimizer):
         lr: learning rate: what each weight moves in a step (element-wise), or the scale of z.
         eps, weight_decay, rounding: see `MeZO`.
         sign: "element" or "scalar", see above.
-        distribution: of the elements of z: "gaussian", or "rademacher", -1 or 1, with which both
+        distribution: of the elements of z: "gaussian", "hadamard" or "rademacher", with which both
             signs are the same where there is one query.
         common: seed, deferred, one_sided, queries, block_order: see `ZerothOrderOptimizer`.
     """

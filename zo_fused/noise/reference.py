@@ -6,6 +6,7 @@ The contract in prose, with test vectors: docs/noise.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,6 +154,36 @@ def rademacher(word: Tensor) -> Tensor:
     return _float(word & 0x80000000 | 0x3F800000)
 
 
+# What makes variance and kurtosis of `hadamard` 1 and 3; `examples/fit_hadamard.py` derives them.
+LINEAR, CUBIC = float.fromhex("0x1.b6f80cp-9"), float.fromhex("0x1.228252p-33")
+
+
+def hadamard(words: Sequence[Tensor]) -> Tensor:
+    """Sixteen near-normals, float32 [..., 16], from the four words of a counter.
+
+    x_0 .. x_7 are the bytes of the words' low halves, in order, x_8 .. x_15 those of the high
+    halves; each less its mean, 127.5. ``y = H x`` with H the 16-point Hadamard matrix, integers
+    since every y is a sum or difference of all, and ``z = y (LINEAR + CUBIC y^2)``.
+    """
+    x = [word >> shift & 0xFF for high in (0, 16) for word in words for shift in (high, high + 8)]
+    y = torch.stack(x, dim=-1)
+    for size in (1, 2, 4, 8):
+        low, high = y.unflatten(-1, (-1, 2, size)).unbind(-2)
+        y = torch.stack((low + high, low - high), dim=-2).flatten(-3)
+    y[..., 0] -= 2040
+    y = y.float()
+    return y * fma(y * y, CUBIC, LINEAR)
+
+
+def _hadamard_tiles(numel: int, key: int, param_id: int, offset: int, device: Any) -> Tensor:
+    """Tiles of 128 elements have eight counters: each makes eight neighbouring elements in the
+    tile's first half and eight in the second."""
+    first, last = offset // 128, -(-(offset + numel) // 128)
+    n = torch.arange(8 * first, 8 * last, device=device, dtype=torch.int64)
+    z = hadamard(philox(n, param_id, key)).view(-1, 8, 2, 8)
+    return z.transpose(1, 2).flatten()[offset - 128 * first :][:numel]
+
+
 def normal(
     numel: int,
     key: int,
@@ -162,7 +193,9 @@ def normal(
     transform: str = "portable",
 ) -> Tensor:
     """Standard normals of elements ``offset .. offset + numel`` of a parameter, float32 [numel]; or
-    signs, if the transform is "rademacher"."""
+    signs, if the transform is "rademacher"; or near-normals, if it is "hadamard"."""
+    if transform == "hadamard":
+        return _hadamard_tiles(numel, key, param_id, offset, device)
     if transform == "rademacher":
         return rademacher(random_bits(numel, key, param_id, offset, device))
     n, skip = _counters(numel, offset, device)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from zo_fused.checks import choice
 from zo_fused.noise.keys import Step
 from zo_fused.step.buckets import Bucket
 from zo_fused.step.vectors import Vector
@@ -33,8 +34,16 @@ class Sweep(NamedTuple):
     rounding: Tensor | None = None  # key of a rounding stream, int64 [1]; None: to nearest
 
 
+# Of the elements of z, or of its factors; and the transforms that make them.
+DISTRIBUTIONS = {"gaussian": "portable", "hadamard": "hadamard", "rademacher": "rademacher"}
+
+
 class Direction:
     """How z is made.
+
+    Args:
+        distribution: of the numbers that it draws: "gaussian", N(0, 1); "hadamard", nearly that and
+            cheaper (docs/noise.md); "rademacher", -1 or 1.
 
     Attributes:
         fixed: names of the hyper-parameters that z depends on (`Bucket.fixed` has their values).
@@ -45,14 +54,17 @@ class Direction:
     fixed: tuple[str, ...] = ()
     state: dict[Any, Any]
 
+    def __init__(self, distribution: str = "gaussian") -> None:
+        self.transform = DISTRIBUTIONS[choice("distribution", distribution, DISTRIBUTIONS)]
+
     def sweep(self, sweep: Sweep) -> None:
         """Make a sweep."""
         raise NotImplementedError
 
     @property
     def options(self) -> dict[str, Any]:
-        """What replay logs and states say of z beyond the method: the transform, if not normal."""
-        return {}
+        """What sweeps, replay logs and states are told of z beyond the method."""
+        return {} if self.transform == "portable" else {"transform": self.transform}
 
     def update_scale(self, bucket: Bucket) -> Vector | None:
         """Factor of the update relative to z; None for 1."""

@@ -40,8 +40,8 @@ def normal(
         id: 64-bit parameter id.
         offset: index of the first element in the full parameter, below ``2**62``.
         device: where to make them; the values don't depend on it.
-        transform: "portable", or on GPUs "fast", whose values are close to these; "rademacher":
-            +1 and -1 instead, with equal probability.
+        transform: "portable", or on GPUs "fast", whose values are close to these; "hadamard":
+            near-normals instead (docs/noise.md); "rademacher": +1 and -1, equally probable.
 
     Returns:
         float32 tensor [numel].

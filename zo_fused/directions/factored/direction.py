@@ -109,15 +109,19 @@ class Factored(LowRank, Beside):
     Args:
         module: the model that the closure evaluates; None: nothing can be evaluated (replay).
         paired: evaluate both signs in one forward pass.
-        divide_by_rank: as in `LowRank`.
+        divide_by_rank, distribution: as in `LowRank`.
     """
 
     fixed: tuple[str, ...] = (*LowRank.fixed, "weight_decay")
 
     def __init__(
-        self, module: nn.Module | None, paired: bool = False, divide_by_rank: bool = False
+        self,
+        module: nn.Module | None,
+        paired: bool = False,
+        divide_by_rank: bool = False,
+        distribution: str = "gaussian",
     ) -> None:
-        super().__init__(divide_by_rank)
+        super().__init__(divide_by_rank, distribution)
         self.module = module
         self.paired = paired
         self._reset()
@@ -130,7 +134,7 @@ class Factored(LowRank, Beside):
         self._attached_to: Sequence[Bucket] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("divide_by_rank", "module", "paired")
+        own = ("divide_by_rank", "module", "paired", "transform")
         return {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
