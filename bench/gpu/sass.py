@@ -182,9 +182,11 @@ def cases(target: str) -> Iterator[Case]:
             key if rounding else None, transform,
         )  # fmt: skip
 
-    def moments(dtype: torch.dtype, rule: str, states: tuple[torch.dtype, ...]) -> None:
+    def moments(
+        dtype: torch.dtype, rule: str, states: tuple[torch.dtype, ...], transform: str = "portable"
+    ) -> None:
         scalars = (torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 6), one)
-        sweeps.moments(FakeLaunch(dtype, states), key, *scalars, rule, None, "portable", None)
+        sweeps.moments(FakeLaunch(dtype, states), key, *scalars, rule, None, transform, None)
 
     def squares(dtype: torch.dtype) -> None:
         table = torch.zeros(1, 3)
@@ -233,6 +235,14 @@ def cases(target: str) -> Iterator[Case]:
             kept = f", m {next(n for n, d in DTYPES.items() if d == states[0])}" if states else ""
             if rule == "momentum" and name == "fp32" and states == (dtype,):
                 continue
+            if rule == "momentum" and states == (torch.float32,):
+                yield Case(
+                    f"moments, {rule}{kept}, hadamard {name}",
+                    lambda dtype=dtype, states=states: moments(  # type: ignore[misc]
+                        dtype, "momentum", states, "hadamard"
+                    ),
+                    noise_unit(launch.moments_block("hadamard"), dtype, *states),
+                )
             yield Case(
                 f"moments, {rule}{kept} {name}",
                 lambda dtype=dtype, rule=rule, states=states: moments(dtype, rule, states),  # type: ignore[misc]

@@ -39,39 +39,40 @@ def is_whole(row_ptr, low, high, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def tile_starts(COUNT: tl.constexpr):
-    """[COUNT / 16, 1] where counters of tiles have their first runs; their second ones are 64 on"""
-    row = tl.arange(0, COUNT // 16)[:, None]
-    return row // 8 * 128 + row % 8 * 8
-
-
-@triton.jit
-def load_run(ptr, mask, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    """[COUNT] neighbouring elements; a thread gets runs of WIDTH
-
-    TILED, they are [COUNT / 16, 8, 2]: a thread gets the two runs of a counter."""
+def pointers(ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """to COUNT neighbouring elements, of which a thread gets runs of WIDTH: [COUNT] to each, or to
+    runs of eight, [COUNT / 8, 1]; TILED to the first runs of counters, [COUNT / 16, 1]"""
     if WIDTH == TILED:
-        ptrs = ptr + tile_starts(COUNT)
-        return tl.join(load_eights(ptrs), load_eights(ptrs + 64))
+        row = tl.arange(0, COUNT // 16)[:, None]
+        return ptr + (row // 8 * 128 + row % 8 * 8)
     elif WIDTH == 8 and ptr.dtype.element_ty.primitive_bitwidth == 32:
-        return tl.reshape(load_eights(ptr + tl.arange(0, COUNT // 8)[:, None] * 8), (COUNT,))
+        return ptr + tl.arange(0, COUNT // 8)[:, None] * 8
     else:
-        return tl.load(ptr + tl.arange(0, COUNT), mask=mask)
+        return ptr + tl.arange(0, COUNT)
 
 
 @triton.jit
-def store_run(ptr, x, mask, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+def load_run(ptrs, mask, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """[COUNT] elements at `pointers`; TILED [COUNT / 16, 8, 2], a counter's runs the last axis"""
+    if WIDTH == TILED:
+        return tl.join(load_eights(ptrs), load_eights(ptrs + 64))
+    elif WIDTH == 8 and ptrs.dtype.element_ty.primitive_bitwidth == 32:
+        return tl.reshape(load_eights(ptrs), (COUNT,))
+    else:
+        return tl.load(ptrs, mask=mask)
+
+
+@triton.jit
+def store_run(ptrs, x, mask, COUNT: tl.constexpr, WIDTH: tl.constexpr):
     """the way back"""
     if WIDTH == TILED:
-        ptrs = ptr + tile_starts(COUNT)
         first, second = tl.split(x)
         store_eights(ptrs, first)
         store_eights(ptrs + 64, second)
-    elif WIDTH == 8 and ptr.dtype.element_ty.primitive_bitwidth == 32:
-        ptrs = ptr + tl.arange(0, COUNT // 8)[:, None] * 8
+    elif WIDTH == 8 and ptrs.dtype.element_ty.primitive_bitwidth == 32:
         store_eights(ptrs, tl.reshape(x, (COUNT // 8, 8)))
     else:
-        tl.store(ptr + tl.arange(0, COUNT), x, mask=mask)
+        tl.store(ptrs, x, mask=mask)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import block_elements, chunk_elements, index, is_whole, load_run, store_run
+from .blocks import block_elements, chunk_elements, index, is_whole, load_run, pointers, store_run
 from .fma import fma
 from .launch import (
     CHUNK,
@@ -29,7 +29,7 @@ from .table import ADDRESS, ID, INDEX, OFFSET, find, pointer
 
 @triton.jit
 def sweep_run(
-    ptr,  # to the first of some neighbouring weights
+    ptrs,  # `pointers` to neighbouring weights
     mask,  # [COUNT] or None
     first,  # index of the first in the full parameter
     id,
@@ -44,7 +44,7 @@ def sweep_run(
     WIDTH: tl.constexpr,
 ):
     """w = round(decay * w + sum_k coeffs[k] * z_k) of COUNT weights"""
-    w = load_run(ptr, mask, COUNT, WIDTH)
+    w = load_run(ptrs, mask, COUNT, WIDTH)
     acc = decay * widen(w)
     if len(held) > 0:
         for i in tl.static_range(0, len(held), 2):
@@ -54,7 +54,7 @@ def sweep_run(
             z = normals(first, tl.load(keys_ptr + k), id, COUNT, WIDTH, TRANSFORM)
             acc = fma(tl.load(coeffs_ptr + k), z, acc)
     w = rounded(acc, w.dtype, rounding_ptr, first, id, COUNT, WIDTH)
-    store_run(ptr, w, mask, COUNT, WIDTH)
+    store_run(ptrs, w, mask, COUNT, WIDTH)
 
 
 POINTERS = ["table_ptr", "keys_ptr", "coeffs_ptr", "decay_ptr", "rounding_ptr"]
@@ -100,15 +100,17 @@ def _dense_kernel(
     for block in range(begin // BLOCK, tl.cdiv(end, BLOCK)):
         low, high = block_elements(block, begin, end, BLOCK)
         if is_whole(row_ptr, low, high, BLOCK):
+            ptrs = pointers(tl.multiple_of(p_ptr + (low - offset), 16), BLOCK, WIDTH)
             sweep_run(
-                tl.multiple_of(p_ptr + (low - offset), 16), None, block * BLOCK, id, keys_ptr,
+                ptrs, None, block * BLOCK, id, keys_ptr,
                 coeffs_ptr, directions, held, decay, rounding_ptr, TRANSFORM, BLOCK, WIDTH,
             )  # fmt: skip
         else:
             for i in range(low, high, STRAY):
                 first = index(i)
+                run = first + tl.arange(0, STRAY)
                 sweep_run(
-                    p_ptr + (first - offset), first + tl.arange(0, STRAY) < high, first, id,
+                    p_ptr + (run - offset), run < high, first, id,
                     keys_ptr, coeffs_ptr, directions, (), decay, rounding_ptr, TRANSFORM, STRAY, 1,
                 )  # fmt: skip
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from triton import knobs
+from triton import knobs, runtime
 
 # Decided when the kernels are, by the switch that ``triton.jit`` itself reads.
 INTERPRETING = tl.constexpr(bool(knobs.runtime.interpret))
@@ -39,15 +39,26 @@ STRAY = 4 * 32 * NOISE_WARPS
 UNROLLED_DIRECTIONS = 2
 
 
+def threads() -> int:
+    """Of a program of noise."""
+    if INTERPRETING.value:
+        return 32 * NOISE_WARPS
+    return int(runtime.driver.active.get_current_target().warp_size) * NOISE_WARPS
+
+
 def noise_block(directions: int, itemsize: int, transform: str) -> int:
     """Elements of a block of a dense sweep. More directions in blocks of the full size take more
     registers: 160 in a loop, and two in float32 spill on sm_80. `hadamard` takes few, and what is
-    paid once a block, half an instruction an element, then counts."""
-    if directions * itemsize > 4:
-        return NOISE_BLOCK // 2
-    return (
-        2 * NOISE_BLOCK if transform == "hadamard" and directions * itemsize == 2 else NOISE_BLOCK
-    )
+    paid once a block, half an instruction an element, then counts; all threads need a counter."""
+    block = NOISE_BLOCK if directions * itemsize <= 4 else NOISE_BLOCK // 2
+    if transform != "hadamard":
+        return block
+    return max(2 * block if directions * itemsize <= 2 else block, 16 * threads())
+
+
+def moments_block(transform: str) -> int:
+    """Elements of a block of a sweep over moments."""
+    return max(MOMENTS_BLOCK, 16 * threads()) if transform == "hadamard" else MOMENTS_BLOCK
 
 
 # Rows and columns of a matrix that a program of a low-rank sweep takes, GROUP rows at a time. With

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import block_elements, chunk_elements, index, is_whole, load_run, store_run
+from .blocks import block_elements, chunk_elements, index, is_whole, load_run, pointers, store_run
 from .fma import fma
-from .launch import CHUNK, DTYPES, MOMENTS_BLOCK, NOISE_WARPS, OPTIONS, STRAY
+from .launch import CHUNK, DTYPES, NOISE_WARPS, OPTIONS, STRAY, moments_block
 from .normal import as_bits, as_float, hidden, normals, transform_of, width_of
 from .rounding import narrow, rounded, widen
 from .table import ADDRESS, ID, INDEX, OFFSET, STATES, find, pointer
@@ -50,7 +50,8 @@ def moments_run(
     WIDTH: tl.constexpr,
 ):
     """`zo_fused.sweeps.reference.moments_` of COUNT neighbouring elements"""
-    w = load_run(p_ptr, mask, COUNT, WIDTH)
+    p_ptrs = pointers(p_ptr, COUNT, WIDTH)
+    w = load_run(p_ptrs, mask, COUNT, WIDTH)
     acc = decay * widen(w)
     if SINGLE:
         g = tl.zeros_like(acc)
@@ -72,20 +73,22 @@ def moments_run(
     if m_ptr is None:
         s = gain * g
     else:
-        m = load_run(m_ptr, mask, COUNT, WIDTH)
+        m_ptrs = pointers(m_ptr, COUNT, WIDTH)
+        m = load_run(m_ptrs, mask, COUNT, WIDTH)
         s = fma(gain, g, tl.load(coeffs_ptr) * widen(m))
-        store_run(m_ptr, narrow(s, m.dtype), mask, COUNT, WIDTH)
+        store_run(m_ptrs, narrow(s, m.dtype), mask, COUNT, WIDTH)
     if RULE == "adam":
         if v_ptr is not None:
-            v = load_run(v_ptr, mask, COUNT, WIDTH)
+            v_ptrs = pointers(v_ptr, COUNT, WIDTH)
+            v = load_run(v_ptrs, mask, COUNT, WIDTH)
             v = fma(tl.load(coeffs_ptr + 3) * g, g, tl.load(coeffs_ptr + 2) * v)
-            store_run(v_ptr, v, mask, COUNT, WIDTH)
+            store_run(v_ptrs, v, mask, COUNT, WIDTH)
         s = tl.div_rn(s, tl.sqrt_rn(v) + tl.load(coeffs_ptr + 4))
     elif RULE == "sign":
         s = (s > 0).to(tl.float32) - (s < 0).to(tl.float32)
     acc = fma(tl.load(coeffs_ptr + 5), s, acc)
     acc = rounded(acc, w.dtype, rounding_ptr, first, id, COUNT, WIDTH)
-    store_run(p_ptr, acc, mask, COUNT, WIDTH)
+    store_run(p_ptrs, acc, mask, COUNT, WIDTH)
 
 
 POINTERS = [
@@ -189,7 +192,7 @@ def moments(
         SINGLE=keys.numel() == 1 and squares is None,
         TRANSFORM=transform_of(transform),
         CHUNK=CHUNK,
-        BLOCK=MOMENTS_BLOCK,
+        BLOCK=moments_block(transform),
         WIDTH=width_of(transform, launch.dtype.itemsize),
         STRAY=STRAY,
         num_warps=NOISE_WARPS,

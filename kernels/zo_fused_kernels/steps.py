@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import block_elements, chunk_elements, index, is_whole, load_run, store_run
+from .blocks import block_elements, chunk_elements, index, is_whole, load_run, pointers, store_run
 from .fma import fma
 from .launch import CHUNK, DTYPES, NOISE_BLOCK, NOISE_WARPS, OPTIONS, STRAY
 from .normal import normals, transform_of, width_of
@@ -46,7 +46,7 @@ def terms_of(script: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def steps_run(
-    ptr,  # to the first of some neighbouring weights
+    ptrs,  # `pointers` to neighbouring weights
     mask,  # [COUNT] or None
     first,  # index of the first in the full parameter
     id,
@@ -62,7 +62,7 @@ def steps_run(
     WIDTH: tl.constexpr,
 ):
     """COUNT weights after all sweeps, each of them rounded"""
-    w = load_run(ptr, mask, COUNT, WIDTH)
+    w = load_run(ptrs, mask, COUNT, WIDTH)
     acc = widen(w)
     for group in range(groups):
         begin = tl.load(begins_ptr + group)
@@ -82,7 +82,7 @@ def steps_run(
                         w = rounded(acc, w.dtype, None, first, id, COUNT, WIDTH)
                 else:
                     w = rounded(acc, w.dtype, None, first, id, COUNT, WIDTH)
-    store_run(ptr, w, mask, COUNT, WIDTH)
+    store_run(ptrs, w, mask, COUNT, WIDTH)
 
 
 POINTERS = ["table_ptr", "keys_ptr", "terms_ptr", "begins_ptr", "coeffs_ptr", "decay_ptr"]
@@ -119,16 +119,18 @@ def _dense_steps_kernel(
     for block in range(begin // BLOCK, tl.cdiv(end, BLOCK)):
         low, high = block_elements(block, begin, end, BLOCK)
         if is_whole(row_ptr, low, high, BLOCK):
+            ptrs = pointers(tl.multiple_of(p_ptr + (low - offset), 16), BLOCK, WIDTH)
             steps_run(
-                tl.multiple_of(p_ptr + (low - offset), 16), None, block * BLOCK, id, keys_ptr,
+                ptrs, None, block * BLOCK, id, keys_ptr,
                 terms_ptr, begins_ptr, groups, coeffs_ptr, decay_ptr, TRANSFORM, STOCHASTIC,
                 BLOCK, WIDTH,
             )  # fmt: skip
         else:
             for i in range(low, high, STRAY):
                 first = index(i)
+                run = first + tl.arange(0, STRAY)
                 steps_run(
-                    p_ptr + (first - offset), first + tl.arange(0, STRAY) < high, first, id,
+                    p_ptr + (run - offset), run < high, first, id,
                     keys_ptr, terms_ptr, begins_ptr, groups, coeffs_ptr, decay_ptr, TRANSFORM,
                     STOCHASTIC, STRAY, 1,
                 )  # fmt: skip

@@ -70,8 +70,8 @@ def test_moments_and_tails_are_those_of_a_gaussian() -> None:
 
 
 def test_two_elements_of_a_counter_are_uncorrelated() -> None:
-    """``y_i = u + v`` and ``y_j = u - v``: u is the sum of the eight bytes whose signs agree, v that
-    of the other eight. Over all pairs of u and v E[z_i z_j] is exact. Squares are not
+    """``y_i = u + v`` and ``y_j = u - v``: u sums the eight bytes whose signs agree, v the
+    other eight. Over all pairs of u and v E[z_i z_j] is exact. Squares are not
     independent: the norm of a counter's sixteen elements varies less than that of Gaussians."""
     u, chances = distribution(8)
     z_i = near_normal(u[:, None] + u[None, :])

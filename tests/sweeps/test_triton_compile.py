@@ -60,6 +60,12 @@ INSTRUCTIONS: dict[str, dict[str, tuple[float, ...]]] = {
         "dense, stochastic bf16": (44.2, 45.7, 45.7, 46.3),
         "dense, rademacher fp16": (17.0, 18.0, 17.1, 17.2),
         "dense, rademacher fp32": (17.5, 17.3, 16.9, 16.3),
+        "dense, hadamard fp16": (15.0, 15.3, 14.6, 14.6),
+        "dense, hadamard bf16": (15.5, 15.8, 15.1, 15.1),
+        "dense, hadamard fp32": (15.0, 14.4, 14.9, 15.0),
+        "dense, hadamard, 2 directions fp16": (26.4, 26.8, 27.2, 26.3),
+        "dense, hadamard, 2 directions fp32": (28.5, 28.5, 28.9, 28.9),
+        "moments, momentum, m fp32, hadamard fp16": (26.9, 27.0, 26.3, 25.9),
         "dense, fast fp16": (23.4, 24.3, 23.5, 23.2),
         "dense, fast fp32": (22.7, 24.0, 22.2, 22.4),
         "moments, momentum, m fp32 fp16": (44.6, 45.3, 43.7, 44.0),
@@ -75,6 +81,10 @@ INSTRUCTIONS: dict[str, dict[str, tuple[float, ...]]] = {
     },
     "sm_100": {
         "dense fp16": (33.1, 33.1, 32.7, 32.9),
+        "dense, hadamard fp16": (11.9, 11.9, 11.8, 11.8),
+        "dense, hadamard, 2 directions fp16": (21.3, 21.0, 21.9, 21.1),
+        "moments, momentum, m fp32, hadamard fp16": (25.8, 25.8, 25.7, 20.6),
+        "dense, hadamard, 2 directions fp32": (30.3, 29.0, 29.8, 29.6),
         "dense, stochastic fp16": (51.1, 51.0, 50.0, 50.7),
         "moments, adam, m fp32 fp16": (68.1, 69.3, 64.3, 63.4),
         "low-rank r=4 fp16": (10.2, 10.2, 10.2, 9.2),
@@ -91,10 +101,14 @@ INSTRUCTIONS: dict[str, dict[str, tuple[float, ...]]] = {
 # Local accesses, that is registers that didn't suffice, where there are any.
 LOCAL: dict[str, dict[str, tuple[int, ...]]] = {
     "sm_80": {
+        "dense, hadamard, 2 directions fp16": (0, 0, 4, 4),
+        "moments, momentum, m fp32, hadamard fp16": (0, 4, 12, 12),
         "dense, any directions fp32": (0, 8, 0, 0),
         "script, stochastic fp16": (12, 0, 0, 0),
     },
     "sm_90": {
+        "moments, momentum, m fp32, hadamard fp16": (0, 0, 0, 2),
+        "moments, momentum, m fp32, hadamard bf16": (0, 0, 0, 2),
         "dense, rademacher fp16": (0, 0, 6, 0),
         "dense, fast fp16": (0, 0, 9, 0),
         "dense, any directions fp32": (0, 8, 0, 0),
@@ -103,6 +117,8 @@ LOCAL: dict[str, dict[str, tuple[int, ...]]] = {
         "script, stochastic fp16": (12, 0, 12, 0),
     },
     "sm_100": {
+        "dense, hadamard, 2 directions fp16": (6, 0, 0, 0),
+        "dense, hadamard, 2 directions fp32": (4, 0, 0, 0),
         "moments, adam, m fp32 fp16": (0, 2, 0, 0),
         "dense, fast bf16": (2, 0, 0, 0),
         "moments, adam, m fp32 bf16": (0, 2, 0, 0),
@@ -121,7 +137,14 @@ def wanted(target: str, name: str) -> bool:
         "low-rank r=4 fp16",
         "low-rank r=64 fp32",
     )
-    return name in singles or any(x in name for x in ("stochastic", "adam", "directions fp32"))
+    several = (
+        "stochastic",
+        "adam",
+        "directions fp32",
+        "hadamard fp16",
+        "hadamard, 2 directions fp16",
+    )
+    return name in singles or any(part in name for part in several)
 
 
 # ---- the script ---------------------------------------------------------------------------------
@@ -227,7 +250,7 @@ def test_fused_are_only_the_operations_that_the_source_fuses(
         if target in NVIDIA:
             assert not facts["unrounded"], case
             assert facts["made_fmas"] <= facts["asked_fmas"], case
-        elif "adam" not in case:  # root and quotient are made of more
+        elif "moments, adam" not in case:  # root and quotient are made of more
             assert facts["made_fmas"] == facts["asked_fmas"], case
     # And this test can tell.
     contracted = reports(target)["contracted"]
@@ -242,7 +265,7 @@ def test_kernels_neither_widen_nor_flush(
         if target in NVIDIA:
             assert not facts["double"], case
             # (Root and quotient scale what is subnormal on their slow paths.)
-            assert not facts["flushes"] or "fast" in case or "adam" in case, case
+            assert not facts["flushes"] or "fast" in case or "moments, adam" in case, case
         else:
             assert facts["stack"] == 0, case
             assert facts["keeps_subnormals"], case
