@@ -139,7 +139,7 @@ def wanted(target: str, name: str) -> bool:
     )
     several = (
         "stochastic",
-        "adam",
+        "moments, adam",
         "directions fp32",
         "hadamard fp16",
         "hadamard, 2 directions fp16",
