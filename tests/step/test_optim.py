@@ -727,6 +727,34 @@ def test_copies_and_pickles_go_on_alike(make: Case, clone: Callable) -> None:  #
     assert same(snapshot(model), snapshot(twin_model))
 
 
+class Clipped(zo_fused.MeZO):
+    """A method with an attribute, which a copy needs, and a number that it learns."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        self.bound = 0.5
+        super().__init__(params, lr)
+        self.ratio = 0.9
+
+    def transform(self, grads: Tensor, plus: Any, minus: Any) -> Tensor:
+        kept = self.state["size"]
+        kept["mean"] = self.ratio * kept.get("mean", 1.0) + 0.1 * float(grads.abs().mean())
+        return (grads / kept["mean"]).clamp(-self.bound, self.bound)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_have_what_a_method_keeps(clone: Callable) -> None:  # type: ignore[type-arg]
+    model = network()
+    opt = Clipped(model)
+    torch.optim.lr_scheduler.StepLR(opt, 1)  # puts a `step` of its own over the class's
+    opt.step(loss_of(model))
+    twin_model, twin = clone((model, opt))
+    for m, o in ((model, opt), (twin_model, twin)):
+        for _ in range(3):
+            o.step(loss_of(m))
+    assert twin.state["size"] == opt.state["size"]
+    assert same(snapshot(model), snapshot(twin_model))
+
+
 def test_perturbed_weights_are_not_copied(make: Case) -> None:
     opt = make(network())
     opt.perturb(1)

@@ -40,9 +40,8 @@ def measured(model, method, settings, batch, length):
             optimizer.step(lambda: scorer.loss(made))
         gc.collect()
     gc.unfreeze()
-    tensors = [
-        t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)
-    ]
+    of_parameters = [s for key, s in optimizer.state.items() if isinstance(key, torch.Tensor)]
+    tensors = [t for s in of_parameters for t in s.values() if isinstance(t, torch.Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors), live.now, live.peak
 
 

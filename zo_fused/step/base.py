@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -37,7 +38,11 @@ class Base(torch.optim.Optimizer):
         weights: where they are, and who takes them elsewhere.
         rule: what a projected gradient does.
         schedule: which losses a step takes.
+        state: by parameter, and by names what a method keeps: numbers or tensors that `state_dict`
+            saves.
     """
+
+    state: defaultdict[Any, Any]
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """`inspect.signature`, help() and replays see the names that ``**common`` stands for."""
@@ -58,6 +63,7 @@ class Base(torch.optim.Optimizer):
         options: dict[str, Any] | None = None,
         **common: Unpack[StepOptions],
     ) -> None:
+        of_method = set(vars(self))
         takes = inspect.signature(type(self)).parameters
         _check_names(type(self).__name__, common, takes)
         chosen: dict[str, Any] = {**STEP_DEFAULTS, **common}
@@ -85,6 +91,7 @@ class Base(torch.optim.Optimizer):
         defaults |= counters
         self._assemble(direction, rule, schedule, recorded, defaults, module)
         super().__init__(params, defaults)
+        self._not_of_method = {"_not_of_method", *vars(self)} - of_method
 
     def _assemble(
         self,
@@ -218,7 +225,13 @@ class Base(torch.optim.Optimizer):
             raise RuntimeError("weights are perturbed: flush() before copying or pickling")
         self.flush()  # if weights were copied before, looking at them has done this already
         parts = (self.direction, self.rule, self.schedule, self._options)
-        return {**super().__getstate__(), "_parts": parts}
+        own = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in self._not_of_method and not hasattr(type(self), name)  # as a scheduler's
+        }
+        known = {"_parts": parts, "_not_of_method": self._not_of_method}
+        return {**own, **super().__getstate__(), **known}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
