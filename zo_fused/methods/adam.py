@@ -37,39 +37,31 @@ class ZOAdam(ZerothOrderOptimizer):
     Args:
         params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
         lr: learning rate.
-        eps: perturbation radius.
         betas: decay of m and v, each in [0, 1).
         adam_eps: added to the root, > 0.
-        weight_decay: decay, with the learning rate as factor.
         state_dtype: of m: "float32", or "param", the dtype of each weight.
-        rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
         distribution: of the elements of z: "gaussian", "hadamard" or "rademacher".
         history: None, or H: keep the coefficients of the last H steps instead of moments, see
             above.
-        common: seed, deferred, one_sided, queries, block_order: see `ZerothOrderOptimizer`.
+        common: eps, weight_decay, rounding, seed, deferred, one_sided, queries, block_order: see
+            `ZerothOrderOptimizer`.
     """
 
     def __init__(
         self,
         params: Any,
         lr: float | Tensor = 1e-4,
-        eps: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         adam_eps: float = 1e-8,
-        weight_decay: float = 0.0,
         state_dtype: str = "float32",
-        rounding: str = "nearest",
         distribution: str = "gaussian",
         history: int | None = None,
         **common: Unpack[StepOptions],
     ) -> None:
         defaults = {
             "lr": lr,
-            "eps": eps,
             "betas": betas,
             "adam_eps": adam_eps,
-            "weight_decay": weight_decay,
-            "rounding": rounding,
         }
         choice("state_dtype", state_dtype, STATE_DTYPES)
         if history is not None:

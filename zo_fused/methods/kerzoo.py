@@ -39,22 +39,20 @@ class KerZOO(ZerothOrderOptimizer):
 
     Args:
         params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
-        lr, eps, weight_decay, rounding: see `MeZO`.
+        lr: learning rate.
         distribution: of the elements of u: "gaussian", "hadamard" or "rademacher".
-        common: seed, deferred, one_sided, queries, block_order: see `ZerothOrderOptimizer`.
+        common: eps, weight_decay, rounding, seed, deferred, one_sided, queries, block_order: see
+            `ZerothOrderOptimizer`.
     """
 
     def __init__(
         self,
         params: Any,
         lr: float | Tensor = 1e-6,
-        eps: float = 1e-3,
-        weight_decay: float = 0.0,
-        rounding: str = "nearest",
         distribution: str = "gaussian",
         **common: Unpack[StepOptions],
     ) -> None:
-        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rounding": rounding}
+        defaults = {"lr": lr}
         options = {"distribution": distribution}
         super().__init__(params, Stretched(distribution), SGD(), defaults, options, **common)
 

@@ -40,13 +40,11 @@ class LOZO(ZerothOrderOptimizer):
     Args:
         params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
         lr: learning rate. The released scripts use 1e-7 to 1e-6 for OPT models.
-        eps: perturbation radius.
         rank: columns of U and V.
         interval: steps (nu) for which V stays.
         momentum: 0 for LOZO, else the momentum coefficient of LOZO-M, in [0, 1). Whether there is
             momentum is chosen for the run; a group can only set its coefficient, and without
             momentum it has none.
-        weight_decay: decay, with the learning rate as factor.
         divide_by_rank: scale the update of matrices by 1/rank, as the paper does.
         rounding: of updates in 16-bit weights: "nearest", or "stochastic", without bias. The
             default is "stochastic" in mode "factored", where nothing else would keep updates below
@@ -61,19 +59,18 @@ class LOZO(ZerothOrderOptimizer):
             weights are read once: faster where a batch has few tokens. The closure must be one that
             `torch.vmap` can batch.
         module: the model that the closure evaluates, for mode "factored" where `params` is not it.
-        common: seed, queries (with the same V), and for mode "inplace" deferred, one_sided,
-            block_order ("sequential" without momentum only): see `ZerothOrderOptimizer`.
+        common: eps, weight_decay, seed, queries (with the same V), and for mode "inplace" deferred,
+            one_sided, block_order ("sequential" without momentum only): see
+            `ZerothOrderOptimizer`.
     """
 
-    def __init__(
+    def __init__(  # type: ignore[misc]  # its own default of rounding
         self,
         params: Any,
         lr: float | Tensor = 1e-6,
-        eps: float = 1e-3,
         rank: int = 2,
         interval: int = 50,
         momentum: float = 0.0,
-        weight_decay: float = 0.0,
         divide_by_rank: bool = False,
         rounding: str | None = None,
         distribution: str = "gaussian",
@@ -97,10 +94,8 @@ class LOZO(ZerothOrderOptimizer):
             rounding = "stochastic" if mode == "factored" else "nearest"
         defaults = {
             "lr": lr,
-            "eps": eps,
             "rank": rank,
             "interval": interval,
-            "weight_decay": weight_decay,
             "rounding": rounding,
         }
         if momentum:

@@ -34,34 +34,29 @@ class MeZO(ZerothOrderOptimizer):
     Args:
         params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
         lr: learning rate. The paper uses 1e-7 to 1e-6 for whole OPT models.
-        eps: perturbation radius.
-        weight_decay: decay, with the learning rate as factor.
         momentum: 0, or the coefficient of m, in [0, 1). Whether there is momentum is chosen for the
             run; a group can only set its coefficient, and without momentum it has none.
         dampening: 0 is the heavy ball; ``dampening=momentum`` the exponential moving average.
         state_dtype: of m: "float32", or "param", the dtype of each weight.
-        rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
         distribution: of the elements of z: "gaussian"; "hadamard", nearly that and cheaper to make;
             or "rademacher", -1 or 1.
-        common: seed, deferred, one_sided, queries, block_order: see `ZerothOrderOptimizer`.
+        common: eps, weight_decay, rounding, seed, deferred, one_sided, queries, block_order: see
+            `ZerothOrderOptimizer`.
     """
 
     def __init__(
         self,
         params: Any,
         lr: float | Tensor = 1e-6,
-        eps: float = 1e-3,
-        weight_decay: float = 0.0,
         momentum: float = 0.0,
         dampening: float = 0.0,
         state_dtype: str = "float32",
-        rounding: str = "nearest",
         distribution: str = "gaussian",
         **common: Unpack[StepOptions],
     ) -> None:
         momentum, dampening = hyper("momentum", momentum), hyper("dampening", dampening)
         choice("state_dtype", state_dtype, STATE_DTYPES)
-        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rounding": rounding}
+        defaults = {"lr": lr}
         if momentum:
             defaults |= {"momentum": momentum, "dampening": dampening}
         rule = Momentum(state_dtype) if momentum else SGD()

@@ -28,26 +28,23 @@ class ZOSignSGD(ZerothOrderOptimizer):
     Args:
         params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
         lr: learning rate: what each weight moves in a step (element-wise), or the scale of z.
-        eps, weight_decay, rounding: see `MeZO`.
         sign: "element" or "scalar", see above.
         distribution: of the elements of z: "gaussian", "hadamard" or "rademacher", with which both
             signs are the same where there is one query.
-        common: seed, deferred, one_sided, queries, block_order: see `ZerothOrderOptimizer`.
+        common: eps, weight_decay, rounding, seed, deferred, one_sided, queries, block_order: see
+            `ZerothOrderOptimizer`.
     """
 
     def __init__(
         self,
         params: Any,
         lr: float | Tensor = 1e-6,
-        eps: float = 1e-3,
-        weight_decay: float = 0.0,
         sign: str = "element",
-        rounding: str = "nearest",
         distribution: str = "gaussian",
         **common: Unpack[StepOptions],
     ) -> None:
         choice("sign", sign, ("element", "scalar"))
-        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rounding": rounding}
+        defaults = {"lr": lr}
         rule = Sign() if sign == "element" else ScalarSign()
         options = {"sign": sign, "distribution": distribution}
         super().__init__(params, Dense(distribution), rule, defaults, options, **common)

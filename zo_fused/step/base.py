@@ -26,7 +26,7 @@ from zo_fused.step.optimizer_state import check_saved, in_order
 from zo_fused.step.parameters import Parameters
 from zo_fused.step.report import Report
 from zo_fused.step.rule import Rule
-from zo_fused.step.schedule import STEP_DEFAULTS, Schedule, StepOptions, spelled_out
+from zo_fused.step.schedule import GROUP_DEFAULTS, STEP_DEFAULTS, Schedule, StepOptions, spelled_out
 from zo_fused.step.timing import Timer
 from zo_fused.step.weights import Weights
 
@@ -67,6 +67,9 @@ class Base(torch.optim.Optimizer):
         takes = inspect.signature(type(self)).parameters
         _check_names(type(self).__name__, common, takes)
         chosen: dict[str, Any] = {**STEP_DEFAULTS, **common}
+        of_groups = {name: chosen.pop(name) for name in GROUP_DEFAULTS}
+        usual = {name: value for name, value in of_groups.items() if name in takes}
+        defaults = usual | defaults | {name: of_groups[name] for name in usual if name in common}
         seed = whole("seed", chosen.pop("seed"), 0, bits=64)
         schedule = Schedule(**chosen)
         recorded = {**asdict(schedule), **(options or {})}

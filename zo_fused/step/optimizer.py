@@ -51,10 +51,8 @@ class ZerothOrderOptimizer(BetweenSteps):
     beforehand. Memory that was taken out of a parameter earlier (``p.data``) shows what is there.
 
     In 16 bits a restore is exact only up to the rounding of the dtype (docs/noise.md, "Rounding").
-    With ``rounding="stochastic"`` the update is rounded at random, without bias, so that updates
-    far below a weight's last place add up over the steps also where no restore goes with them
-    (docs/performance.md); perturbations are rounded to nearest all the same. float32 weights have
-    nothing to round.
+    With ``rounding="stochastic"`` updates are rounded at random, without bias, so that those far
+    below a weight's last place add up (docs/performance.md); perturbations are rounded to nearest.
 
     Args:
         params: ``model.named_parameters()`` (best: noise is tied to names), ``model.parameters()``
@@ -63,8 +61,10 @@ class ZerothOrderOptimizer(BetweenSteps):
         direction, rule: see above.
         defaults: hyper-parameters of the groups.
         options: arguments of the method that groups don't tell, recorded in the replay log.
-        seed: base seed of the run, ``0 <= seed < 2**64``. The global generators are never used.
-        deferred, one_sided, queries, block_order: see above. All methods take them by name.
+        eps, weight_decay, rounding: perturbation radius; decay, with the learning rate as factor;
+            of the update in 16-bit weights, "nearest" or "stochastic".
+        seed: of the run, below ``2**64``. The global generators are never used.
+        deferred, one_sided, queries, block_order: see above.
 
     Attributes:
         projected_grad: g of the last step, float32 tensor [] on the device of the first parameter;

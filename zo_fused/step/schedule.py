@@ -70,8 +70,11 @@ class Schedule:
 
 
 class StepOptions(TypedDict, total=False):
-    """Keywords that all methods take: see `ZerothOrderOptimizer`."""
+    """Keywords that most methods take: see `ZerothOrderOptimizer`."""
 
+    eps: float
+    weight_decay: float
+    rounding: str
     seed: int
     deferred: bool
     one_sided: bool
@@ -79,7 +82,8 @@ class StepOptions(TypedDict, total=False):
     block_order: str | None
 
 
-STEP_DEFAULTS: dict[str, Any] = {"seed": 0, **asdict(Schedule())}
+GROUP_DEFAULTS: dict[str, Any] = {"eps": 1e-3, "weight_decay": 0.0, "rounding": "nearest"}
+STEP_DEFAULTS: dict[str, Any] = {**GROUP_DEFAULTS, "seed": 0, **asdict(Schedule())}
 _STEP_PARAMETERS = [
     Parameter(name, Parameter.KEYWORD_ONLY, default=STEP_DEFAULTS[name], annotation=hint)
     for name, hint in get_type_hints(StepOptions).items()
