@@ -30,10 +30,9 @@ GPU = torch.cuda.is_available()
 NAMES = ("cpu", "triton", "emulated", pytest.param("cuda", marks=pytest.mark.gpu))
 
 # For a test that takes long in Triton's interpreter: there it runs with `make test-all` only.
+_interpreted = pytest.param("triton", marks=() if GPU else pytest.mark.slow)
 long_in_triton = pytest.mark.parametrize(
-    "served",
-    [pytest.param(n, marks=pytest.mark.slow) if n == "triton" else n for n in NAMES],
-    indirect=True,
+    "served", [_interpreted if name == "triton" else name for name in NAMES], indirect=True
 )
 
 

@@ -126,6 +126,7 @@ def test_fills_of_every_size_at_every_offset(served: Served, transform: str) -> 
 def test_dense(served: Served, directions: int, rounding: bool, transform: str) -> None:
     start = turn(directions, rounding, transform)
     where = places(SIZES, start=start) + blocks(served.block, start)
+    where += (Place((9,), DTYPES[start % 3], served.chunk - 3),)
     check(served, dense(where, directions, rounding, transform))
 
 
