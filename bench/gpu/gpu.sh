@@ -114,6 +114,9 @@ done
   for file in tests/sweeps/test_triton*.py tests/sweeps/test_cuda.py; do
     [[ -e $file && $file != "${compiles[0]}" ]] && tests "$(basename "$file" .py)" "$file" &
   done
+  for some in "triton and lowrank" "triton and moments" "triton and not (lowrank or moments)" cuda; do
+    tests "parity of $some" -m "not slow" -k "$some" tests/sweeps/test_parity.py &
+  done
   [[ -e ${compiles[0]} ]] && tests "triton-compile" "${compiles[@]}" &
   sanitize memcheck --report-api-errors no &
   sanitize racecheck &

@@ -8,13 +8,23 @@ from torch import Tensor
 
 def bits(x: Tensor) -> Tensor:
     """The bits of a tensor as integers, on the CPU."""
-    return x.cpu().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    x = x.detach().cpu().contiguous()
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
-def assert_same_bits(got: Tensor, wanted: Tensor, case: object = "") -> None:
+def same_bits(got: Tensor, wanted: Tensor) -> bool:
+    """Whether dtypes and bits are equal (so -0.0 differs from 0.0), on whatever devices."""
+    return got.dtype == wanted.dtype and torch.equal(bits(got), bits(wanted))
+
+
+def assert_same_bits(got: Tensor, wanted: Tensor, case: object = "", any_nan: bool = False) -> None:
+    """any_nan: a NaN is a NaN, whatever its bits."""
     assert got.dtype == wanted.dtype, case
     assert got.shape == wanted.shape, case
-    different = (bits(got) != bits(wanted)).flatten().nonzero().flatten()
+    unequal = bits(got) != bits(wanted)
+    if any_nan:
+        unequal &= ~(got.isnan().cpu() & wanted.isnan().cpu())
+    different = unequal.flatten().nonzero().flatten()
     assert not len(different), (
         f"{case} {len(different)} of {got.numel()} elements differ, the first at "
         f"{int(different[0])}: {got.flatten()[different[0]]} for {wanted.flatten()[different[0]]}"
@@ -28,20 +38,17 @@ def in_memory(model: torch.nn.Module) -> Tensor:
 
 
 class Islands:
-    """Tensors in poisoned memory: `check` fails if anything was written beside them.
-
-    Each starts ``misalignment`` elements past a 16-byte boundary.
-    """
+    """Tensors in poisoned memory: `check` fails if anything was written beside them."""
 
     POISON = 77
 
-    def __init__(self, device: torch.device, misalignment: int = 0) -> None:
-        self.device, self.misalignment = device, misalignment
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._parts: list[tuple[Tensor, int, int]] = []
 
-    def put(self, x: Tensor) -> Tensor:
-        """A copy of x on the device."""
-        start, stop = 64 + self.misalignment, 64 + self.misalignment + x.numel()
+    def put(self, x: Tensor, misalignment: int = 0) -> Tensor:
+        """A copy of x on the device, which begins so many elements past a 16-byte boundary."""
+        start, stop = 64 + misalignment, 64 + misalignment + x.numel()
         memory = torch.full((stop + 64,), self.POISON, dtype=x.dtype, device=self.device)
         assert memory.data_ptr() % 16 == 0
         self._parts.append((memory, start, stop))

@@ -1,7 +1,8 @@
-"""The CUDA backend: its kernels equal the reference, emulated on the CPU or on a GPU if there is
-one; nvcc's code for them has the shape it should have; the extension builds.
+"""What only the CUDA backend has: its choice, transforms, launches, parameters too large to exist;
+nvcc's code for its kernels has the shape it should have; the extension builds.
 
-Emulated are the same kernels, launchers and operators, compiled by g++.
+Kernels are emulated on the CPU, or run on a GPU if there is one. `test_parity.py` compares its
+sweeps with the reference.
 """
 
 from __future__ import annotations
@@ -9,250 +10,46 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-import math
 import mmap
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from support.emulated_cuda import Served, emulation
+from support.calls import (
+    DTYPES,
+    ID,
+    KEYS,
+    ROUNDING,
+    Place,
+    check,
+    dense,
+    int64,
+    lowrank,
+    places,
+    random,
+    streams,
+)
+from support.equality import assert_same_bits
+from support.served import Served, serve
 from torch import Tensor
 
-from zo_fused.noise.streams import as_int64
 from zo_fused.sweeps import dispatch, reference
 from zo_fused.sweeps.backends import cuda, table
 from zo_fused.sweeps.numbers import TRANSFORMS
 
 ROOT = Path(__file__).parents[2]
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CHUNK = 1 << 15
-ID = as_int64(0xFEDC_BA98_7654_3210)
-KEYS = tuple(as_int64(k) for k in (0x0123_4567_89AB_CDEF, 0xFFFF_FFFF_0000_0001, 7))
-CARRY = 4 * 2**32 - 5  # the low counter word wraps after five elements,
-ROUNDING_CARRY = 8 * 2**32 - 5  # that of the rounding stream
-FAR = 2**40 + 3
-ROUNDING = torch.tensor([as_int64(0xDEAD_BEEF_0000_0001)])
 
 
-# ---- what runs the kernels ----------------------------------------------------------------------
-
-
-@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    if request.param == "emulated":
-        return emulation(tmp_path_factory)
-    reason = cuda.why_not("cuda")
-    if reason is not None:
-        pytest.skip(reason)
-    return Served(cuda, torch.ops.zo_fused_CUDA, cuda._kernels(), torch.device("cuda"))
-
-
-# ---- helpers ------------------------------------------------------------------------------------
-
-
-def int64(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def weights(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Of all sizes: small ones that are subnormal in float16, the largest, infinities, zeros."""
-    x = random(*shape, seed=seed)
-    kind = torch.randint(0, 20, shape, generator=torch.Generator().manual_seed(seed + 1))
-    x = torch.where(kind == 0, x * 2**-20, x).to(dtype)
-    largest = torch.finfo(dtype).max
-    for i, value in enumerate((0.0, -0.0, math.inf, -math.inf, largest, -largest)):
-        x[kind == i + 1] = value
-    return x
-
-
-def as_bits(x: Tensor) -> Tensor:
-    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-
-
-def assert_same(got: Tensor, wanted: Tensor) -> None:
-    """Of the same bits; a NaN is a NaN."""
-    got = got.cpu()
-    assert got.dtype == wanted.dtype
-    assert got.shape == wanted.shape
-    different = (as_bits(got) != as_bits(wanted)) & ~(got.isnan() & wanted.isnan())
-    where = different.flatten().nonzero().flatten()
-    assert not len(where), (
-        f"{len(where)} of {got.numel()} elements differ, the first at {int(where[0])}: "
-        f"{got.flatten()[where[0]]} for {wanted.flatten()[where[0]]}"
-    )
-
-
-@dataclass
-class Islands:
-    """Tensors in poisoned memory, each ``misalignment`` elements past a 16-byte boundary."""
-
-    device: torch.device
-    misalignment: int = 0
-    parts: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
-
-    def put(self, x: Tensor) -> Tensor:
-        start = 64 + self.misalignment
-        memory = torch.full((start + x.numel() + 64,), 77, dtype=x.dtype, device=self.device)
-        assert memory.data_ptr() % 16 == 0
-        view = memory[start : start + x.numel()].view(x.shape)
-        view.copy_(x)
-        self.parts.append((memory, view, start))
-        return view
-
-    def check(self) -> None:
-        for memory, view, start in self.parts:
-            assert (memory[:start] == 77).all(), "wrote before a tensor"
-            assert (memory[start + view.numel() :] == 77).all(), "wrote behind a tensor"
-
-
-Lists = dict[str, list[Tensor]]
-
-
-def check(
-    served: Served,
-    name: str,
-    written: Lists,
-    misalignment: int = 0,
-    read_misalignment: int = 0,
-    **rest: Any,
-) -> None:
-    """A sweep and the reference of that name write the same into ``written``, and only there."""
-    islands = Islands(served.device, misalignment)
-    read = Islands(served.device, read_misalignment)
-    got = {key: [islands.put(x) for x in xs] for key, xs in written.items()}
-
-    def moved(key: str, x: Any) -> Any:
-        if isinstance(x, list):
-            return [read.put(y) for y in x]
-        on_host = ("ids", "offsets", "script")
-        return x.to(served.device) if isinstance(x, Tensor) and key not in on_host else x
-
-    there = {key: moved(key, x) for key, x in rest.items()}
-    getattr(served.sweeps, name)(**got, **there)
-    islands.check()
-    wanted = {key: [x.clone() for x in xs] for key, xs in written.items()}
-    getattr(reference, name)(**wanted, **rest)
-    for key, xs in wanted.items():
-        for g, w in zip(got[key], xs, strict=True):
-            assert_same(g, w)
-
-
-def streams(count: int, offset: int) -> dict[str, Tensor]:
-    return {"ids": int64(*range(ID, ID + count)), "offsets": int64(*[offset] * count)}
-
-
-def check_dense(
-    served: Served,
-    sizes: Sequence[int],
-    dtypes: Sequence[torch.dtype],
-    offset: int = 0,
-    directions: int = 1,
-    rounding: Tensor | None = None,
-    misalignment: int = 0,
-    transform: str = "portable",
-) -> None:
-    params = [weights(n, dtype=dtypes[i % len(dtypes)], seed=i) for i, n in enumerate(sizes)]
-    check(
-        served,
-        "dense_",
-        {"params": params},
-        misalignment,
-        **streams(len(sizes), offset),
-        keys=int64(*KEYS[:directions]),
-        coeffs=random(len(sizes), directions, seed=1),
-        decay=1 + 0.1 * random(len(sizes), seed=2),
-        rounding=rounding,
-        transform=transform,
-    )
-
-
-def check_moments(
-    served: Served,
-    sizes: Sequence[int],
-    dtypes: Sequence[torch.dtype],
-    rule: str,
-    state: str,
-    offset: int = 0,
-    rounding: Tensor | None = None,
-    misalignment: int = 0,
-    transform: str = "portable",
-    keys: Sequence[int] = KEYS[:2],
-    of_squares: bool = False,
-) -> None:
-    params = [random(n, dtype=dtypes[i % len(dtypes)], seed=i) for i, n in enumerate(sizes)]
-    count = len(params)
-    firsts = [random(*p.shape, seed=i + 9) for i, p in enumerate(params)]
-    if state == "like weights":
-        firsts = [m.to(p.dtype) for m, p in zip(firsts, params, strict=True)]
-    check(
-        served,
-        "moments_",
-        {
-            "params": params,
-            "firsts": [] if state == "nothing" else firsts,
-            "seconds": [] if rule != "adam" or of_squares else [x.float().square() for x in firsts],
-        },
-        misalignment,
-        **streams(count, offset),
-        keys=int64(*keys),
-        grads=random(count, len(keys), seed=1),
-        restores=random(count, len(keys), seed=2),
-        coeffs=random(count, 6, seed=3).abs(),
-        decay=1 + 0.1 * random(count, seed=4),
-        rule=rule,
-        rounding=rounding,
-        transform=transform,
-        squares=random(count, len(keys), seed=5).square() if of_squares else None,
-    )
-
-
-def check_lowrank(
-    served: Served,
-    shapes: Sequence[tuple[int, ...]],
-    ranks: Sequence[int],
-    dtypes: Sequence[torch.dtype],
-    offset: int = 0,
-    rounding: Tensor | None = None,
-    misalignment: int = 0,
-    factor_misalignment: int = 0,
-    momentum: bool = False,
-) -> None:
-    params, us, vs = [], [], []
-    for i, shape in enumerate(shapes):
-        params.append(weights(*shape, dtype=dtypes[i % len(dtypes)], seed=i))
-        rows = shape[0] if shape else 1
-        rank = ranks[i % len(ranks)]
-        us.append(random(rows, rank, seed=i + 3))
-        vs.append(random(math.prod(shape) // rows if rows else 0, rank, seed=i + 4))
-    count = len(params)
-    written: Lists = {"params": params}
-    if momentum:
-        written["moments"] = [random(*u.shape, seed=6) for u in us]
-    check(
-        served,
-        "lowrank_momentum_" if momentum else "lowrank_",
-        written,
-        misalignment,
-        factor_misalignment,
-        us=us,
-        vs=vs,
-        coeffs=random(count, 4, seed=1) if momentum else random(count, seed=1),
-        decay=1 + 0.1 * random(count, seed=2),
-        **streams(count, offset),
-        rounding=rounding,
-    )
+    return serve(request.param, tmp_path_factory)
 
 
 # ---- the backend --------------------------------------------------------------------------------
@@ -295,30 +92,7 @@ def test_sizes(served: Served) -> None:
     assert served.kernels.TILE == (64, 256)
 
 
-# ---- fills --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("offset", [*range(9), CARRY, FAR])
-def test_fills(served: Served, offset: int) -> None:
-    for name, dtype in (("bits_", torch.int64), ("normal_", torch.float32)):
-        for misalignment in (0, 1):
-            outs = [torch.zeros(n, dtype=dtype) for n in (0, 1, 9, 300)]
-            keys = int64(*KEYS, KEYS[0])
-            check(served, name, {"outs": outs}, misalignment, **streams(4, offset), keys=keys)
-
-
-def test_fills_of_several_chunks(served: Served) -> None:
-    for name, dtype in (("bits_", torch.int64), ("normal_", torch.float32)):
-        outs = [torch.zeros(2 * CHUNK + 5, dtype=dtype)]
-        check(served, name, {"outs": outs}, **streams(1, 4 * 2**32 - CHUNK), keys=int64(KEYS[0]))
-
-
-def test_fills_of_signs(served: Served) -> None:
-    for offset, misalignment in ((0, 0), (3, 0), (8, 1), (CARRY, 0), (FAR, 1)):
-        outs = [torch.zeros(n) for n in (0, 1, 9, 300, CHUNK + 5)]
-        keys = int64(*KEYS, *KEYS[:2])
-        rest = {**streams(5, offset), "keys": keys, "transform": "rademacher"}
-        check(served, "normal_", {"outs": outs}, misalignment, **rest)
+# ---- transforms ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [-1, len(TRANSFORMS)])
@@ -342,11 +116,12 @@ def test_operators_refuse_transforms_that_they_lack(served: Served, number: int)
 
 def test_fast_is_close_to_portable(served: Served) -> None:
     sizes = (3 * CHUNK + 1, 100)
+    where = streams(Place((n,), torch.float32, 3) for n in sizes)
     made = {}
     for transform in ("portable", "fast"):
         outs = [torch.zeros(n, device=served.device) for n in sizes]
         keys = int64(*KEYS[:2]).to(served.device)
-        served.sweeps.normal_(outs, **streams(2, 3), keys=keys, transform=transform)
+        served.sweeps.normal_(outs, **where, keys=keys, transform=transform)
         made[transform] = torch.cat(outs).cpu()
     portable, fast = made["portable"], made["fast"]
     error = (fast - portable).abs()
@@ -357,7 +132,7 @@ def test_fast_is_close_to_portable(served: Served) -> None:
 @pytest.mark.parametrize("directions", [1, 2])
 def test_fast_sweeps_add_fast_normals(served: Served, directions: int) -> None:
     n, device = 1000, served.device
-    where = streams(1, 5)
+    where = streams([Place((n,), torch.float32, 5)])
     normals = [torch.zeros(n, device=device) for _ in range(directions)]
     keys = int64(*KEYS[:directions]).to(device)
     for k, z in enumerate(normals):
@@ -368,193 +143,35 @@ def test_fast_sweeps_add_fast_normals(served: Served, directions: int) -> None:
     rest = {"keys": keys, "decay": one, "transform": "fast"}
     got = torch.zeros(n, device=device)
     served.sweeps.dense_([got], **where, coeffs=only_last, **rest)
-    assert_same(got + 0.0, normals[-1].cpu() + 0.0)
+    assert_same_bits(got + 0.0, normals[-1] + 0.0)
     got = torch.zeros(n, device=device)
     coeffs = torch.tensor([[0.0, 1, 0, 0, 0, 1]], device=device)
     zeros = torch.zeros_like(only_last)
-    served.sweeps.moments_(
-        [got],
-        [],
-        [],
-        **where,
-        grads=only_last,
-        restores=zeros,
-        coeffs=coeffs,
-        rule="momentum",
-        **rest,
-    )
-    assert_same(got + 0.0, normals[-1].cpu() + 0.0)
+    rest |= {"grads": only_last, "restores": zeros, "coeffs": coeffs, "rule": "momentum"}
+    served.sweeps.moments_([got], [], [], **where, **rest)
+    assert_same_bits(got + 0.0, normals[-1] + 0.0)
 
 
-# ---- dense sweeps -------------------------------------------------------------------------------
-
-SIZES = (0, 1, 3, 7, 8, 9, 63, 1000)
-
-
-@pytest.mark.parametrize("rounding", [None, ROUNDING], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("offset", [*range(9), CARRY, ROUNDING_CARRY, FAR])
-def test_dense_offsets(served: Served, offset: int, rounding: Tensor | None) -> None:
-    check_dense(served, SIZES * 3, DTYPES, offset, rounding=rounding)
-
-
-@pytest.mark.parametrize("rounding", [None, ROUNDING], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("misalignment", [1, 2, 3, 4, 5, 8])
-def test_dense_misaligned(served: Served, misalignment: int, rounding: Tensor | None) -> None:
-    check_dense(served, (100, 9) * 3, DTYPES, 0, rounding=rounding, misalignment=misalignment)
-    # Shards: where the full parameter is aligned, their memory is or is not.
-    shift = misalignment % 8
-    check_dense(served, (100, 9) * 3, DTYPES, shift, rounding=rounding, misalignment=misalignment)
-
-
-@pytest.mark.parametrize("rounding", [None, ROUNDING], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_dense_chunks(served: Served, dtype: torch.dtype, rounding: Tensor | None) -> None:
-    sizes = (CHUNK, 2 * CHUNK + 3, CHUNK - 1)
-    check_dense(served, sizes, (dtype,), 4 * 2**32 - CHUNK - 8, rounding=rounding)
-    check_dense(served, (CHUNK + 9,), (dtype,), 5, rounding=rounding, misalignment=5)
-
-
-@pytest.mark.parametrize("rounding", [None, ROUNDING], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("directions", [0, 2, 3])
-def test_dense_directions(served: Served, directions: int, rounding: Tensor | None) -> None:
-    check_dense(served, (1, 65, 300) * 2, DTYPES, 2, directions, rounding)
-
-
-@pytest.mark.parametrize("rounding", [None, ROUNDING], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("directions", [1, 3])
-def test_dense_signs(served: Served, directions: int, rounding: Tensor | None) -> None:
-    for offset, misalignment in ((0, 0), (3, 0), (5, 5), (CARRY, 1)):
-        rest = (offset, directions, rounding, misalignment, "rademacher")
-        check_dense(served, (*SIZES, 300), DTYPES, *rest)
-    check_dense(served, (CHUNK + 9,), DTYPES[:1], 5, directions, rounding, 0, "rademacher")
-
-
-def test_scripts_of_signs(served: Served) -> None:
-    check(
-        served,
-        "dense_steps_",
-        {"params": [weights(n, dtype=d, seed=n) for n in (9, 300) for d in DTYPES]},
-        **streams(6, 3),
-        keys=int64(*KEYS),
-        script=int64(0, -1, -1, 0, 1, 2, 1, -1, -1).view(3, 3),
-        coeffs=random(6, 3, 2),
-        decay=1 + 0.1 * random(6, 3, seed=1),
-        transform="rademacher",
-    )
+# ---- launches -----------------------------------------------------------------------------------
 
 
 def test_one_launch_for_each_dtype(served: Served) -> None:
     if served.launches is None:
         pytest.skip("launches are counted under emulation")
     before = served.launches()
-    check_dense(served, (9, 0, 100, 8, 5), DTYPES[:1])
+    check(served, dense(places((9, 0, 100, 8, 5), dtypes=DTYPES[:1])))
     assert served.launches() - before == 1
-    check_dense(served, (9, 0, 100, 8, 5, 70), DTYPES)
+    check(served, dense(places((9, 0, 100, 8, 5))))
     assert served.launches() - before == 4
-    check_lowrank(served, [(5, 8)] * 3, (2,), DTYPES[:1], momentum=True)
+    check(served, lowrank(places(((5, 8),) * 3, dtypes=DTYPES[:1]), 2, momentum=True))
     assert served.launches() - before == 7  # the factors twice, the weights
-    check_dense(served, (0,), DTYPES)
+    check(served, dense(places((0,))))
     assert served.launches() - before == 7
 
 
-# ---- moments ------------------------------------------------------------------------------------
-
-STATES = ("nothing", "float32", "like weights")
-RULES = [(rule, state) for rule in ("momentum", "sign", "adam") for state in STATES]
-RULES.remove(("adam", "nothing"))
-
-
-@pytest.mark.parametrize("rounding", [None, ROUNDING], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize(("rule", "state"), RULES)
-def test_moments(served: Served, rule: str, state: str, rounding: Tensor | None) -> None:
-    for offset in (0, 3, CARRY):
-        check_moments(served, (*SIZES, 300), DTYPES, rule, state, offset, rounding)
-    for misalignment in (1, 4, 8):
-        sizes, offset = (9, 100, 40), misalignment % 8
-        check_moments(served, sizes, DTYPES, rule, state, offset, rounding, misalignment)
-
-
-@pytest.mark.parametrize(("rule", "state"), [("momentum", "like weights"), ("adam", "float32")])
-def test_moments_over_chunks(served: Served, rule: str, state: str) -> None:
-    check_moments(served, (CHUNK + 70,) * 3, DTYPES, rule, state, CHUNK - 1, ROUNDING)
-
-
-@pytest.mark.parametrize(("rule", "state"), RULES)
-def test_moments_of_signs(served: Served, rule: str, state: str) -> None:
-    for offset, rounding in ((3, None), (CARRY, ROUNDING)):
-        check_moments(
-            *(served, (9, 300) * 3, DTYPES, rule, state, offset, rounding),
-            transform="rademacher",
-        )
-
-
-@pytest.mark.parametrize("rounding", [None, ROUNDING], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("transform", ["portable", "rademacher"])
-def test_adam_of_squares(served: Served, transform: str, rounding: Tensor | None) -> None:
-    sizes = (*SIZES, 300)
-    for offset, misalignment, directions in ((0, 0, 2), (3, 0, 3), (CARRY, 0, 1), (5, 5, 2)):
-        rest = (offset, rounding, misalignment, transform, KEYS[:directions], True)
-        check_moments(served, sizes, DTYPES, "adam", "nothing", *rest)
-    rest = (7, rounding, 0, transform, (), True)  # of no directions, 0 / eps
-    check_moments(served, (9,) * 3, DTYPES, "adam", "nothing", *rest)
-
-
-def test_adam_of_many_squares(served: Served) -> None:
-    rest = (CHUNK - 1, ROUNDING, 0, "rademacher", range(130), True)
-    check_moments(served, (300,) * 3, DTYPES, "adam", "nothing", *rest)
-    rest = (CHUNK - 1, ROUNDING, 0, "portable", KEYS[:1], True)
-    check_moments(served, (CHUNK + 70,) * 3, DTYPES, "adam", "nothing", *rest)
-
-
-# ---- low-rank sweeps ----------------------------------------------------------------------------
-
-SHAPES = [(), (1,), (9,), (5, 7), (3, 8), (64, 256), (70, 264), (4, 0), (33, 12), (2, 3, 16)]
-
-
-@pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
-@pytest.mark.parametrize("rank", [1, 2, 3, 4, 8, 12, 16, 33, 64])
-def test_lowrank_ranks(served: Served, rank: int, momentum: bool) -> None:
-    for dtype in DTYPES:
-        check_lowrank(served, SHAPES, (rank,), (dtype,), momentum=momentum)
-
-
-@pytest.mark.parametrize("rank", [1, 4, 8, 12])
-def test_lowrank_stochastic(served: Served, rank: int) -> None:
-    for offset in (0, 1, 6, ROUNDING_CARRY, FAR):
-        check_lowrank(served, SHAPES, (rank,), DTYPES, offset, ROUNDING)
-    check_lowrank(served, SHAPES, (rank,), DTYPES, 3, ROUNDING, momentum=True)
-    # All of one dtype, so that those with 128-bit accesses are among them.
-    for offset in (0, 3, 4, 7):
-        check_lowrank(served, [(70, 264)], (rank,), DTYPES[:1], offset, ROUNDING)
-
-
-@pytest.mark.parametrize("misalignment", [1, 2, 4, 8])
-def test_lowrank_misaligned(served: Served, misalignment: int) -> None:
-    for rank in (1, 4, 16):
-        for dtype in DTYPES:
-            check_lowrank(served, SHAPES, (rank,), (dtype,), misalignment=misalignment)
-            check_lowrank(served, SHAPES, (rank,), (dtype,), factor_misalignment=misalignment)
-
-
-@pytest.mark.parametrize("rank", [1, 3, 4, 16])
-def test_lowrank_keeps_the_sign_of_zero(served: Served, rank: int) -> None:
-    params = [torch.full((8, 8), -0.0, dtype=dtype) for dtype in DTYPES]
-    for u, v in ((0.0, 1.0), (-0.0, 1.0), (-1e-30, 1e-30)):
-        us = [torch.full((8, rank), u)] * 3
-        vs = [torch.full((8, rank), v)] * 3
-        rest = {"coeffs": torch.tensor([1.0, -1.0, 1.0]), "decay": torch.ones(3)}
-        check(served, "lowrank_", {"params": params}, us=us, vs=vs, **rest)
-
-
-@pytest.mark.parametrize("ranks", [(4, 4, 1), (8, 3, 2, 16), (33, 4)])
-def test_lowrank_mixed_ranks(served: Served, ranks: tuple[int, ...]) -> None:
-    for dtype in DTYPES:
-        check_lowrank(served, SHAPES, ranks, (dtype,))
-        check_lowrank(served, SHAPES, ranks, (dtype,), 5, ROUNDING, momentum=True)
-
-
 def test_more_programs_than_blocks(served: Served) -> None:
-    check_lowrank(served, [(3, 9), (1, 256 * 2100 + 5), (9, 8)], (1,), DTYPES[:1])
+    shapes = ((3, 9), (1, 256 * 2100 + 5), (9, 8))
+    check(served, lowrank(places(shapes, (0,), (0,), DTYPES[:1]), 1))
 
 
 def at_end_of_memory(x: Tensor) -> Tensor:
@@ -579,9 +196,11 @@ def test_reads_nothing_behind_a_tensor(served: Served, dtype: torch.dtype, rank:
         u, v = (at_end_of_memory(random(n, rank)) for n in shape)
         served.sweeps.lowrank_([p], [u], [v], one, one)
         rest = {"keys": int64(1), "decay": one}
-        served.sweeps.dense_([p], **streams(1, 3), coeffs=one[None], **rest)
+        served.sweeps.dense_([p], **streams([Place(shape, dtype, 3)]), coeffs=one[None], **rest)
         rest |= {"grads": one[None], "restores": one[None], "coeffs": torch.ones(1, 6)}
-        served.sweeps.moments_([p], [first], [], **streams(1, 0), rule="sign", **rest)
+        served.sweeps.moments_(
+            [p], [first], [], **streams([Place(shape, dtype)]), rule="sign", **rest
+        )
 
 
 # ---- beyond 32 bits -----------------------------------------------------------------------------
@@ -617,7 +236,7 @@ def test_dense_beyond_32_bits(served: Served, dtype: torch.dtype, shift: int) ->
     args = [x.to(served.device) for x in (keys, coeffs, decay, ROUNDING)]
     served.kernels.dense(launch, *args, "portable")
     reference.dense_([wanted], int64(ID), int64(start), keys, coeffs, decay, ROUNDING)
-    assert_same(memory, wanted)
+    assert_same_bits(memory, wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -644,7 +263,7 @@ def test_lowrank_beyond_32_bits(served: Served, rank: int, dtype: torch.dtype) -
     served.kernels.lowrank(launch, *(x.to(served.device) for x in (coeffs, decay, ROUNDING)))
     start = int64(offset + top * columns)
     reference.lowrank_([wanted], [u], [v], coeffs, decay, int64(ID), start, ROUNDING)
-    assert_same(memory, wanted)
+    assert_same_bits(memory, wanted)
 
 
 # ---- what nvcc makes of the kernels -------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.backends import ON_THE_CPU, slow_in_triton
+from support.equality import same_bits
 from torch import Tensor
 
 import zo_fused
@@ -37,14 +38,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def weights(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).mul(0.02).to(dtype)
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Equal bits (so -0.0 differs from 0.0)."""
-    integer = {2: torch.int16, 4: torch.int32}[a.element_size()]
-    return a.dtype == b.dtype and torch.equal(
-        a.contiguous().view(integer), b.contiguous().view(integer)
-    )
 
 
 # ---- dense --------------------------------------------------------------------------------------
@@ -103,7 +96,7 @@ def test_order_and_company_of_parameters_do_not_matter(shapes, dtype, order) -> 
     zo_fused.perturb_([together[i] for i in positions], KEY, 0.5, ids=positions)
     for i, p in enumerate(alone):
         zo_fused.perturb_([p], KEY, 0.5, ids=[i])
-    assert all(same(a, b) for a, b in zip(together, alone, strict=True))
+    assert all(same_bits(a, b) for a, b in zip(together, alone, strict=True))
 
 
 @slow_in_triton
@@ -120,7 +113,7 @@ def test_shards_equal_the_whole(numel: int, cut: int, start: int, dtype: torch.d
     zo_fused.update_([whole], KEYS, [0.1, 0.2, 0.3], 0.99, ids=[9], offsets=[start])
     for shard, offset in zip(shards, (start, start + cut), strict=True):
         zo_fused.update_([shard], KEYS, [0.1, 0.2, 0.3], 0.99, ids=[9], offsets=[offset])
-    assert same(whole, torch.cat(shards))
+    assert same_bits(whole, torch.cat(shards))
 
 
 def test_noise_does_not_depend_on_the_dtype_of_the_weights() -> None:
@@ -128,7 +121,7 @@ def test_noise_does_not_depend_on_the_dtype_of_the_weights() -> None:
     for dtype in DTYPES:
         p = torch.zeros(50, dtype=dtype)
         zo_fused.perturb_([p], KEY, 1.0)
-        assert same(p, z.to(dtype))
+        assert same_bits(p, z.to(dtype))
 
 
 def test_neighbouring_memory_is_not_touched() -> None:
@@ -194,9 +187,9 @@ def test_stochastic_rounding_of_every_sweep_goes_to_a_neighbour(dtype: torch.dty
     one, two = (sweeps(p, rounding_key=key) for key in ROUNDING[:2])
     for a, b, wanted in zip(one, two, exact, strict=True):
         if dtype == torch.float32:
-            assert same(a, wanted)
+            assert same_bits(a, wanted)
         else:
-            assert not same(a, b)
+            assert not same_bits(a, b)
             ulp = torch.finfo(dtype).eps * wanted.abs() + torch.finfo(dtype).tiny
             assert ((a.float() - wanted).abs() <= ulp).all()
 
@@ -206,7 +199,7 @@ def test_stochastic_rounding_does_not_depend_on_sharding() -> None:
     parts = [whole[:37].clone(), whole[37:].clone()]
     zo_fused.update_([whole], [KEY], [1e-4], ids=[5], rounding_key=ROUNDING[0])
     zo_fused.update_(parts, [KEY], [1e-4], ids=[5, 5], offsets=[0, 37], rounding_key=ROUNDING[0])
-    assert same(whole, torch.cat(parts))
+    assert same_bits(whole, torch.cat(parts))
 
 
 # ---- moments ------------------------------------------------------------------------------------
@@ -282,7 +275,7 @@ def test_adam_of_squares_has_coefficients_for_every_parameter() -> None:
     sweep(together, slice(None), [0, 1])
     for i in range(2):
         sweep(alone[i : i + 1], slice(i, i + 1), [i])
-        assert same(together[i], alone[i])
+        assert same_bits(together[i], alone[i])
 
 
 def test_sign_without_state_moves_every_weight_by_the_step() -> None:
@@ -322,7 +315,7 @@ def test_given_factors_equal_regenerated_ones() -> None:
     vs = [noise.normal(10, KEY_V).view(5, 2)]
     zo_fused.lowrank_update_([p], us, vs, -0.1, 0.9)
     zo_fused.lowrank_update_([q], KEY_U, KEY_V, -0.1, 0.9, rank=2)
-    assert same(p, q)
+    assert same_bits(p, q)
     assert not torch.equal(p, weights(6, 5))
 
 

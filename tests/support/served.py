@@ -1,0 +1,138 @@
+"""The backends whose sweeps are compared with the reference, and how each is reached.
+
+``emulated`` are the CUDA backend's own kernels, launchers and operators, compiled for the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from zo_fused.sweeps import dispatch
+from zo_fused.sweeps.backends.multi_tensor import MultiTensor
+
+ROOT = Path(__file__).parents[2]
+GPU = torch.cuda.is_available()
+NAMES = ("cpu", "triton", "emulated", pytest.param("cuda", marks=pytest.mark.gpu))
+
+# For a test that takes long in Triton's interpreter: there it runs with `make test-all` only.
+_interpreted = pytest.param("triton", marks=() if GPU else pytest.mark.slow)
+long_in_triton = pytest.mark.parametrize(
+    "served", [_interpreted if name == "triton" else name for name in NAMES], indirect=True
+)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass
+class Served:
+    """The sweeps of a backend."""
+
+    name: str
+    sweeps: Any  # has dense_ and the others
+    device: torch.device
+    examples: int  # that hypothesis may draw
+    chunk: int  # elements of a parameter that are one piece of work in a sweep over noise,
+    block: int  # and after which the loop over them begins anew
+    settings: tuple[Callable[[], Any], ...] = (contextlib.nullcontext,)  # under which they run
+    operators: Any = None  # of the extension,
+    kernels: Any = None  # over these,
+    launches: Callable[[], int] | None = None  # so far, where they are counted
+
+
+def serve(name: str, folders: pytest.TempPathFactory) -> Served:
+    """A backend, or the test is skipped."""
+    device = torch.device("cuda" if name in ("triton", "cuda") and GPU else "cpu")
+    if name == "emulated":
+        return emulated(folders)
+    reason = dispatch.why_not(name, device.type)
+    if reason is not None:
+        pytest.skip(reason)
+    sweeps = dispatch.load(name)
+    if name == "cpu":
+        settings = tuple(functools.partial(threads, count) for count in (1, 2))
+        return Served(name, sweeps, device, 120, 1 << 16, 1 << 12, settings)
+    if name == "triton":
+        from zo_fused_kernels import launch
+
+        return Served(name, sweeps, device, 4, launch.CHUNK, launch.NOISE_BLOCK // 2)
+    return of_cuda(name, sweeps, device, torch.ops.zo_fused_CUDA, sweeps._kernels())
+
+
+def of_cuda(name: str, sweeps: Any, device: torch.device, operators: Any, kernels: Any) -> Served:
+    more = {"operators": operators, "kernels": kernels}
+    return Served(name, sweeps, device, 40, kernels.CHUNK, kernels.CHUNK, **more)
+
+
+# ---- CUDA without a GPU -------------------------------------------------------------------------
+
+
+def emulated(folders: pytest.TempPathFactory) -> Served:
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    folder = folders.getbasetemp()
+    # Workers of one run share the folder above theirs, and one of them compiles for all.
+    return emulation(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
+
+
+@functools.cache
+def emulation(folder: Path) -> Served:
+    """The kernels compiled for the CPU; their operators are in torch.ops.zo_fused_emulation."""
+    from zo_fused.sweeps.backends import cuda
+
+    library = folder / "emulation.so"
+    with (folder / "emulation.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            compile_emulation(library)
+    torch.ops.load_library(str(library))
+    count = ctypes.CDLL(str(library)).zo_fused_emulated_launches
+    count.restype = ctypes.c_int64
+    operators = torch.ops.zo_fused_emulation
+    kernels = cuda.CudaKernels(operators)
+    sweeps = SimpleNamespace(**MultiTensor(lambda: kernels).functions)
+    served = of_cuda("emulated", sweeps, torch.device("cpu"), operators, kernels)
+    served.launches = count
+    return served
+
+
+def compile_emulation(library: Path) -> None:
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    unfinished = library.with_suffix(".unfinished")
+    command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-fPIC", "-shared"]
+    command += ["-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]
+    # As on a GPU, a 128-bit access of memory that isn't aligned ends the process.
+    command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
+    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    command += ["-DZO_FUSED_CUDA_LIBRARY=zo_fused_emulation"]
+    command += [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
+    command += [
+        str(ROOT / "csrc/cuda/binding.cpp"),
+        str(ROOT / "tests/cuda_emulation/emulation.cpp"),
+    ]
+    command += [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
+    subprocess.run([*command, "-o", str(unfinished)], check=True)
+    unfinished.rename(library)
