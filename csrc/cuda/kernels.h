@@ -129,21 +129,21 @@ ZO_HD void normals(float (&z)[N], const Chunk& chunk, int i, const RoundKeys& ke
     hadamard_run(run, chunk, i, keys);
     ZO_UNROLL
     for (int j = 0; j < N; ++j) z[j] = N == 4 && (i & 4) ? run[j + 4] : run[j];
-    return;
-  }
-  ZO_UNROLL
-  for (int j = 0; j < N; j += 4) {
-    uint32_t c[4];
-    words_at<4>(c, chunk, i + j, keys);
-    if constexpr (transform == Transform::rademacher) {
-      ZO_UNROLL
-      for (int k = 0; k < 4; ++k) z[j + k] = rademacher<Lane>(c[k]);
-    } else if constexpr (transform == Transform::fast) {
-      fast_normal_pair(c[0], c[1], z[j], z[j + 1]);
-      fast_normal_pair(c[2], c[3], z[j + 2], z[j + 3]);
-    } else {
-      normal_pair<Lane>(c[0], c[1], z[j], z[j + 1]);
-      normal_pair<Lane>(c[2], c[3], z[j + 2], z[j + 3]);
+  } else {
+    ZO_UNROLL
+    for (int j = 0; j < N; j += 4) {
+      uint32_t c[4];
+      words_at<4>(c, chunk, i + j, keys);
+      if constexpr (transform == Transform::rademacher) {
+        ZO_UNROLL
+        for (int k = 0; k < 4; ++k) z[j + k] = rademacher<Lane>(c[k]);
+      } else if constexpr (transform == Transform::fast) {
+        fast_normal_pair(c[0], c[1], z[j], z[j + 1]);
+        fast_normal_pair(c[2], c[3], z[j + 2], z[j + 3]);
+      } else {
+        normal_pair<Lane>(c[0], c[1], z[j], z[j + 1]);
+        normal_pair<Lane>(c[2], c[3], z[j + 2], z[j + 3]);
+      }
     }
   }
 }
