@@ -33,14 +33,10 @@ TEXTS = {"negative": ["It was bad .", "a dull film"], "positive": ["It was fun .
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_no_network(monkeypatch):
+def no_network(monkeypatch, one_thread):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for new processes; this one has read it already
     for module in ("huggingface_hub.constants", "datasets.config"):
         monkeypatch.setattr(importlib.import_module(module), "HF_HUB_OFFLINE", True)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

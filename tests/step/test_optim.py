@@ -9,7 +9,7 @@ import math
 import os
 import pickle
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,6 +24,8 @@ import zo_fused.directions.dense
 from zo_fused import noise
 from zo_fused.noise import Purpose, derive_key, parameter_id
 from zo_fused.step.optimizer import ZerothOrderOptimizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 two_sided = those(evaluates_both_sides)
 all_at_once = those(lambda case: case.options.get("block_order") != "sequential")
@@ -779,12 +781,3 @@ def test_timings_add_up() -> None:
     opt.step(loss_of(model))
     assert set(opt.timings) == {"perturb", "forward", "update"}
     assert all(seconds > 0 for seconds in opt.timings.values())
-
-
-@pytest.fixture(autouse=True)
-def _few_threads() -> Iterator[None]:
-    """Tiny networks: threads only cost."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -26,15 +26,6 @@ ANSWERS = {"negative": " terrible", "positive": " great"}
 SENTIMENT = Task("{text} It was", ANSWERS)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small only wait for threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # ---- templates and verbalizers -------------------------------------------------------------------
 
 
