@@ -16,7 +16,7 @@ import pytest
 import torch
 from support.matrix import covering
 from support.methods import CASES, METHODS, Case, evaluates_both_sides, rounds, those
-from support.models import loss_of, network, same, snapshot
+from support.models import loss_of, masks_of_two_steps, network, same, snapshot
 from torch import Tensor, nn
 
 import zo_fused
@@ -273,15 +273,7 @@ def test_a_step_in_inference_mode_leaves_ordinary_state(make: Case) -> None:
 def test_dropout_is_the_same_in_both_evaluations_and_moves_on() -> None:
     model = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5))
     opt = zo_fused.MeZO(model.named_parameters(), lr=0.0, eps=1e-4)
-    masks: list[Tensor] = []
-
-    def closure() -> Tensor:
-        out = model(torch.ones(1, 4))
-        masks.append(out == 0)
-        return out.mean()
-
-    for _ in range(2):
-        opt.step(closure)
+    masks = masks_of_two_steps(opt, model)
     assert model.training
     assert torch.equal(masks[0], masks[1])
     assert torch.equal(masks[2], masks[3])
