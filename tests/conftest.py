@@ -23,6 +23,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the other workers have the other core
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from support.backends import ON_THE_CPU  # noqa: E402
 from support.methods import CASES, Case  # noqa: E402
 
 # A run started in the background inherits an ignored SIGINT, and the tests of Ctrl-C need it.
@@ -59,6 +60,15 @@ def device() -> torch.device:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Networks as small as those of most tests only wait for threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def use_backend() -> Iterator[Callable[[str | None], None]]:
     """A function that forces a backend; afterwards the choice is what it was before."""
     import zo_fused
@@ -67,6 +77,19 @@ def use_backend() -> Iterator[Callable[[str | None], None]]:
     zo_fused.set_backend(previous)
     yield zo_fused.set_backend
     zo_fused.set_backend(previous)
+
+
+@pytest.fixture(params=ON_THE_CPU)
+def backend(request: pytest.FixtureRequest, use_backend: Callable[[str | None], None]) -> str:
+    """Every backend that serves CPU tensors here, in force."""
+    from zo_fused.sweeps import dispatch
+
+    reason = dispatch.why_not(request.param, "cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    use_backend(request.param)
+    backend: str = request.param
+    return backend
 
 
 @pytest.fixture(params=CASES.values(), ids=str)

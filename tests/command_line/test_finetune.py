@@ -13,12 +13,13 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("datasets")
 
 import tqdm  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from support.tiny_models import opt_tokenizer  # noqa: E402
 
 import zo_fused  # noqa: E402
 from zo_fused.cli import compare, defaults, runs  # noqa: E402
@@ -33,36 +34,18 @@ TEXTS = {"negative": ["It was bad .", "a dull film"], "positive": ["It was fun .
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_no_network(monkeypatch):
+def no_network(monkeypatch, one_thread):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for new processes; this one has read it already
     for module in ("huggingface_hub.constants", "datasets.config"):
         monkeypatch.setattr(importlib.import_module(module), "HF_HUB_OFFLINE", True)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A model directory: two layers of random OPT and a byte-level tokenizer."""
     directory = tmp_path_factory.mktemp("base")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<s>", "<pad>", "</s>"],
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([" great terrible It was"] * 9, trainer)
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="</s> $A", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
-    )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(directory)
+    corpus = [" great terrible It was"] * 9
+    opt_tokenizer(corpus, vocab_size=320).save_pretrained(directory)
     torch.manual_seed(0)
     config = transformers.OPTConfig(
         vocab_size=320,
@@ -221,27 +204,22 @@ def test_a_budget_too_small_for_a_step(arguments, capsys):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about what peft calls
 @pytest.mark.parametrize(
-    ("scheme", "more"),
+    "words",
     [
-        ("lora", ("--method", "lozo", "--interval", "2")),
-        ("lora", ("--method", "mezo-m", "--dtype", "bfloat16")),
-        ("lora", ("--method", "forward-grad", "--distribution", "rademacher")),
-        (
-            "prefix",
-            (
-                "--method",
-                "mezo",
-            ),
-        ),
-        ("prefix", ("--method", "lozo", "--dtype", "bfloat16", "--loss", "lm")),
-        ("prompt", ("--method", "zo-adam", "--loss", "accuracy")),
+        "lora --method lozo --interval 2",
+        "lora --method mezo-m --dtype bfloat16",
+        "lora --method forward-grad --distribution rademacher",
+        "prefix --method mezo",
+        "prefix --method lozo --dtype bfloat16 --loss lm",
+        "prompt --method zo-adam --loss accuracy",
     ],
 )
 def test_an_adapter_is_tuned_resumed_and_replayed(
-    arguments, base, tmp_path, monkeypatch, capsys, scheme, more
+    arguments, base, tmp_path, monkeypatch, capsys, words
 ):
+    scheme, *method = words.split()
     peft = pytest.importorskip("peft")
-    more = ("--peft", scheme, "--seed", "5", *more)
+    more = ("--peft", scheme, "--seed", "5", *method)
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert main(arguments(*more, output=whole)) == 0
     assert "the adapter, replay.jsonl" in capsys.readouterr().out
@@ -260,8 +238,8 @@ def test_an_adapter_is_tuned_resumed_and_replayed(
     capsys.readouterr()
     log, new = str(out / "replay.jsonl"), tmp_path / "new"
     replay = ["replay", "--model", str(base), "--log", log]
-    words = ["--peft", scheme, "--output", str(new), "--verify", str(out)]
-    assert main([*replay, *words]) == 0
+    checks = ["--output", str(new), "--verify", str(out)]
+    assert main([*replay, "--peft", scheme, *checks]) == 0
     assert "equal: all" in capsys.readouterr().out
     assert_equal(
         load_file(new / "adapter_model.safetensors"), load_file(out / "adapter_model.safetensors")
@@ -693,30 +671,30 @@ def test_no_arguments_use_the_embedded_defaults(base, data, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--train", "x.jsonl", "--task", "DATA/task.json"], "there is no data file x.jsonl"),
-        (["--train", "no/set", "--task", "DATA/task.json"], "'no/set' is neither a data file nor"),
-        (["--dev", "missing.jsonl"], "there is no data file missing.jsonl"),
-        (["--model", "./missing"], "there is no model directory ./missing"),
-        (["--model", "no/such-model"], "can't load the configuration of 'no/such-model'"),
-        (["--model", "DATA"], "is no model directory: it has no config.json"),
-        (["--model", "DATA/task.json"], "is a file, not a model directory"),
-        (["--output", "DATA/task.json"], "is a file, not a directory"),
-        (["--output", "DATA/task.json/x"], "can't make the directory"),
-        (["--task", "missing.json"], "can't read the task file missing.json"),
-        (["--task", "DATA/task.json", "--template", "{text}"], "need each other"),
-        (["--label-field", "stars"], "train.jsonl:1: no field 'stars'"),
-        (["--template", "{title}", "--verbalizer", "a=x", "b=y"], "train.jsonl:1: no field"),
-        (["--template", "{text}", "--verbalizer", "a=x", "b=y"], "label 'negative' has no answer"),
-        (["--device", "quantum"], "'quantum' is no device"),
-        (["--device", "hpu"], "there is no device 'hpu'"),
-        (["--eps", "0"], "eps must be a finite number > 0"),
-        (["--lr", "-1"], "lr must be a finite number >= 0"),
-        (["--momentum", "1"], "momentum must be a number in [0, 1)"),
-        (["--resume"], "nothing to resume"),
+        ("--train x.jsonl --task DATA/task.json", "there is no data file x.jsonl"),
+        ("--train no/set --task DATA/task.json", "'no/set' is neither a data file nor"),
+        ("--dev missing.jsonl", "there is no data file missing.jsonl"),
+        ("--model ./missing", "there is no model directory ./missing"),
+        ("--model no/such-model", "can't load the configuration of 'no/such-model'"),
+        ("--model DATA", "is no model directory: it has no config.json"),
+        ("--model DATA/task.json", "is a file, not a model directory"),
+        ("--output DATA/task.json", "is a file, not a directory"),
+        ("--output DATA/task.json/x", "can't make the directory"),
+        ("--task missing.json", "can't read the task file missing.json"),
+        ("--task DATA/task.json --template {text}", "need each other"),
+        ("--label-field stars", "train.jsonl:1: no field 'stars'"),
+        ("--template {title} --verbalizer a=x b=y", "train.jsonl:1: no field"),
+        ("--template {text} --verbalizer a=x b=y", "label 'negative' has no answer"),
+        ("--device quantum", "'quantum' is no device"),
+        ("--device hpu", "there is no device 'hpu'"),
+        ("--eps 0", "eps must be a finite number > 0"),
+        ("--lr -1", "lr must be a finite number >= 0"),
+        ("--momentum 1", "momentum must be a number in [0, 1)"),
+        ("--resume", "nothing to resume"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_in_one_sentence(arguments, data, capsys, more, message):
-    words = arguments(*[word.replace("DATA", str(data)) for word in more])
+    words = arguments(*[word.replace("DATA", str(data)) for word in more.split()])
     assert main(words) == 2
     error = capsys.readouterr().err
     assert message in error

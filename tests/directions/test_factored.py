@@ -64,6 +64,12 @@ def weights(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().double().flatten() for p in model.parameters()])
 
 
+def go_on(opt: zo_fused.LOZO, model: nn.Module, steps: int) -> None:
+    for _ in range(steps):
+        opt.step(loss_of(model))
+    opt.flush()
+
+
 def trajectory(
     model: nn.Module, loss: Callable[[], Tensor], steps: int = 30, **kw: Any
 ) -> tuple[Tensor, Tensor]:
@@ -376,23 +382,17 @@ def test_resume_and_replay_are_bit_exact(
     resumed.load_state_dict(saved["model"])
     again = make(resumed)
     again.load_state_dict(saved["opt"])
-    for _ in range(8):
-        again.step(loss_of(resumed))
-    again.flush()
+    go_on(again, resumed, steps=8)
     assert torch.equal(weights(resumed), weights(model))
 
 
 def test_copies_go_on_alike() -> None:
     model = Small()
     opt = lozo(model, mode="factored", momentum=0.9)
-    for _ in range(3):
-        opt.step(loss_of(model))
-    opt.flush()
-    twin, twin_opt = copy.deepcopy((model, opt))
-    for m, o in ((model, opt), (twin, twin_opt)):
-        for _ in range(5):
-            o.step(loss_of(m))
-        o.flush()
+    go_on(opt, model, steps=3)
+    twin, other = copy.deepcopy((model, opt))
+    go_on(opt, model, steps=5)
+    go_on(other, twin, steps=5)
     assert torch.equal(weights(twin), weights(model))
 
 
@@ -404,9 +404,8 @@ def test_what_is_beside_the_weights_is_not_lost_in_a_copy() -> None:
     twin, other = copy.deepcopy((model, opt))
     assert torch.equal(in_memory(twin), in_memory(model))
     assert not torch.equal(in_memory(twin), stale)
-    for net, optimizer in ((model, opt), (twin, other)):
-        optimizer.step(loss_of(net))
-        optimizer.flush()
+    go_on(opt, model, steps=1)
+    go_on(other, twin, steps=1)
     assert torch.equal(in_memory(twin), in_memory(model))
 
 

@@ -8,11 +8,13 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from support.families import MODELS, make
+from support.models import masks_of_two_steps
 from support.textbook import EPS, SEED, SmallTransformer, Weights, dense, model_and_tokens
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -26,13 +28,7 @@ from zo_fused.step.optimizer import ZerothOrderOptimizer
 STEPS = 50
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny networks: threads only cost."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sgd(params: Any) -> torch.optim.Optimizer:
@@ -102,6 +98,17 @@ def assert_same_state(a: Any, b: Any) -> None:
         assert torch.equal(a, b)
     else:
         assert a == b
+
+
+@contextmanager
+def neither_part_moves(opt: zo_fused.Hybrid, model: nn.Module) -> Iterator[None]:
+    """Weights, state and gradients are afterwards what they were: theta up to its two sweeps."""
+    before, state = snapshot(opt), state_of(opt)
+    yield
+    for now, then in zip(snapshot(opt), before, strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=1e-6)
+    assert_same_state(state_of(opt), state)
+    assert no_gradients(model)
 
 
 def no_gradients(model: nn.Module) -> bool:
@@ -438,14 +445,10 @@ def test_a_loss_that_is_not_finite_moves_neither_part(zeroth: Any, value: float,
     model, tokens = model_and_tokens()
     opt = hybrid(model, zeroth)
     opt.step(lambda: model(tokens))
-    before, state = snapshot(opt), state_of(opt)
-    calls = iter(range(10))
-    opt.step(lambda: model(tokens) * (value if next(calls) == call else 1.0))
-    for now, then in zip(snapshot(opt), before, strict=True):
-        torch.testing.assert_close(now, then, rtol=0, atol=1e-6)
-    assert_same_state(state_of(opt), state)
+    before, calls = snapshot(opt), iter(range(10))
+    with neither_part_moves(opt, model):
+        opt.step(lambda: model(tokens) * (value if next(calls) == call else 1.0))
     assert (opt.zo.skipped_steps, opt.step_count) == (1, 2)
-    assert no_gradients(model)
     opt.step(lambda: model(tokens))
     assert not same(snapshot(opt), before)
 
@@ -454,12 +457,10 @@ def test_an_estimate_beyond_float32_moves_neither_part() -> None:
     """Finite losses whose difference over 2 eps is not: zo skips, so fo must."""
     model, tokens = model_and_tokens()
     opt = hybrid(model)
-    before = snapshot(opt)
     calls = iter((1e37, 1.0))
-    opt.step(lambda: model(tokens) * next(calls))
+    with neither_part_moves(opt, model):
+        opt.step(lambda: model(tokens) * next(calls))
     assert opt.zo.skipped_steps == 1
-    for now, then in zip(snapshot(opt), before, strict=True):
-        torch.testing.assert_close(now, then, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("call", [0, 1])
@@ -468,7 +469,6 @@ def test_closure_that_raises_leaves_theta(zeroth: Any, call: int, error: BaseExc
     model, tokens = model_and_tokens()
     opt = hybrid(model, zeroth)
     opt.step(lambda: model(tokens))
-    before, state = snapshot(opt), state_of(opt)
     calls = iter(range(10))
 
     def closure() -> Tensor:
@@ -476,13 +476,9 @@ def test_closure_that_raises_leaves_theta(zeroth: Any, call: int, error: BaseExc
             raise error
         return model(tokens)
 
-    with pytest.raises(type(error)):
+    with neither_part_moves(opt, model), pytest.raises(type(error)):
         opt.step(closure)
-    for now, then in zip(snapshot(opt), before, strict=True):
-        torch.testing.assert_close(now, then, rtol=0, atol=1e-6)
-    assert_same_state(state_of(opt), state)
     assert opt.step_count == 1
-    assert no_gradients(model)
     assert all(p.requires_grad for p in model.parameters())
     opt.step(lambda: model(tokens))
     assert opt.step_count == 2
@@ -566,15 +562,7 @@ def test_dropout_is_the_same_in_all_evaluations() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 64), nn.Dropout(0.5))
     first = list(model[0].named_parameters())
     opt = zo_fused.Hybrid(zo_fused.MeZO(first), torch.optim.SGD(model[1].parameters(), lr=0.0))
-    masks: list[Tensor] = []
-
-    def closure() -> Tensor:
-        out = model(torch.ones(1, 4))
-        masks.append(out == 0)
-        return out.mean()
-
-    for _ in range(2):
-        opt.step(closure)
+    masks = masks_of_two_steps(opt, model)
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[1], masks[2])
 

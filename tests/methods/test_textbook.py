@@ -7,7 +7,8 @@ time, and share nothing with the package but `zo_fused.noise.normal`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,11 @@ from torch.func import functional_call
 import zo_fused
 from zo_fused.noise import Purpose, derive_key, normal, parameter_id, random_bits
 
+Loss = Callable[[Weights], Tensor]
+Draw = Callable[[str, Tensor, int, int], Tensor]  # z of a parameter, by its name, step and query
 
-def float64_loss(model: nn.Module, tokens: Tensor) -> Callable[[Weights], Tensor]:
+
+def float64_loss(model: nn.Module, tokens: Tensor) -> Loss:
     """The loss as a function of named weights, in float64: its rounding plays no part below."""
 
     def loss(weights: Weights) -> Tensor:
@@ -36,71 +40,81 @@ def rademacher(name: str, w: Tensor, step: int, query: int = 0) -> Tensor:
     return (1.0 - 2.0 * (words >> 31)).double().view(w.shape)
 
 
-def factor(name: str, rows: int, rank: int, purpose: Purpose, step: int) -> Tensor:
-    key = derive_key(SEED, purpose, step)
+def factor(name: str, rows: int, rank: int, purpose: Purpose, step: int, query: int = 0) -> Tensor:
+    key = derive_key(SEED, purpose, step, query)
     return normal(rows * rank, key, parameter_id(name)).double().view(rows, rank)
 
 
-def u_and_v(name: str, w: Tensor, step: int, rank: int, interval: int) -> tuple[Tensor, Tensor]:
+def u_and_v(
+    name: str, w: Tensor, step: int, rank: int, interval: int, query: int = 0
+) -> tuple[Tensor, Tensor]:
+    """U of the query, V of the window."""
     m, n = w.shape[0], w[0].numel()
-    u = factor(name, m, rank, Purpose.U, step)
+    u = factor(name, m, rank, Purpose.U, step, query)
     return u, factor(name, n, rank, Purpose.V, step // interval)
 
 
-def two_sided(loss: Callable[[Weights], Tensor], theta: Weights, z: Weights) -> float:
+def low_rank(rank: int, interval: int) -> Draw:
+    """The z of LOZO."""
+
+    def draw(name: str, w: Tensor, step: int, query: int) -> Tensor:
+        if w.dim() < 2:
+            return dense(name, w, step, query)
+        u, v = u_and_v(name, w, step, rank, interval, query)
+        return (u @ v.T).view(w.shape)
+
+    return draw
+
+
+def two_sided(loss: Loss, theta: Weights, z: Weights) -> float:
     plus = loss({k: w + EPS * z[k] for k, w in theta.items()})
     minus = loss({k: w - EPS * z[k] for k, w in theta.items()})
     return float(plus - minus) / (2 * EPS)
 
 
-def one_sided(loss: Callable[[Weights], Tensor], theta: Weights, z: Weights) -> float:
+def one_sided(loss: Loss, theta: Weights, z: Weights) -> float:
     return float(loss({k: w + EPS * z[k] for k, w in theta.items()}) - loss(theta)) / EPS
 
 
-def textbook_one_sided(loss, theta: Weights, lr: float, wd: float) -> list[float]:  # type: ignore[no-untyped-def]
-    grads = []
+def estimates(
+    loss: Loss,
+    theta: Weights,
+    grads: list[float],
+    queries: int = 1,
+    estimate: Callable[[Loss, Weights, Weights], float] = two_sided,
+    draw: Draw = dense,
+) -> Iterator[tuple[int, Weights]]:
+    """Of every step its number and the mean of g z over its queries (n-SPSA), the g also into
+    `grads`. Between the steps the caller moves theta."""
     for t in range(STEPS):
-        z = {k: dense(k, w, t) for k, w in theta.items()}
-        g = one_sided(loss, theta, z)
+        zs = [{k: draw(k, w, t, query) for k, w in theta.items()} for query in range(queries)]
+        gs = [estimate(loss, theta, z) for z in zs]
+        grads += gs
+        pairs = list(zip(gs, zs, strict=True))
+        yield t, {k: torch.stack([g * z[k] for g, z in pairs]).mean(0) for k in theta}
+
+
+def textbook_sgd(loss: Loss, theta: Weights, lr: float, wd: float, **options: Any) -> list[float]:
+    grads: list[float] = []
+    for _, gz in estimates(loss, theta, grads, **options):
         for k, w in theta.items():
-            theta[k] = w - lr * (g * z[k] + wd * w)
-        grads.append(g)
+            theta[k] = w - lr * (gz[k] + wd * w)
     return grads
 
 
-def textbook_mezo(loss, theta: Weights, lr: float, wd: float) -> list[float]:  # type: ignore[no-untyped-def]
-    grads = []
-    for t in range(STEPS):
-        z = {k: dense(k, w, t) for k, w in theta.items()}
-        g = two_sided(loss, theta, z)
-        for k, w in theta.items():
-            theta[k] = w - lr * (g * z[k] + wd * w)
-        grads.append(g)
-    return grads
-
-
-def textbook_lozo(  # type: ignore[no-untyped-def]
-    loss, theta: Weights, lr: float, wd: float, rank: int, interval: int, divide: bool
+def textbook_lozo(
+    loss: Loss, theta: Weights, lr: float, wd: float, rank: int, interval: int, divide: bool
 ) -> list[float]:
-    grads = []
-    for t in range(STEPS):
-        z = {}
-        for k, w in theta.items():
-            if w.dim() < 2:
-                z[k] = dense(k, w, t)
-            else:
-                u, v = u_and_v(k, w, t, rank, interval)
-                z[k] = (u @ v.T).view(w.shape)
-        g = two_sided(loss, theta, z)
+    grads: list[float] = []
+    for _, gz in estimates(loss, theta, grads, draw=low_rank(rank, interval)):
         for k, w in theta.items():
             scale = 1 / rank if divide and w.dim() >= 2 else 1.0
-            theta[k] = w - lr * (g * scale * z[k] + wd * w)
-        grads.append(g)
+            theta[k] = w - lr * (scale * gz[k] + wd * w)
     return grads
 
 
-def textbook_lozo_m(  # type: ignore[no-untyped-def]
-    loss, theta: Weights, lr: float, wd: float, rank: int, interval: int, beta: float
+def textbook_lozo_m(
+    loss: Loss, theta: Weights, lr: float, wd: float, rank: int, interval: int, beta: float
 ) -> list[float]:
     grads = []
     momentum: Weights = {}
@@ -123,106 +137,46 @@ def textbook_lozo_m(  # type: ignore[no-untyped-def]
     return grads
 
 
-def textbook_momentum(  # type: ignore[no-untyped-def]
-    loss, theta: Weights, lr: float, wd: float, beta: float, dampening: float
+def textbook_momentum(
+    loss: Loss,
+    theta: Weights,
+    lr: float,
+    wd: float,
+    beta: float,
+    dampening: float,
+    **options: Any,
 ) -> list[float]:
-    grads = []
+    grads: list[float] = []
     m = {k: torch.zeros_like(w) for k, w in theta.items()}
-    for t in range(STEPS):
-        z = {k: dense(k, w, t) for k, w in theta.items()}
-        g = two_sided(loss, theta, z)
+    for _, gz in estimates(loss, theta, grads, **options):
         for k, w in theta.items():
-            m[k] = beta * m[k] + (1 - dampening) * g * z[k]
+            m[k] = beta * m[k] + (1 - dampening) * gz[k]
             theta[k] = w - lr * (m[k] + wd * w)
-        grads.append(g)
     return grads
 
 
-def textbook_adam(  # type: ignore[no-untyped-def]
-    loss, theta: Weights, lr: float, wd: float, betas: tuple[float, float]
+def textbook_adam(
+    loss: Loss, theta: Weights, lr: float, wd: float, betas: tuple[float, float]
 ) -> list[float]:
     """Algorithm 2 of Loshchilov and Hutter (AdamW), with g z as gradient."""
-    grads = []
+    grads: list[float] = []
     m = {k: torch.zeros_like(w) for k, w in theta.items()}
     v = {k: torch.zeros_like(w) for k, w in theta.items()}
-    for t in range(STEPS):
-        z = {k: dense(k, w, t) for k, w in theta.items()}
-        g = two_sided(loss, theta, z)
+    for t, gz in estimates(loss, theta, grads):
         for k, w in theta.items():
-            m[k] = betas[0] * m[k] + (1 - betas[0]) * g * z[k]
-            v[k] = betas[1] * v[k] + (1 - betas[1]) * (g * z[k]) ** 2
+            m[k] = betas[0] * m[k] + (1 - betas[0]) * gz[k]
+            v[k] = betas[1] * v[k] + (1 - betas[1]) * gz[k] ** 2
             m_hat, v_hat = m[k] / (1 - betas[0] ** (t + 1)), v[k] / (1 - betas[1] ** (t + 1))
             theta[k] = w - lr * (m_hat / (v_hat.sqrt() + 1e-8) + wd * w)
-        grads.append(g)
     return grads
 
 
-def textbook_sign(loss, theta: Weights, lr: float, wd: float, sign: str) -> list[float]:  # type: ignore[no-untyped-def]
-    grads = []
-    for t in range(STEPS):
-        z = {k: dense(k, w, t) for k, w in theta.items()}
-        g = two_sided(loss, theta, z)
+def textbook_sign(loss: Loss, theta: Weights, lr: float, wd: float, sign: str) -> list[float]:
+    grads: list[float] = []
+    for _, gz in estimates(loss, theta, grads):
         for k, w in theta.items():
-            s = (g * z[k]).sign() if sign == "element" else math.copysign(1.0, g) * z[k]
+            s = gz[k].sign() if sign == "element" else gz[k] / abs(grads[-1])
             theta[k] = w - lr * (s + wd * w)
-        grads.append(g)
-    return grads
-
-
-def textbook_queries(  # type: ignore[no-untyped-def]
-    loss, theta: Weights, lr: float, wd: float, queries: int, estimate, draw=dense
-) -> list[float]:
-    """n-SPSA: the mean of several estimates."""
-    grads = []
-    for t in range(STEPS):
-        zs = [{k: draw(k, w, t, query) for k, w in theta.items()} for query in range(queries)]
-        gs = [estimate(loss, theta, z) for z in zs]
-        for k, w in theta.items():
-            mean = sum(g * z[k] for g, z in zip(gs, zs, strict=True)) / queries
-            theta[k] = w - lr * (mean + wd * w)
-        grads += gs
-    return grads
-
-
-def low_rank(theta: Weights, step: int, query: int, interval: int) -> Weights:
-    """The z of a query of LOZO with rank 2: U of the query, V of the window."""
-    z = {}
-    for k, w in theta.items():
-        z[k] = dense(k, w, step, query)
-        if w.dim() >= 2:
-            key = derive_key(SEED, Purpose.U, step, query)
-            u = normal(w.shape[0] * 2, key, parameter_id(k)).double().view(-1, 2)
-            v = factor(k, w[0].numel(), 2, Purpose.V, step // interval)
-            z[k] = (u @ v.T).view(w.shape)
-    return z
-
-
-def textbook_lozo_queries(loss, theta: Weights, lr: float, wd: float, queries: int) -> list[float]:  # type: ignore[no-untyped-def]
-    grads = []
-    for t in range(STEPS):
-        zs = [low_rank(theta, t, query, interval=20) for query in range(queries)]
-        gs = [two_sided(loss, theta, z) for z in zs]
-        for k, w in theta.items():
-            mean = sum(g * z[k] for g, z in zip(gs, zs, strict=True)) / queries
-            theta[k] = w - lr * (mean + wd * w)
-        grads += gs
-    return grads
-
-
-def textbook_lozo_m_queries(  # type: ignore[no-untyped-def]
-    loss, theta: Weights, lr: float, wd: float, queries: int, beta: float
-) -> list[float]:
-    """One window, so nothing is projected."""
-    grads = []
-    momentum = {k: torch.zeros_like(w) for k, w in theta.items()}
-    for t in range(STEPS):
-        zs = [low_rank(theta, t, query, interval=STEPS) for query in range(queries)]
-        gs = [two_sided(loss, theta, z) for z in zs]
-        for k, w in theta.items():
-            mean = sum(g * z[k] for g, z in zip(gs, zs, strict=True)) / queries
-            momentum[k] = beta * momentum[k] + (1 - beta) * mean
-            theta[k] = w - lr * (momentum[k] + wd * w)
-        grads += gs
     return grads
 
 
@@ -236,9 +190,7 @@ def in_blocks(model: nn.Module) -> list[dict]:  # type: ignore[type-arg]
     return [{"params": [x for x in named if block_of(x[0]) == b], "block": b} for b in range(3)]
 
 
-def textbook_blocks(  # type: ignore[no-untyped-def]
-    loss, theta: Weights, lr: float, wd: float, order: str
-) -> list[float]:
+def textbook_blocks(loss: Loss, theta: Weights, lr: float, wd: float, order: str) -> list[float]:
     """Block coordinate descent: a block a step, or all from the same weights."""
     grads = []
     for t in range(STEPS):
@@ -254,27 +206,22 @@ def textbook_blocks(  # type: ignore[no-untyped-def]
     return grads
 
 
-def textbook_conservative(loss, theta: Weights, lr: float, wd: float) -> list[float]:  # type: ignore[no-untyped-def]
-    grads = []
-    for t in range(STEPS):
-        z = {k: dense(k, w, t) for k, w in theta.items()}
-        g = two_sided(loss, theta, z)
-        places = [{k: w + s * lr * g * z[k] for k, w in theta.items()} for s in (0, -1, 1)]
+def textbook_conservative(loss: Loss, theta: Weights, lr: float, wd: float) -> list[float]:
+    grads: list[float] = []
+    for _, gz in estimates(loss, theta, grads):
+        places = [{k: w + s * lr * gz[k] for k, w in theta.items()} for s in (0, -1, 1)]
         theta.update(min(places, key=lambda place: float(loss(place))))
-        grads.append(g)
     return grads
 
 
-def textbook_adam_of_history(  # type: ignore[no-untyped-def]
-    loss, theta: Weights, lr: float, wd: float, betas: tuple[float, float], history: int
+def textbook_adam_of_history(
+    loss: Loss, theta: Weights, lr: float, wd: float, betas: tuple[float, float], history: int
 ) -> list[float]:
     """Adam whose sums reach back over the last H estimates only."""
     grads: list[float] = []
-    for t in range(STEPS):
+    for t, _ in estimates(loss, theta, grads):
         past = range(max(0, t + 1 - history), t + 1)
         n = len(past)
-        z = {k: dense(k, w, t) for k, w in theta.items()}
-        grads.append(two_sided(loss, theta, z))
         for k, w in theta.items():
             m, v = torch.zeros_like(w), torch.zeros_like(w)
             for s in past:
@@ -288,36 +235,38 @@ def textbook_adam_of_history(  # type: ignore[no-untyped-def]
 
 CASES = {
     "MeZO, 3 queries": (
-        lambda *a, estimate, **kw: zo_fused.MeZO(*a, **kw), textbook_queries,
+        lambda *a, estimate, **kw: zo_fused.MeZO(*a, **kw), textbook_sgd,
         {"lr": 3e-4, "weight_decay": 0.5}, {"queries": 3, "estimate": two_sided},
     ),
     "MeZO, 3 queries, deferred": (
-        lambda *a, estimate, **kw: zo_fused.MeZO(*a, deferred=True, **kw), textbook_queries,
+        lambda *a, estimate, **kw: zo_fused.MeZO(*a, deferred=True, **kw), textbook_sgd,
         {"lr": 3e-4}, {"queries": 3, "estimate": two_sided},
     ),
     "MeZO, 3 one-sided queries": (
-        lambda *a, estimate, **kw: zo_fused.MeZO(*a, one_sided=True, **kw), textbook_queries,
+        lambda *a, estimate, **kw: zo_fused.MeZO(*a, one_sided=True, **kw), textbook_sgd,
         {"lr": 3e-4}, {"queries": 3, "estimate": one_sided},
     ),
     "MeZO, 3 one-sided queries, deferred": (
         lambda *a, estimate, **kw: zo_fused.MeZO(*a, one_sided=True, deferred=True, **kw),
-        textbook_queries, {"lr": 3e-4}, {"queries": 3, "estimate": one_sided},
+        textbook_sgd, {"lr": 3e-4}, {"queries": 3, "estimate": one_sided},
     ),
     "MeZO, Rademacher": (
         lambda *a, estimate, draw, **kw: zo_fused.MeZO(*a, distribution="rademacher", **kw),
-        textbook_queries, {"lr": 3e-4}, {"queries": 2, "estimate": two_sided, "draw": rademacher},
+        textbook_sgd, {"lr": 3e-4}, {"queries": 2, "estimate": two_sided, "draw": rademacher},
     ),
     "LOZO, 3 queries": (
-        lambda *a, **kw: zo_fused.LOZO(*a, interval=20, **kw), textbook_lozo_queries,
-        {"lr": 3e-4, "weight_decay": 0.5}, {"queries": 3},
+        lambda *a, draw, **kw: zo_fused.LOZO(*a, interval=20, **kw), textbook_sgd,
+        {"lr": 3e-4, "weight_decay": 0.5}, {"queries": 3, "draw": low_rank(2, 20)},
     ),
     "LOZO, 3 queries, deferred": (
-        lambda *a, **kw: zo_fused.LOZO(*a, interval=20, deferred=True, **kw),
-        textbook_lozo_queries, {"lr": 3e-4}, {"queries": 3},
+        lambda *a, draw, **kw: zo_fused.LOZO(*a, interval=20, deferred=True, **kw),
+        textbook_sgd, {"lr": 3e-4}, {"queries": 3, "draw": low_rank(2, 20)},
     ),
+    # One window: LOZO-M then is momentum of whole estimates, nothing is projected.
     "LOZO-M, 2 queries": (
-        lambda *a, **kw: zo_fused.LOZO(*a, interval=STEPS, **kw), textbook_lozo_m_queries,
-        {"lr": 3e-4}, {"queries": 2, "beta": 0.9},
+        lambda *a, draw, dampening, **kw: zo_fused.LOZO(*a, interval=STEPS, **kw),
+        textbook_momentum, {"lr": 3e-4},
+        {"queries": 2, "beta": 0.9, "dampening": 0.9, "draw": low_rank(2, STEPS)},
     ),
     "MeZO, a block a step": (
         lambda _, order, **kw: zo_fused.MeZO(in_blocks(kw.pop("model")), block_order=order, **kw),
@@ -337,12 +286,12 @@ CASES = {
         {"lr": 1e-3, "weight_decay": 0.5}, {"betas": (0.9, 0.99), "history": 7},
     ),
     "MeZO, one-sided": (
-        lambda *a, **kw: zo_fused.MeZO(*a, one_sided=True, **kw), textbook_one_sided,
-        {"lr": 3e-4, "weight_decay": 0.5}, {},
+        lambda *a, estimate, **kw: zo_fused.MeZO(*a, one_sided=True, **kw), textbook_sgd,
+        {"lr": 3e-4, "weight_decay": 0.5}, {"estimate": one_sided},
     ),
     "MeZO, one-sided, deferred": (
-        lambda *a, **kw: zo_fused.MeZO(*a, one_sided=True, deferred=True, **kw),
-        textbook_one_sided, {"lr": 3e-4, "weight_decay": 0.5}, {},
+        lambda *a, estimate, **kw: zo_fused.MeZO(*a, one_sided=True, deferred=True, **kw),
+        textbook_sgd, {"lr": 3e-4, "weight_decay": 0.5}, {"estimate": one_sided},
     ),
     "MeZO-M, heavy ball": (
         zo_fused.MeZO, textbook_momentum, {"lr": 1e-4, "weight_decay": 0.5},
@@ -360,8 +309,8 @@ CASES = {
     "ZOSignSGD, scalar": (
         zo_fused.ZOSignSGD, textbook_sign, {"lr": 1e-3}, {"sign": "scalar"},
     ),
-    "MeZO": (zo_fused.MeZO, textbook_mezo, {"lr": 3e-4}, {}),
-    "MeZO with decay": (zo_fused.MeZO, textbook_mezo, {"lr": 3e-4, "weight_decay": 0.5}, {}),
+    "MeZO": (zo_fused.MeZO, textbook_sgd, {"lr": 3e-4}, {}),
+    "MeZO with decay": (zo_fused.MeZO, textbook_sgd, {"lr": 3e-4, "weight_decay": 0.5}, {}),
     "LOZO": (
         zo_fused.LOZO, textbook_lozo, {"lr": 3e-4}, {"rank": 2, "interval": 20, "divide": False},
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import zo_fused
 from zo_fused.noise.streams import as_int64
 from zo_fused.replaying import rebuild
 from zo_fused.replaying import tape as recorder
-from zo_fused.sweeps import dispatch, reference
+from zo_fused.sweeps import reference
 from zo_fused.sweeps import script as scripts
 from zo_fused.sweeps.numbers import EXACT
 
@@ -30,15 +29,6 @@ FAR = 2**34 - 7  # the low word of a counter wraps
 
 # numpy warns where Triton's interpreter makes NaN of infinities
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
-
-
-@pytest.fixture(params=["reference", "cpu", "triton"])
-def backend(request: pytest.FixtureRequest, use_backend: Callable[[str], None]) -> str:
-    reason = dispatch.why_not(request.param, "cpu")
-    if reason is not None:
-        pytest.skip(reason)
-    use_backend(request.param)
-    return request.param
 
 
 # ---- scripts ------------------------------------------------------------------------------------

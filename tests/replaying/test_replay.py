@@ -48,6 +48,12 @@ def eventful_run(opt: ZerothOrderOptimizer, model: nn.Module, split: bool, steps
             opt.param_groups[0]["eps"] = 2e-3
 
 
+def logged_run(opt: ZerothOrderOptimizer, model: nn.Module, log: Path, steps: int) -> None:
+    opt.start_log(log)
+    for _ in range(steps):
+        opt.step(loss_of(model))
+
+
 @covering(
     make=[case for case in CASES.values() if rounds(case)],
     dtype=[torch.float16, torch.float32],
@@ -70,9 +76,7 @@ def test_two_groups_without_names(make: Case, tmp_path: Path) -> None:
     params = list(model.parameters())
     groups = [{"params": params[:2]}, {"params": params[2:], "lr": 1e-3, "eps": 2e-3}]
     opt = make(groups, lr=1e-2)
-    opt.start_log(tmp_path / "log.jsonl")
-    for _ in range(5):
-        opt.step(loss_of(model))
+    logged_run(opt, model, tmp_path / "log.jsonl", steps=5)
     opt.flush()
     zo_fused.replay(base, tmp_path / "log.jsonl")
     assert same(model, base)
@@ -88,26 +92,21 @@ def test_groups_with_and_without_momentum(momenta: tuple[float, float], tmp_path
         for part, beta in zip((params[:2], params[2:]), momenta, strict=True)
     ]
     opt = CASES["LOZO-M"](groups, lr=1e-2)
-    opt.start_log(tmp_path / "log.jsonl")
-    for _ in range(5):
-        opt.step(loss_of(model))
+    logged_run(opt, model, tmp_path / "log.jsonl", steps=5)
     zo_fused.replay(base, tmp_path / "log.jsonl")
     assert same(model, base)
 
 
-def test_tensors_by_name_and_other_backends(tmp_path: Path) -> None:
+def test_tensors_by_name_and_other_backends(
+    tmp_path: Path, use_backend: Callable[[str], None]
+) -> None:
     """A log replays on every backend to the same bits."""
     model = network()
     opt = CASES["LOZO-M"](model, lr=1e-2)
-    opt.start_log(tmp_path / "log.jsonl")
-    for _ in range(7):
-        opt.step(loss_of(model))
+    logged_run(opt, model, tmp_path / "log.jsonl", steps=7)
     tensors = {name: p.detach() for name, p in network().named_parameters()}
-    previous = zo_fused.set_backend("reference")
-    try:
-        zo_fused.replay(tensors, tmp_path / "log.jsonl")
-    finally:
-        zo_fused.set_backend(previous)
+    use_backend("reference")
+    zo_fused.replay(tensors, tmp_path / "log.jsonl")
     assert all(torch.equal(p, tensors[name]) for name, p in model.named_parameters())
 
 
@@ -124,9 +123,7 @@ def test_a_line_cut_off_by_a_kill_is_ignored(tmp_path: Path) -> None:
     model, base = network(), network()
     log = tmp_path / "log.jsonl"
     opt = CASES["LOZO"](model, lr=1e-2)
-    opt.start_log(log)
-    for _ in range(4):
-        opt.step(loss_of(model))
+    logged_run(opt, model, log, steps=4)
     with open(log, "a") as file:
         file.write("[4,0.12")
     zo_fused.replay(base, log)
@@ -212,9 +209,7 @@ def test_momentum_needs_a_log_from_the_first_step(tmp_path: Path) -> None:
 def log(tmp_path: Path) -> Path:
     model = network()
     opt = CASES["MeZO"](model, lr=1e-2)
-    opt.start_log(tmp_path / "log.jsonl")
-    for _ in range(2):
-        opt.step(loss_of(model))
+    logged_run(opt, model, tmp_path / "log.jsonl", steps=2)
     opt.close_log()
     return tmp_path / "log.jsonl"
 

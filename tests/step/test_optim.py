@@ -9,14 +9,14 @@ import math
 import os
 import pickle
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from support.matrix import covering
 from support.methods import CASES, METHODS, Case, evaluates_both_sides, rounds, those
-from support.models import loss_of, network, same, snapshot
+from support.models import loss_of, masks_of_two_steps, network, same, snapshot
 from torch import Tensor, nn
 
 import zo_fused
@@ -24,6 +24,8 @@ import zo_fused.directions.dense
 from zo_fused import noise
 from zo_fused.noise import Purpose, derive_key, parameter_id
 from zo_fused.step.optimizer import ZerothOrderOptimizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 two_sided = those(evaluates_both_sides)
 all_at_once = those(lambda case: case.options.get("block_order") != "sequential")
@@ -271,15 +273,7 @@ def test_a_step_in_inference_mode_leaves_ordinary_state(make: Case) -> None:
 def test_dropout_is_the_same_in_both_evaluations_and_moves_on() -> None:
     model = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5))
     opt = zo_fused.MeZO(model.named_parameters(), lr=0.0, eps=1e-4)
-    masks: list[Tensor] = []
-
-    def closure() -> Tensor:
-        out = model(torch.ones(1, 4))
-        masks.append(out == 0)
-        return out.mean()
-
-    for _ in range(2):
-        opt.step(closure)
+    masks = masks_of_two_steps(opt, model)
     assert model.training
     assert torch.equal(masks[0], masks[1])
     assert torch.equal(masks[2], masks[3])
@@ -779,12 +773,3 @@ def test_timings_add_up() -> None:
     opt.step(loss_of(model))
     assert set(opt.timings) == {"perturb", "forward", "update"}
     assert all(seconds > 0 for seconds in opt.timings.values())
-
-
-@pytest.fixture(autouse=True)
-def _few_threads() -> Iterator[None]:
-    """Tiny networks: threads only cost."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Tiny models with random weights of the architectures of transformers."""
+"""Tiny models with random weights of the architectures of transformers, and tokenizers."""
 
 from __future__ import annotations
 
@@ -155,18 +155,35 @@ def random_model(auto: Any, settings: Any) -> Any:
     return model
 
 
-def roberta_tokenizer(length: int = 64) -> Any:
-    """Byte-level BPE: " great" and "great" are different tokens; the mask takes the space."""
+def _byte_level(corpus: list[str], vocab_size: int, special: list[str]) -> Any:
+    """Byte-level BPE of the corpus: " great" and "great" are different tokens."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        vocab_size=vocab_size,
+        special_tokens=special,
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["film was great . terrible great It was"] * 9, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer
+
+
+def opt_tokenizer(corpus: list[str], vocab_size: int, **options: Any) -> Any:
+    """The bos </s> stands before every text."""
+    tokenizer = _byte_level(corpus, vocab_size, ["<s>", "<pad>", "</s>"])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", 2)]
+    )
+    names = {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **options)
+
+
+def roberta_tokenizer(length: int = 64) -> Any:
+    """The mask takes the space before it."""
+    corpus = ["film was great . terrible great It was"] * 9
+    tokenizer = _byte_level(corpus, 320, ["<s>", "<pad>", "</s>", "<unk>"])
     tokenizer.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True)])
     ends = [("<s>", 0), ("</s>", 2)]
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.backends import ON_THE_CPU, slow_in_triton
+from support.backends import slow_in_triton
 from support.equality import assert_same_bits
 from torch import Tensor
 
@@ -29,15 +29,6 @@ Call = tuple[list[list[Tensor]], tuple[Any, ...]]  # the lists and the rows of a
 needs_cpu = pytest.mark.skipif(
     dispatch.why_not("cpu", "cpu") is not None, reason="no C++ extension"
 )
-
-
-@pytest.fixture(params=ON_THE_CPU)
-def backend(request: pytest.FixtureRequest, use_backend: Callable[[str], None]) -> str:
-    reason = dispatch.why_not(request.param, "cpu")
-    if reason is not None:
-        pytest.skip(reason)
-    use_backend(request.param)
-    return request.param
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

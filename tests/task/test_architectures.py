@@ -57,15 +57,6 @@ def some(kinds):
     return [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in kinds]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small only wait for threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def built(make, *args, **options):
     try:
         return make(*args, **options)

@@ -11,6 +11,8 @@ from torch import nn
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
+from support.tiny_models import opt_tokenizer  # noqa: E402
+
 from zo_fused.task.adapters import SCHEMES, load_adapted, prepended_logits  # noqa: E402
 from zo_fused.task.data import Example, read_examples  # noqa: E402
 from zo_fused.task.encoding import Encoder, answer_ids, maximum_length, plain_ids  # noqa: E402
@@ -24,15 +26,6 @@ from zo_fused.task.scoring import Scorer  # noqa: E402
 
 ANSWERS = {"negative": " terrible", "positive": " great"}
 SENTIMENT = Task("{text} It was", ANSWERS)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small only wait for threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- templates and verbalizers -------------------------------------------------------------------
@@ -301,28 +294,9 @@ def test_data_sets_of_the_hub(hub):
 
 
 def byte_level_tokenizer(length=1000):
-    """OPT-like: byte-level BPE, bos </s> before every text; " great" and "Yes" are one token."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "<pad>", "</s>"],
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
+    """OPT-like; " great" and "Yes" are one token."""
     corpus = ["It was great. It was good. Yes or No?", "a great good film was great"] * 9
-    tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="</s> $A", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="</s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        model_max_length=length,
-    )
+    return opt_tokenizer(corpus, 400, model_max_length=length)
 
 
 def sentencepiece_like_tokenizer():

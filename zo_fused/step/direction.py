@@ -107,16 +107,8 @@ class Beside(Direction):
         """Around an evaluation."""
         return nullcontext()
 
-    def both(
-        self,
-        buckets: Sequence[Bucket],
-        groups: list[dict[str, Any]],
-        seed: int,
-        step: int,
-        query: int,
-        closure: Callable[[], Any],
-    ) -> Tensor:
-        """The losses at both signs of a query, [2]."""
+    def both(self, sweeps: Sequence[Sweep], closure: Callable[[], Any]) -> Tensor:
+        """The losses at the end of these sweeps, one a bucket, and at the other sign, [2]."""
         raise NotImplementedError
 
     def window_ends(self, bucket: Bucket, step: int) -> bool:

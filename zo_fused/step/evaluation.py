@@ -84,14 +84,7 @@ class Evaluation:
                 for query in range(queries):
                     generators = self._rewound(generators)
                     with self._timer("forward"), weights.beside.watching():
-                        both = weights.beside.both(
-                            weights.buckets,
-                            weights.groups.all,
-                            weights.groups.seed,
-                            weights.groups.step,
-                            query,
-                            closure,
-                        )
+                        both = weights.beside.both(weights.perturbations(query), closure)
                     for sign, loss in zip((1.0, -1.0), both.unbind(), strict=True):
                         losses[Position(sign, query)] = self.scalar(loss)
                 return losses

@@ -180,6 +180,14 @@ class Weights:
         self.beside.attach(self.buckets if there.at else [])
         return True
 
+    def perturbations(self, query: int) -> list[Sweep]:
+        """The sweeps that would take them from theta to a query's plus side, one a bucket."""
+        sweeps = []
+        for bucket in self.buckets:
+            term = Term(self.step, bucket.hyper(self.groups.all, "eps"), query=query)
+            sweeps.append(Sweep(bucket, self.groups.seed, [term], bucket.ones))
+        return sweeps
+
     def _way(self, bucket: Bucket, there: Place) -> list[Term]:
         """What a bucket's weights lack at the new place."""
         ends = [place for place in (self.place, there) if place.at and bucket.has(place.at)]

@@ -196,32 +196,23 @@ class Factored(LowRank, Beside):
             yield
         self._watched = True
 
-    def both(
-        self,
-        buckets: Sequence[Bucket],
-        groups: list[dict[str, Any]],
-        seed: int,
-        step: int,
-        query: int,
-        closure: Callable[[], Any],
-    ) -> Tensor:
-        """The losses at both signs of a query, [2], in one run of the closure; nothing is moved.
+    def both(self, sweeps: Sequence[Sweep], closure: Callable[[], Any]) -> Tensor:
+        """In one run of the closure; nothing is moved.
 
         Parameters that are not beside theirs are copied, once for each sign.
         """
         bs: list[Tensor | None] = []
         values: list[tuple[Tensor, Tensor]] = []
-        for bucket in buckets:
+        for bucket, seed, (term,), *_ in sweeps:
             factors = self.factors(bucket)
-            now = factors.of(seed, step, query)
-            eps = bucket.hyper(groups, "eps")
+            now = factors.of(seed, term.step, term.query)
             if bucket.beside:
                 kept = self._beside(bucket)
                 kept.use(now)
-                bs += kept.pair(factors.spread(eps) * now.flat_u)
+                bs += kept.pair(factors.spread(term.coeffs) * now.flat_u)
             else:
-                values += self._moved_copies(bucket, now, eps)
-        return self._side_paths(buckets).both(closure, bs, values)
+                values += self._moved_copies(bucket, now, term.coeffs)
+        return self._side_paths([sweep.bucket for sweep in sweeps]).both(closure, bs, values)
 
     @staticmethod
     def _moved_copies(bucket: Bucket, now: StepFactors, eps: Vector) -> list[tuple[Tensor, Tensor]]:
