@@ -182,11 +182,9 @@ class Weights:
 
     def perturbations(self, query: int) -> list[Sweep]:
         """The sweeps that would take them from theta to a query's plus side, one a bucket."""
-        sweeps = []
-        for bucket in self.buckets:
-            term = Term(self.step, bucket.hyper(self.groups.all, "eps"), query=query)
-            sweeps.append(Sweep(bucket, self.groups.seed, [term], bucket.ones))
-        return sweeps
+        eps = [(b, b.hyper(self.groups.all, "eps")) for b in self.buckets]
+        seed, step = self.groups.seed, self.step
+        return [Sweep(b, seed, [Term(step, e, query=query)], b.ones) for b, e in eps]
 
     def _way(self, bucket: Bucket, there: Place) -> list[Term]:
         """What a bucket's weights lack at the new place."""
