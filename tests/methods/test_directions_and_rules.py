@@ -7,6 +7,7 @@ a method would write.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -354,6 +355,44 @@ def test_a_stage_between_losses_and_rule() -> None:
     other = Clipped(network(), queries=3)
     other.load_state_dict(opt.state_dict())
     assert other.state["transform"] == {"seen": 3}
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_stage_that_clips_does_not_hide_an_infinite_loss(bad: float) -> None:
+    class Bounded(zo_fused.MeZO):
+        def transform(self, grads: Tensor, plus: Sequence[Any], minus: Sequence[Any]) -> Tensor:
+            return grads.nan_to_num_().clamp_(-1.0, 1.0)
+
+    model = network()
+    opt = Bounded(model, lr=1e-2, queries=2)
+    before = vector_of(model)
+    losses = iter([1.0, 2.0, bad, 1.0])
+    opt.step(lambda: next(losses))
+    assert opt.skipped_steps == 1
+    # three sweeps that add eps z < 0.01 and take it back, each within half of 2^-23
+    torch.testing.assert_close(vector_of(model), before, rtol=0, atol=2.0**-22)
+
+
+@pytest.mark.parametrize(
+    ("returned", "error"),
+    [
+        (lambda g: g[:1], "must return 2 projected gradients, a query each, got shape (1,)"),
+        (lambda g: torch.cat([g, g]), "got shape (4,)"),
+        (lambda g: g.mean(), "got shape ()"),
+        (lambda g: g.tolist(), "must return a tensor, got list"),
+    ],
+)
+def test_a_stage_must_return_a_number_a_query(returned: Any, error: str) -> None:
+    class Wrong(zo_fused.MeZO):
+        def transform(self, grads: Tensor, plus: Sequence[Any], minus: Sequence[Any]) -> Any:
+            return returned(grads)
+
+    model = network()
+    before = vector_of(model)
+    opt = Wrong(model, queries=2)
+    with pytest.raises((TypeError, ValueError), match=re.escape(error)):
+        opt.step(loss_of(model))
+    torch.testing.assert_close(vector_of(model), before, rtol=0, atol=2.0**-22)
 
 
 def test_a_loss_anywhere_on_the_line() -> None:

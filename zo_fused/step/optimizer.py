@@ -17,7 +17,7 @@ from zo_fused.step.between_steps import BetweenSteps
 from zo_fused.step.evaluation import Closure, Loss, check_closure
 from zo_fused.step.generators import capturing
 from zo_fused.step.schedule import Position, pairs
-from zo_fused.step.vectors import Vector, as_float32, stacked
+from zo_fused.step.vectors import Vector, all_finite, as_float32, stacked, where
 from zo_fused.step.weights import THETA, Place
 
 _NEEDS_LOSSES = (
@@ -109,7 +109,8 @@ class ZerothOrderOptimizer(BetweenSteps):
 
     def transform(self, grads: Vector, plus: Sequence[Any], minus: Sequence[Any]) -> Vector:
         """What the rule gets instead of the projected gradients, float64 [queries]. It is what
-        `projected_grad` and the replay log have.
+        `projected_grad` and the replay log have. If a projected gradient is not finite, the step is
+        skipped, whatever this returns.
 
         Args:
             plus, minus: the losses, a query each; one-sided: minus is ``L(theta)``.
@@ -149,8 +150,7 @@ class ZerothOrderOptimizer(BetweenSteps):
     def _estimated(self, sides: list[tuple[Any, Any, int]]) -> tuple[Tensor, Vector]:
         plus, minus = [above for above, _, _ in sides], [below for _, below, _ in sides]
         mean = (sum(plus) + sum(minus)) / (2 * len(sides))
-        grads = self.transform(self._slopes(sides), plus, minus)
-        return as_float32(mean), grads.float()
+        return as_float32(mean), transformed(self, self._slopes(sides), plus, minus).float()
 
     def _slopes(self, sides: list[tuple[Any, Any, int]]) -> Vector:
         eps, device = self._groups.eps()[0], self.weights.buckets[0].device
@@ -277,6 +277,27 @@ class ZerothOrderOptimizer(BetweenSteps):
             raise RuntimeError("only a step with a closure can be captured")
         evaluate = self._access.interruptible(closure)
         return self._capture.record(self.rule, lambda: self._finish(self.measure(evaluate)))
+
+
+def transformed(
+    method: ZerothOrderOptimizer, grads: Vector, plus: Sequence[Any], minus: Sequence[Any]
+) -> Vector:
+    """What `transform` of a method makes of projected gradients. If one was not finite, none is:
+    clipped, infinity is a number, but the step must be skipped.
+
+    Raises:
+        TypeError, ValueError: what `transform` returns is not a number a query.
+    """
+    finite = all_finite(grads)  # before `transform` can write into them
+    made = method.transform(grads, plus, minus)
+    if not isinstance(made, Tensor):
+        raise TypeError(f"transform() must return a tensor, got {type(made).__name__}")
+    if made.shape != (len(plus),):
+        raise ValueError(
+            f"transform() must return {len(plus)} projected gradients, a query each, got shape "
+            f"{tuple(made.shape)}"
+        )
+    return made if finite is True else where(finite, made, math.nan)
 
 
 def _probed(param_groups: list[dict[str, Any]]) -> bool:
