@@ -355,6 +355,9 @@ def test_a_stage_between_losses_and_rule() -> None:
     other = Clipped(network(), queries=3)
     other.load_state_dict(opt.state_dict())
     assert other.state["transform"] == {"seen": 3}
+    other.step(loss_of(model))  # and each counts for itself
+    assert other.state["transform"] == {"seen": 4}
+    assert opt.state["transform"] == {"seen": 3}
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])

@@ -6,6 +6,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import asdict
 from typing import Any, Unpack
 
@@ -277,6 +278,8 @@ class Base(torch.optim.Optimizer):
             for name, value in loaded["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][name] = value.detach().to(p.device, copy=True)
+        for name in [key for key in self.state if not isinstance(key, Tensor)]:
+            self.state[name] = deepcopy(self.state[name])  # torch copies what is of parameters only
         for group in self.param_groups:  # a state of an earlier version has none
             group.setdefault("block", 0)
         self.weights.parameters.forget()
