@@ -415,3 +415,46 @@ def test_a_loss_anywhere_on_the_line() -> None:
     opt.flush()
     assert len(seen) == 1
     torch.testing.assert_close(vector_of(model), before, rtol=0, atol=2.0**-21)
+
+
+@pytest.mark.parametrize("place", [Place((0.1,), 1), Place((0.1,), 3), Place((0.1,), 0, True)])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_loss_along_another_z_is_taken_back_and_replayed(
+    place: Place, momentum: float, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Also where no z of the step is this one, so that no rule knows it."""
+
+    class Aside(zo_fused.MeZO):
+        def measure(self, closure: Any) -> Any:
+            estimate = super().measure(closure)
+            self.loss_at(place, closure)
+            return estimate
+
+    monkeypatch.setitem(table.METHODS, "Aside", Aside)
+    model, copy = network(), network()
+    still = Aside(model, lr=0.0, momentum=momentum, queries=2)
+    before = vector_of(model)
+    for _ in range(3):
+        still.step(loss_of(model))
+    # 18 sweeps, each rounding weights below 1 to half of 2^-24
+    torch.testing.assert_close(vector_of(model), before, rtol=0, atol=18 * 2.0**-24)
+    model.load_state_dict(copy.state_dict())
+    opt = Aside(model, lr=1e-2, momentum=momentum, queries=2)
+    opt.start_log(tmp_path / "log.jsonl")
+    for _ in range(4):
+        opt.step(loss_of(model))
+    opt.close_log()
+    zo_fused.replay(copy, tmp_path / "log.jsonl")
+    assert torch.equal(vector_of(model), vector_of(copy))
+
+
+def test_a_place_has_a_number_for_every_group() -> None:
+    model = network()
+    groups = [{"params": layer.parameters()} for layer in (model[0], model[2])]
+
+    class Aside(zo_fused.MeZO):
+        def measure(self, closure: Any) -> Any:
+            return self.loss_at(Place((0.1,)), closure)
+
+    with pytest.raises(ValueError, match="coefficient of z for every param group: 2, not 1"):
+        Aside(groups).step(loss_of(model))

@@ -82,7 +82,8 @@ def _repeat(optimizer: ZerothOrderOptimizer, event: log_lines.Event) -> None:
             weights.visit(position)
         else:
             weights.look()
-            weights.go(Place(tuple(entry["at"])))
+            place = Place(tuple(entry["at"]), entry.get("query", 0), entry.get("probe", False))
+            weights.go(place)
     if probes is not None:
         weights.learn(probes)
     if event.restored:

@@ -15,7 +15,7 @@ from zo_fused.step.report import Report
 from zo_fused.step.schedule import Position
 from zo_fused.step.timing import Timer
 from zo_fused.step.vectors import on_host, vector
-from zo_fused.step.weights import Weights
+from zo_fused.step.weights import Place, Weights
 
 Loss = Tensor | float  # or any real number, such as NumPy's
 Closure = Callable[[], Loss]
@@ -91,9 +91,20 @@ class Evaluation:
             except UsedOtherwise as use:
                 self._leave_in_place(use, generators)
 
-    def loss_here(self, closure: Closure) -> Any:
-        """One more loss of this step, where the weights are, with the state of the generators that
-        the others had."""
+    def loss_at(self, place: Place, closure: Closure) -> Any:
+        """One more loss of this step, with the state of the generators that the others had.
+
+        Raises:
+            ValueError: the place has not a coefficient for every param group.
+        """
+        groups = len(self._weights.groups.all)
+        if len(place.at) not in (0, groups):
+            raise ValueError(
+                f"a place has a coefficient of z for every param group: {groups}, not "
+                f"{len(place.at)}"
+            )
+        with self._timer("perturb"):
+            self._weights.go(place)
         self._generators = self._rewound(self._generators)
         return self.loss(closure)
 

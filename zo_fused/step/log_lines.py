@@ -178,10 +178,12 @@ class _Reader:
     def _perturbation(self, entry: Any) -> Any:
         """``[sign, query]``, ``[sign, query, "probe"]`` or ``{"at": [...]}``."""
         if isinstance(entry, dict):
-            _must(entry.keys() == {"at"}, f"{_short(entry)} is no perturbation")
+            right = {"at"} <= entry.keys() <= {"at", "query", "probe"}
+            _must(right and entry.get("probe", True) is True, f"{_short(entry)} is no perturbation")
+            _whole(entry.get("query", 0), "a query", _MOST_QUERIES)
             at = [_number(x, "a coefficient") for x in _list(entry["at"], "at")]
             _must(len(at) == self._groups, f"at has {len(at)} values, not {self._groups}")
-            return {"at": at}
+            return {**entry, "at": at}
         if not isinstance(entry, list):  # as earlier versions wrote the first query
             return [_number(entry, "a sign"), 0]
         _must(len(entry) in (2, 3), f"{_short(entry)} is no perturbation")

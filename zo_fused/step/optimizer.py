@@ -139,9 +139,7 @@ class ZerothOrderOptimizer(BetweenSteps):
     def loss_at(self, place: Place, closure: Closure) -> Any:
         """One more loss of this step, at any place on the line along a z, with the dropout of the
         others. The log has the place; the weights stay there."""
-        with self._timer("perturb"):
-            self.weights.go(place)
-        return self._evaluation.loss_here(closure)
+        return self._evaluation.loss_at(place, closure)
 
     def difference(self, losses: Mapping[Position, Any]) -> tuple[Tensor, Vector]:
         """What `measure` returns, from losses at the two sides of every query."""

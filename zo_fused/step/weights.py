@@ -153,7 +153,9 @@ class Weights:
         """
         if self._move(there) or self.ahead:
             at = list(there.at or (0.0,) * len(self.groups.all))
-            self.log.path.append({"at": at} if entry is None else entry)
+            along = {"query": there.query} | ({"probe": True} if there.probe else {})
+            along = along if there.at and there[1:] != THETA[1:] else {}  # usually not said
+            self.log.path.append({"at": at, **along} if entry is None else entry)
         self.ahead = False
 
     def flush(self) -> None:
@@ -223,6 +225,8 @@ class Weights:
             self.groups.hold_eps()
         else:
             self.look()
+        if self.place.probe or self.place.query >= self.schedule.queries:
+            self.go(THETA)  # along none of the z that a rule takes back
         step, finite = self.groups.step, all_finite(grads)
         self._apply(rule, [u for b in self.buckets if (u := self._of(b, grads, finite))], state)
         if any(self.beside.window_ends(bucket, step) for bucket in self.buckets):
