@@ -221,14 +221,6 @@ class Remembering(LowRank):
         found = self.state[p].get("found")
         return left, right if found is None else right + found[: right.shape[1]].T
 
-    def sweep(self, sweep: Sweep) -> None:
-        probes = [term for term in sweep.terms if term.probe]
-        others = [term for term in sweep.terms if not term.probe]
-        if probes:
-            Dense().sweep(sweep._replace(terms=probes, decay=sweep.bucket.ones))
-        if others:
-            super().sweep(sweep._replace(terms=others))
-
 
 class Probing(ZerothOrderOptimizer):
     """Probes at the start of each window."""
@@ -293,6 +285,30 @@ def test_a_probe_that_is_not_finite_skips_the_step() -> None:
     assert not any("found" in state for state in opt.state.values())
     opt.step(loss_of(model))  # takes them again
     assert any("found" in state for state in opt.state.values())
+
+
+def test_probes_need_a_closure() -> None:
+    """Losses from outside are of the queries alone: nothing would be learnt."""
+    model = network()
+    with pytest.raises(TypeError, match="needs a closure"):
+        Probing(model).step(loss_plus=1.0, loss_minus=0.0)
+
+
+def test_a_probe_of_a_low_rank_direction_is_dense() -> None:
+    """And so along another z than the first query; on the way they are in one move."""
+    model = network()
+    opt = Made(model, LowRank(), SGD(), eps=1.0)
+    before = vector_of(model)
+    with torch.no_grad():
+        losses = opt.losses_at([Position(1.0, 0, True), Position(1.0)], loss_of(model))
+    names = [(name, p.numel()) for name, p in model.named_parameters()]
+    key = derive_key(3, Purpose.PROBE, 0)
+    z = torch.cat([normal(size, key, parameter_id(name)) for name, size in names])
+    opt.weights.go(Place((1.0,), 0, True))
+    torch.testing.assert_close(vector_of(model), before + z, rtol=0, atol=2.0**-20)
+    assert len(set(losses.values())) == 2
+    opt.flush()
+    torch.testing.assert_close(vector_of(model), before, rtol=0, atol=2.0**-20)
 
 
 def test_probes_and_a_deferred_sweep_are_refused() -> None:

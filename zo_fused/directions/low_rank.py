@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from zo_fused.directions.dense import Dense
 from zo_fused.directions.factors import Factors, StepFactors
 from zo_fused.step.buckets import Bucket
 from zo_fused.step.direction import Direction, Sweep, Term
@@ -56,6 +57,12 @@ class LowRank(Direction):
         return bucket.once("factors", lambda: Factors(bucket, basis, self.options))
 
     def sweep(self, sweep: Sweep) -> None:
+        if probes := [term for term in sweep.terms if term.probe]:  # the z of probes are dense
+            Dense().sweep(sweep._replace(terms=probes))
+            sweep = sweep._replace(decay=sweep.bucket.ones)
+            sweep = sweep._replace(terms=[term for term in sweep.terms if not term.probe])
+            if not sweep.terms:
+                return
         bucket, seed, terms, decay, rounding = sweep
         (us, vs, key), coeffs = self.product(bucket, seed, terms)
         bucket.prepared("lowrank_", us, vs, key=key)(float32(coeffs), float32(decay), rounding)

@@ -247,7 +247,7 @@ class ZerothOrderOptimizer(BetweenSteps):
                 return None  # type: ignore[return-value]
             if loss_plus is None or loss_minus is None:
                 raise TypeError(_NEEDS_LOSSES)
-            if self.needs_closure:
+            if self.needs_closure or self.probes():
                 raise TypeError(f"{type(self).__name__}.step() needs a closure")
             self._groups.check_changes()
             apart = 1 if self.schedule.one_sided else 2
