@@ -28,7 +28,7 @@ from zo_fused.rules.factor_momentum import FactorMomentum
 from zo_fused.rules.history import AdamOfHistory
 from zo_fused.rules.moments import Adam, Momentum, Sign
 from zo_fused.rules.sgd import SGD, ScalarSign
-from zo_fused.step.direction import Direction, Sweep
+from zo_fused.step.direction import Direction
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.rule import Rule
 from zo_fused.step.schedule import Position

@@ -39,8 +39,7 @@ class Base(torch.optim.Optimizer):
         weights: where they are, and who takes them elsewhere.
         rule: what a projected gradient does.
         schedule: which losses a step takes.
-        state: by parameter, and by names what a method keeps: numbers or tensors that `state_dict`
-            saves.
+        state: by parameter, and by names what a method keeps; `state_dict` saves it.
     """
 
     state: defaultdict[Any, Any]

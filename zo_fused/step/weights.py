@@ -91,8 +91,6 @@ class Weights:
         """Whether theta is not in the weights, or not all of it."""
         return bool(self.place.at) or any(map(self.beside.pending, self.buckets))
 
-    # ---- looking at the parameters --------------------------------------------------------------
-
     def look(self) -> None:
         """Look at the groups before a step: what requires gradients, and where it lies."""
         self.groups.check_changes()
@@ -120,8 +118,6 @@ class Weights:
         if self.moved:
             self.moved = False
             self.parameters.tell_autograd()
-
-    # ---- going somewhere ------------------------------------------------------------------------
 
     def visit(self, position: Position) -> None:
         """Put them at a position of the present step."""
@@ -184,9 +180,9 @@ class Weights:
 
     def perturbations(self, query: int) -> list[Sweep]:
         """The sweeps that would take them from theta to a query's plus side, one a bucket."""
-        eps = [(b, b.hyper(self.groups.all, "eps")) for b in self.buckets]
-        seed, step = self.groups.seed, self.step
-        return [Sweep(b, seed, [Term(step, e, query=query)], b.ones) for b, e in eps]
+        eps, seed = [b.hyper(self.groups.all, "eps") for b in self.buckets], self.groups.seed
+        terms = [[Term(self.step, e, query=query)] for e in eps]
+        return [Sweep(b, seed, t, b.ones) for b, t in zip(self.buckets, terms, strict=True)]
 
     def _way(self, bucket: Bucket, there: Place) -> list[Term]:
         """What a bucket's weights lack at the new place."""
@@ -209,8 +205,6 @@ class Weights:
         done = [beside.settle(b, self._rounding_key(b.device, query)) for b in self.buckets]
         self.moved |= any(done)
         return any(done)
-
-    # ---- learning and updating ------------------------------------------------------------------
 
     def learn(self, found: Sequence[float]) -> None:
         """The direction gets the projected gradients of a step's probes."""
