@@ -45,6 +45,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The long rows of the parity suite are hours of work for Triton's interpreter. It gets the
+    first of each test, besides the covering pairs of `make test`; a GPU gets all."""
+    seen: set[Any] = set()
+    later = []
+    for item in items if not GPU else []:
+        called = getattr(item, "callspec", None)
+        if called is not None and called.params.get("served") == "triton":
+            if item.get_closest_marker("slow") is None:
+                continue
+            if (function := item.function) in seen:  # type: ignore[attr-defined]
+                later.append(item)
+            seen.add(function)
+    if later:
+        config.hook.pytest_deselected(items=later)
+        dropped = set(later)
+        items[:] = [item for item in items if item not in dropped]
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is None or GPU:
         return

@@ -28,7 +28,7 @@ from zo_fused.rules.factor_momentum import FactorMomentum
 from zo_fused.rules.history import AdamOfHistory
 from zo_fused.rules.moments import Adam, Momentum, Sign
 from zo_fused.rules.sgd import SGD, ScalarSign
-from zo_fused.step.direction import Direction
+from zo_fused.step.direction import Direction, Sweep
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.rule import Rule
 from zo_fused.step.schedule import Position
@@ -111,6 +111,26 @@ def test_each_pair_goes_home_or_is_refused(direction: str, rule: str, kw: dict[s
     opt.flush()
     # 20 steps of 4 sweeps, each rounding weights below 2 to half of 2^-23, as a random walk
     torch.testing.assert_close(vector_of(model), before, rtol=0, atol=2.0**-23 * math.sqrt(80))
+
+
+class Doubled(Dense):
+    """z is twice what `Dense` draws, by a sweep of its own."""
+
+    def sweep(self, sweep: Sweep) -> None:
+        terms = [term._replace(coeffs=2 * term.coeffs) for term in sweep.terms]
+        super().sweep(sweep._replace(terms=terms))
+
+
+@pytest.mark.parametrize("rule", sorted(RULES.keys() - {"FactorMomentum"}))
+def test_a_rule_that_draws_z_refuses_a_sweep_of_its_own(rule: str) -> None:
+    if rule in ("SGD", "ScalarSign"):
+        model = network()
+        before = vector_of(model)
+        Made(model, Doubled(), RULES[rule]()).step(loss_of(model))
+        torch.testing.assert_close(vector_of(model), before, rtol=0, atol=2.0**-22)
+        return
+    with pytest.raises(TypeError, match="Doubled has a sweep of its own"):
+        Made(network(), Doubled(), RULES[rule]())
 
 
 def test_which_pairs_there_are() -> None:
@@ -315,6 +335,43 @@ def test_probes_and_a_deferred_sweep_are_refused() -> None:
     model = network()
     with pytest.raises(ValueError, match="deferred=False"):
         Probing(model, deferred=True).step(loss_of(model))
+
+
+def test_a_direction_that_learns_nothing_says_so() -> None:
+    class Asking(zo_fused.MeZO):
+        def probes(self) -> list[Position]:
+            return [Position(sign, 0, True) for sign in (1.0, -1.0)]
+
+    with pytest.raises(NotImplementedError, match="Dense learns nothing from them"):
+        Asking(network()).step(loss_of(network()))
+
+
+@pytest.mark.parametrize(
+    ("probes", "error"),
+    [
+        ([Position(1.0), Position(-1.0)], "along the z of a query: probe=True"),
+        ([Position(1.0, 4, True)], "needs a loss at the other sign or at Position(0.0)"),
+    ],
+)
+def test_probes_that_tell_nothing_are_refused(probes: list[Position], error: str) -> None:
+    class Asking(zo_fused.MeZO):
+        def probes(self) -> list[Position]:
+            return probes
+
+    model = network()
+    before = vector_of(model)
+    with pytest.raises(ValueError, match=re.escape(error)):
+        Asking(model).step(loss_of(model))
+    torch.testing.assert_close(vector_of(model), before, rtol=0, atol=2.0**-22)
+
+
+def test_a_position_of_no_query_is_refused() -> None:
+    class Beyond(zo_fused.MeZO):
+        def positions(self) -> list[Position]:
+            return [Position(1.0, 2), Position(-1.0, 2)]
+
+    with pytest.raises(ValueError, match=re.escape("query must lie in [0, 2), got 2")):
+        Beyond(network(), queries=2).step(loss_of(network()))
 
 
 def test_a_basis_follows_its_textbook() -> None:

@@ -496,11 +496,15 @@ def test_a_state_of_another_history_is_refused(other: int | None) -> None:
     opt = zo_fused.ZOAdam(model, history=other)
     opt.step(loss_of(model))
     again = zo_fused.ZOAdam(model, history=4)
+    state = opt.state_dict()
+    said = "is of ZOAdam .Adam." if other is None else "was saved with .*history=6.*has .*history=4"
+    with pytest.raises(ValueError, match=said):
+        again.load_state_dict(state)
     if other is None:
-        with pytest.raises(ValueError, match=r"is of ZOAdam \(Adam\)"):
-            again.load_state_dict(opt.state_dict())
         return
-    again.load_state_dict(opt.state_dict())
+    for group in state["param_groups"]:
+        del group["options"]  # as an earlier version, which did not say
+    again.load_state_dict(state)
     before = copy.deepcopy(model)
     with pytest.raises(ValueError, match="history=4"):
         again.step(loss_of(model))

@@ -29,11 +29,17 @@ ROOT = Path(__file__).parents[2]
 GPU = torch.cuda.is_available()
 NAMES = ("cpu", "triton", "emulated", pytest.param("cuda", marks=pytest.mark.gpu))
 
-# For a test that takes long in Triton's interpreter: there it runs with `make test-all` only.
-_interpreted = pytest.param("triton", marks=() if GPU else pytest.mark.slow)
-long_in_triton = pytest.mark.parametrize(
-    "served", [_interpreted if name == "triton" else name for name in NAMES], indirect=True
-)
+
+def _triton(mark: pytest.MarkDecorator) -> pytest.MarkDecorator:
+    """Triton's interpreter runs a test if `mark` says so."""
+    interpreted = pytest.param("triton", marks=() if GPU else mark)
+    return pytest.mark.parametrize(
+        "served", [interpreted if name == "triton" else name for name in NAMES], indirect=True
+    )
+
+
+long_in_triton = _triton(pytest.mark.slow)  # with `make test-all`, the first row of each test
+too_long_in_triton = _triton(pytest.mark.gpu)  # minutes a row: on a GPU only
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ from support.calls import (
 )
 from support.equality import Islands, assert_same_bits
 from support.matrix import covering
-from support.served import NAMES, Served, long_in_triton, serve
+from support.served import NAMES, Served, long_in_triton, serve, too_long_in_triton
 from torch import Tensor
 
 from zo_fused.sweeps import reference
@@ -113,6 +113,7 @@ def test_fills_of_every_size(served: Served, transform: str) -> None:
 
 
 @pytest.mark.slow
+@too_long_in_triton
 @of_noise
 def test_fills_of_every_size_at_every_offset(served: Served, transform: str) -> None:
     for offset in OFFSETS:
@@ -194,7 +195,7 @@ def test_scripts(served: Served, transform: str) -> None:
     check(served, steps(places(((3, 5), (3, 0)), start=turn(transform)), transform))
 
 
-@long_in_triton
+@too_long_in_triton
 @pytest.mark.parametrize("transform", EXACT)
 def test_scripts_of_every_size(served: Served, transform: str) -> None:
     shapes = ((), (9,), (1, 200), (200, 1), (2, 3, 8), (7, 61), (300,), *range(0, 71, 5))
@@ -365,7 +366,7 @@ def test_moments_of_every_size(
         check(served, moments(where, *kind, directions + more, rounding, transform))
 
 
-@long_in_triton
+@too_long_in_triton
 @pytest.mark.parametrize("kind", KINDS)
 def test_moments_over_chunks(served: Served, kind: tuple[str, str]) -> None:
     check(served, moments(chunks(served, turn(kind)), *kind, 1, True))
@@ -481,7 +482,7 @@ def test_lowrank_of_any_shape(served: Served, rounding: bool) -> None:
         check(served, lowrank((Place((rows, columns), **rest),), rank, momentum, rounding))
 
 
-@long_in_triton
+@too_long_in_triton
 @covering(**ROUNDED, momentum=(False, True), dtype=DTYPES[:2])
 def test_lowrank_over_chunks(
     served: Served, rounding: bool, momentum: bool, dtype: torch.dtype

@@ -25,6 +25,7 @@ class AdamOfHistory(Rule):
     """
 
     takes = (Dense,)
+    draws = True
     not_capturable = "how many steps there are to look back on, is for the host to say"
 
     def __init__(self, history: int) -> None:

@@ -85,6 +85,7 @@ class Momentum(Rule):
     """
 
     takes = (Dense,)
+    draws = True
 
     def __init__(self, state_dtype: str) -> None:
         self.state_dtype = state_dtype
@@ -120,6 +121,7 @@ class Adam(Rule):
     """
 
     takes = (Dense,)
+    draws = True
 
     def __init__(self, state_dtype: str) -> None:
         self.state_dtype = state_dtype
@@ -149,6 +151,7 @@ class Sign(Rule):
     """``theta = (1 - lr weight_decay) theta - lr sign(g z)``, element by element. No state."""
 
     takes = (Dense,)
+    draws = True
 
     def apply(self, update: Update, direction: Dense, state: dict[Any, Any]) -> None:
         u = update

@@ -89,7 +89,7 @@ class Base(torch.optim.Optimizer):
             "restores": 0,
             "contract": CONTRACT_VERSION,
         }
-        counters |= {"in_place": (), "method": _kind(self, rule, direction)}
+        counters |= {"in_place": (), **_kind(self, rule, direction, recorded)}
         defaults = {"block": 0, **{name: hyper(name, value) for name, value in defaults.items()}}
         defaults |= counters
         self._assemble(direction, rule, schedule, recorded, defaults, module)
@@ -256,19 +256,19 @@ class Base(torch.optim.Optimizer):
         Where parameters have names, each gets the state of its name, whatever the order.
 
         Raises:
-            ValueError: the state is of another method, of other parameters, or was written under
-                another version of the noise contract.
+            ValueError: the state is of another method or of other options of it, of other
+                parameters, or was written under another version of the noise contract.
         """
         self.flush()
         self._access.pending = None
-        groups = state_dict["param_groups"]
-        for group in groups:
-            check_saved(group, _kind(self, self.rule, self.direction))
+        kind = _kind(self, self.rule, self.direction, self._options)
+        for group in state_dict["param_groups"]:
+            check_saved(group, **kind)
         loaded: dict[str, Any] = {}
         # Registered last, so it sees what the user's own hooks made of the state.
         hook = self.register_load_state_dict_pre_hook(lambda _, state: loaded.update(state))
         try:
-            groups = in_order(groups, self.param_groups)
+            groups = in_order(state_dict["param_groups"], self.param_groups)
             super().load_state_dict({**state_dict, "param_groups": groups})
         finally:
             hook.remove()
@@ -279,8 +279,8 @@ class Base(torch.optim.Optimizer):
                     self.state[p][name] = value.detach().to(p.device, copy=True)
         for name in [key for key in self.state if not isinstance(key, Tensor)]:
             self.state[name] = deepcopy(self.state[name])  # torch copies what is of parameters only
-        for group in self.param_groups:  # a state of an earlier version has none
-            group.setdefault("block", 0)
+        for group in self.param_groups:  # a state of an earlier version has neither
+            group.update(block=group.get("block", 0), options=kind["options"])
         self.weights.parameters.forget()
 
 
@@ -295,10 +295,16 @@ def _check_names(method: str, common: Collection[str], takes: Collection[str]) -
             raise TypeError(f"{method}() got an unexpected keyword argument {name!r}{hint}")
 
 
-def _kind(optimizer: Base, rule: Rule, direction: Direction) -> str:
-    """What a state must be of to be loaded."""
+def _kind(
+    optimizer: Base, rule: Rule, direction: Direction, options: dict[str, Any]
+) -> dict[str, str]:
+    """What a state must be of to be loaded. A run may change its schedule."""
     words = [type(rule).__name__, *map(str, direction.options.values())]
-    return f"{type(optimizer).__name__} ({', '.join(words)})"
+    own = sorted(options.keys() - asdict(Schedule()).keys())
+    return {
+        "method": f"{type(optimizer).__name__} ({', '.join(words)})",
+        "options": ", ".join(f"{name}={options[name]!r}" for name in own),
+    }
 
 
 def _check_pair(rule: Rule, direction: Direction) -> None:
@@ -307,9 +313,16 @@ def _check_pair(rule: Rule, direction: Direction) -> None:
     Raises:
         TypeError: it does not know that of this one.
     """
-    if not isinstance(direction, rule.takes):
+    kind = next((kind for kind in rule.takes if isinstance(direction, kind)), None)
+    if kind is None:
         known = " or ".join(kind.__name__ for kind in rule.takes)
-        raise TypeError(
-            f"the rule {type(rule).__name__} is for directions of {known}, and "
-            f"{type(direction).__name__} is none: it would not take back the perturbation"
+        why = f"is for directions of {known}, and {type(direction).__name__} is none"
+    elif rule.draws and type(direction).sweep is not kind.sweep:
+        why = (
+            f"draws the z of {kind.__name__}, and {type(direction).__name__} has a sweep of its own"
         )
+    else:
+        return
+    raise TypeError(
+        f"the rule {type(rule).__name__} {why}: it would not take back the perturbation"
+    )

@@ -38,9 +38,6 @@ class BetweenSteps(Base):
             self.weights.look_again()
             if self.schedule.block_order is not None and not self.weights.place.at:
                 self.weights.look()  # what blocks there are
-            queries = self.weights.queries()
-            if not 0 <= query < queries:
-                raise ValueError(f"query must lie in [0, {queries}), got {query}; see queries=")
             with self._timer("perturb"):
                 self.weights.visit(Position(sign, query))
 

@@ -73,8 +73,15 @@ class Direction:
     def learn(
         self, buckets: Sequence[Bucket], seed: int, step: int, grads: Sequence[float]
     ) -> None:
-        """What a step's probes found, before its queries: a projected gradient each."""
-        raise NotImplementedError
+        """What a step's probes found, before its queries: a projected gradient each.
+
+        Raises:
+            NotImplementedError: this direction learns nothing.
+        """
+        raise NotImplementedError(
+            f"a step has probes, and {type(self).__name__} learns nothing from them: it has no "
+            "learn()"
+        )
 
     def leave(self) -> None:
         """The buckets so far will not be used again."""

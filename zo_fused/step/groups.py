@@ -14,7 +14,7 @@ from zo_fused.step.vectors import on_host
 
 # Kept in every param group, where `state_dict` leaves integers as they are. in_place: positions of
 # the matrices that a direction can't keep its changes beside.
-COUNTERS = ("seed", "step", "restores", "contract", "in_place", "method")
+COUNTERS = ("seed", "step", "restores", "contract", "in_place", "method", "options")
 
 
 class Groups:

@@ -97,11 +97,7 @@ class ZerothOrderOptimizer(BetweenSteps):
             self.weights.look()  # what blocks there are
         probes = self.probes()
         if probes:
-            if self.schedule.deferred:
-                raise ValueError(
-                    f"{type(self).__name__} learns its directions before a step, which a deferred "
-                    "sweep would need at the end of the last one: deferred=False"
-                )
+            _check_probes(type(self).__name__, probes, self.schedule.deferred)
             if not self._learn(self.losses_at(probes, closure)):  # then the step is skipped
                 self.weights.go(THETA)
                 return self.difference(dict.fromkeys(self.positions(), math.nan))
@@ -275,6 +271,20 @@ class ZerothOrderOptimizer(BetweenSteps):
             raise RuntimeError("only a step with a closure can be captured")
         evaluate = self._access.interruptible(closure)
         return self._capture.record(self.rule, lambda: self._finish(self.measure(evaluate)))
+
+
+def _check_probes(name: str, probes: Sequence[Position], deferred: bool) -> None:
+    """Raises:
+    ValueError: probes can't be taken there, or not now.
+    """
+    if deferred:
+        raise ValueError(
+            f"{name} learns its directions before a step, which a deferred sweep would need at the "
+            "end of the last one: deferred=False"
+        )
+    for position in probes:
+        if position.sign and not position.probe:
+            raise ValueError(f"{name}.probes(): {position} is along the z of a query: probe=True")
 
 
 def transformed(

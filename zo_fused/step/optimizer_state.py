@@ -10,8 +10,8 @@ from zo_fused.noise.streams import CONTRACT_VERSION, plain_name
 Group = dict[str, Any]
 
 
-def check_saved(group: Group, kind: str) -> None:
-    """A saved group must be of this noise contract and of this kind of optimizer.
+def check_saved(group: Group, method: str, options: str) -> None:
+    """A saved group must be of this noise contract, of this kind of optimizer and of its options.
 
     Raises:
         ValueError: it is not.
@@ -23,8 +23,12 @@ def check_saved(group: Group, kind: str) -> None:
         )
     for name in ("seed", "step", "restores"):
         whole(f"{name} of the state", group.get(name), 0, bits=64)
-    if group.get("method", kind) != kind:  # earlier versions: not said
-        raise ValueError(f"the state is of {group['method']}, this optimizer is {kind}")
+    if group.get("method", method) != method:  # earlier versions: not said
+        raise ValueError(f"the state is of {group['method']}, this optimizer is {method}")
+    if group.get("options", options) != options:
+        raise ValueError(
+            f"the state was saved with {group['options']}, this optimizer has {options}"
+        )
 
 
 def in_order(saved: list[Group], groups: list[Group]) -> list[Group]:

@@ -54,7 +54,14 @@ class Schedule:
         return self.queries * (len(blocks) if self.block_order == "simultaneous" else 1)
 
     def block_of(self, blocks: Sequence[int], step: int, query: int = 0) -> int | None:
-        """The only block that a query moves; None: it moves all."""
+        """The only block that a query moves; None: it moves all.
+
+        Raises:
+            ValueError: a step has no such query.
+        """
+        count = self.count(blocks)
+        if not 0 <= query < count:
+            raise ValueError(f"query must lie in [0, {count}), got {query}; see queries=")
         if self.block_order is None:
             return None
         turn = step % len(blocks) if self.block_order == "sequential" else query // self.queries
@@ -108,12 +115,18 @@ def spelled_out(own: Signature, parent: Signature | None) -> Signature:
 
 def pairs(losses: Mapping[Position, Any]) -> list[tuple[Any, Any, int]]:
     """The losses that every projected gradient is the difference of, and how many eps they were
-    taken apart."""
+    taken apart.
+
+    Raises:
+        ValueError: a loss has no other to be compared with.
+    """
     found = []
     for position in losses:
         if position.sign > 0:
             other = position._replace(sign=-1.0)
             two_sided = other in losses
+            if not two_sided and Position(0.0) not in losses:
+                raise ValueError(f"{position} needs a loss at the other sign or at Position(0.0)")
             away = losses[other] if two_sided else losses[Position(0.0)]
             found.append((losses[position], away, 2 if two_sided else 1))
     return found
