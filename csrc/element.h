@@ -19,8 +19,8 @@ inline constexpr bool rounds = sizeof(T) == 2;
 
 enum class Rule { momentum, sign, adam };
 
-// How words become normals or, with `rademacher`, signs. Only GPUs have `fast`.
-enum class Transform { portable, rademacher, hadamard, fast };
+// How words become normals or signs. Only GPUs have `fast`.
+enum class Transform { portable, signs, hadamard, fast };
 
 // A parameter's row of coefficients.
 struct MomentCoeffs {

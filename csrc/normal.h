@@ -47,12 +47,6 @@ ZO_HD void normal_pair(typename L::U32 a, typename L::U32 b, typename L::F32& z0
   z1 = L::as_float(L::xor_and(L::bits(L::fma(sin, r, cos)), b, 0x80000000u));
 }
 
-// +1 or -1: the top bit of a word is the sign.
-template <class L>
-ZO_HD typename L::F32 rademacher(typename L::U32 word) {
-  return L::as_float(L::and_or(word, 0x80000000u, 0x3F800000u));
-}
-
 // ---- hadamard ------------------------------------------------------------------------------------
 
 // The 16 bytes of four words, each less its mean 127.5, go through a 16-point Hadamard transform,

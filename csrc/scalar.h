@@ -74,6 +74,10 @@ struct Scalar {
   ZO_HD static F32 fma(F32 a, F32 b, F32 c) { return __builtin_fmaf(a, b, c); }
   ZO_HD static F32 fnma(F32 a, F32 b, F32 c) { return __builtin_fmaf(-a, b, c); }
 #endif
+  // -1 where a bit is set, else 1: the lowest bit is the first lane's.
+  ZO_HD static F32 ones(uint32_t bits) {
+    return as_float(and_or(bits << 31, 0x80000000u, 0x3F800000u));
+  }
   // -1, 0 or 1; 0 for NaN.
   ZO_HD static F32 sign(F32 x) { return static_cast<F32>((x > 0) - (x < 0)); }
   ZO_HD static U32 unless_nan(F32 x, U32 value, uint32_t nan) { return x != x ? nan : value; }

@@ -213,7 +213,7 @@ def cases(target: str) -> Iterator[Case]:
             ("dense, 2 directions", (2, False, "portable")),
             ("dense, any directions", (3, False, "portable")),
             ("dense, stochastic", (1, True, "portable")),
-            ("dense, rademacher", (1, False, "rademacher")),
+            ("dense, signs", (1, False, "signs")),
             ("dense, hadamard", (1, False, "hadamard")),
             ("dense, hadamard, 2 directions", (2, False, "hadamard")),
             ("dense, fast", (1, False, "fast")),

@@ -120,7 +120,7 @@ def _moments() -> Iterator[Case]:
         forms: list[tuple[int, Tensor | None, str]] = [
             *((1, rounding, "portable") for rounding in _roundings(dtype)),
             *([(2, None, "portable")] if first == "float32" else []),
-            *([(1, None, "fast"), (2, None, "rademacher")] if rule == "momentum" else []),
+            *([(1, None, "fast"), (2, None, "signs")] if rule == "momentum" else []),
             *([(1, None, "hadamard")] if rule != "sign" else []),
         ]
         state = {"float32": torch.float32, "like the weights": dtype}.get(first)
@@ -151,7 +151,7 @@ def _moments() -> Iterator[Case]:
             )
     for (label, dtype), directions in itertools.product(DTYPES.items(), (1, 3, 130)):
         sizes = SIZES if directions < 100 else SIZES[:3]
-        count, transform = len(sizes), ("portable", "rademacher")[directions == 3]
+        count, transform = len(sizes), ("portable", "signs")[directions == 3]
         for rounding in _roundings(dtype):
             offset = next(offsets)
             yield Case(

@@ -108,7 +108,7 @@ def sweeps_of(weights: Weights, transforms: Sequence[str]) -> Iterator[Sweep]:
     elements, moved = weights.elements, weights.bytes
     half = weights.params[0].element_size() == 2
     yield Sweep("dense", dense(weights), moved)
-    yield Sweep("dense, rademacher", dense(weights, transform="rademacher"), moved)
+    yield Sweep("dense, signs", dense(weights, transform="signs"), moved)
     if "fast" in transforms:
         yield Sweep("dense, fast", dense(weights, transform="fast"), moved)
     for rank in RANKS:

@@ -13,18 +13,34 @@ namespace {
 
 // ---- noise: blocks of counters -----------------------------------------------------------------
 
-// A counter has 4 elements, `lanes` of them make a block. With `hadamard` it has 16, and 8 make a
-// tile: 128 elements, of which counter n has 8 from element 8 n and 8 from element 64 + 8 n.
+// A counter has 4 elements, `lanes` of them make a block. With `hadamard` it has 16, with `signs`
+// 128, and 8 make a tile: counter n has 8 elements from element 8 n, 8 from element 64 + 8 n, ..
+template <class L>
+constexpr int64_t at_least_8 = L::lanes < 8 ? 8 : L::lanes;
 template <class L, Transform transform = Transform::portable>
-constexpr int64_t block_elements = transform == Transform::hadamard
-                                       ? 16 * (L::lanes < 8 ? 8 : L::lanes)
-                                       : 4 * L::lanes;
+constexpr int64_t block_elements = transform == Transform::hadamard ? 16 * at_least_8<L>
+                                   : transform == Transform::signs ? 128 * at_least_8<typename L::One>
+                                                                   : 4 * L::lanes;
 
 // The numbers of a block, in element order.
 template <class L, Transform transform>
 constexpr int64_t vectors = block_elements<L, transform> / L::lanes;
 template <class L, Transform transform>
-using Block = typename L::F32[vectors<L, transform>];
+struct Block {
+  typename L::F32 z[vectors<L, transform>];
+  ZO_HD typename L::F32& operator[](int i) { return z[i]; }
+};
+// Signs stay bits until they are used.
+template <class L>
+struct Block<L, Transform::signs> {
+  uint8_t runs[block_elements<L, Transform::signs> / 8];
+  ZO_HD typename L::F32 operator[](int i) const {
+    const int64_t at = i * L::lanes;
+    uint32_t bits = 0;
+    __builtin_memcpy(&bits, runs + at / 8, L::lanes < 8 ? 1 : L::lanes / 8);
+    return L::ones(bits >> at % 8);
+  }
+};
 
 // Words 0..3 of counters first .. first + lanes; lanes are in the order of `L::counters`.
 template <class L>
@@ -103,17 +119,34 @@ ZO_HD void hadamard_block(Block<L, Transform::hadamard>& z, uint64_t first, uint
   }
 }
 
-template <class L, Transform transform>
-ZO_HD void four_a_counter(typename L::F32 (&z)[4], uint64_t first, uint64_t id,
+// The signs of the block that starts with element 128 * first.
+template <class L>
+ZO_HD void signs_block(Block<L, Transform::signs>& z, uint64_t first, uint64_t id,
+                       const RoundKeys& keys) {
+  using One = typename L::One;
+  constexpr int counters = static_cast<int>(at_least_8<One>);
+  float ordered[4 * counters];
+  for (int n = 0; n < counters; n += One::lanes) {
+    typename One::F32 words[4];
+    ordered_words<One>(words, first + n, id, keys);
+    for (int i = 0; i < 4; ++i) One::store(ordered + 4 * n + i * One::lanes, words[i]);
+  }
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(ordered);
+  for (int tile = 0; tile < counters / 8; ++tile) {
+    for (int i = 0; i < 16; ++i) {
+      for (int n = 0; n < 8; ++n) z.runs[128 * tile + 8 * i + n] = bytes[128 * tile + 16 * n + i];
+    }
+  }
+}
+
+// Two normals from each of two pairs of words.
+template <class L>
+ZO_HD void portable_block(typename L::F32 (&z)[4], uint64_t first, uint64_t id,
                           const RoundKeys& keys) {
   typename L::U32 words[4];
   random_words<L>(words, first, id, keys);
-  if constexpr (transform == Transform::rademacher) {
-    for (int i = 0; i < 4; ++i) z[i] = rademacher<L>(words[i]);
-  } else {
-    normal_pair<L>(words[0], words[1], z[0], z[1]);
-    normal_pair<L>(words[2], words[3], z[2], z[3]);
-  }
+  normal_pair<L>(words[0], words[1], z[0], z[1]);
+  normal_pair<L>(words[2], words[3], z[2], z[3]);
   L::interleave(z);
 }
 
@@ -123,8 +156,10 @@ ZO_HD void block_normals(Block<L, transform>& z, uint64_t first, uint64_t id,
                          const RoundKeys& keys) {
   if constexpr (transform == Transform::hadamard) {
     hadamard_block<L>(z, first / 4, id, keys);
+  } else if constexpr (transform == Transform::signs) {
+    signs_block<L>(z, first / 32, id, keys);
   } else {
-    four_a_counter<L, transform>(z, first, id, keys);
+    portable_block<L>(z.z, first, id, keys);
   }
 }
 
@@ -228,7 +263,8 @@ template <class L, Transform transform, class T>
 void dense(void* weights, const Span& span, const Update& u) {
   const auto body = [&](uint64_t first, T* block) ZO_LAMBDA {
     constexpr int count = vectors<L, transform>;
-    typename L::F32 acc[count], z[count];
+    typename L::F32 acc[count];
+    Block<L, transform> z;
     // The first direction before the weights: they needn't wait in registers for it.
     if (u.directions > 0) block_normals<L, transform>(z, first, span.id, u.keys[0]);
     for (int i = 0; i < count; ++i) {
@@ -250,7 +286,7 @@ template <class L, Transform transform, class T>
 void dense_steps(void* weights, const Span& span, const Script& s) {
   const auto body = [&](uint64_t first, T* block) ZO_LAMBDA {
     constexpr int count = vectors<L, transform>;
-    typename L::F32 z[count] = {};
+    Block<L, transform> z = {};
     int64_t held = -1;  // whose normals are in z
     const int64_t* row = s.script;
     for (int64_t sweep = 0; sweep < s.sweeps; ++sweep, row += 3) {
@@ -312,7 +348,7 @@ void moment_sweep(void* weights, void* firsts, float* seconds, const Span& span,
       g[i] = L::splat(0.0f);
     }
     for (int64_t k = 0; k < u.directions; ++k) {
-      typename L::F32 z[count];
+      Block<L, transform> z;
       block_normals<L, transform>(z, first, span.id, u.keys[k]);
       for (int i = 0; i < count; ++i) {
         g[i] = step<L>(g[i], m.grads[k], z[i]);
@@ -346,7 +382,7 @@ void adam_of_squares(void* weights, const Span& span, const Update& u, const Mom
       g[i] = second[i] = L::splat(0.0f);
     }
     for (int64_t k = 0; k < u.directions; ++k) {
-      typename L::F32 z[count];
+      Block<L, transform> z;
       block_normals<L, transform>(z, first, span.id, u.keys[k]);
       for (int i = 0; i < count; ++i) {
         g[i] = step<L>(g[i], m.grads[k], z[i]);
@@ -516,7 +552,7 @@ constexpr NoiseSweeps noise_sweeps_of = {
 template <class L, class N = Twice<L>>
 constexpr Sweeps sweeps_of = {
     bits<N>,
-    {noise_sweeps_of<N, Transform::portable>, noise_sweeps_of<N, Transform::rademacher>,
+    {noise_sweeps_of<N, Transform::portable>, noise_sweeps_of<N, Transform::signs>,
      noise_sweeps_of<N, Transform::hadamard>},
     {lowrank<L, Half>, lowrank<L, BFloat16>, lowrank<L, float>},
     factor_momentum<L>,

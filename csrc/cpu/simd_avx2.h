@@ -84,6 +84,10 @@ struct Avx2 {
   ZO_HD static F32 sqrt(F32 x) { return _mm256_sqrt_ps(x); }
   ZO_HD static F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
   ZO_HD static F32 fnma(F32 a, F32 b, F32 c) { return _mm256_fnmadd_ps(a, b, c); }
+  ZO_HD static F32 ones(uint32_t bits) {
+    const __m256i to_sign = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    return as_float(and_or(_mm256_sllv_epi32(splat(bits), to_sign), 0x80000000u, 0x3F800000u));
+  }
   ZO_HD static F32 sign(F32 x) {
     const __m256 one = _mm256_or_ps(_mm256_and_ps(x, splat(-0.0f)), splat(1.0f));
     return _mm256_and_ps(one, _mm256_cmp_ps(x, splat(0.0f), _CMP_NEQ_OQ));

@@ -85,6 +85,9 @@ struct Avx512 {
   ZO_HD static F32 sqrt(F32 x) { return _mm512_sqrt_ps(x); }
   ZO_HD static F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
   ZO_HD static F32 fnma(F32 a, F32 b, F32 c) { return _mm512_fnmadd_ps(a, b, c); }
+  ZO_HD static F32 ones(uint32_t bits) {
+    return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), splat(1.0f), splat(-1.0f));
+  }
   ZO_HD static F32 sign(F32 x) {
     const __mmask16 some = _mm512_cmp_ps_mask(x, splat(0.0f), _CMP_NEQ_OQ);
     const U32 one = and_or(bits(x), 0x80000000u, 0x3F800000u);

@@ -70,6 +70,7 @@ struct Twice {
   ZO_HD static F32 fnma(F32 x, F32 y, F32 z) {
     return {L::fnma(x.a, y.a, z.a), L::fnma(x.b, y.b, z.b)};
   }
+  ZO_HD static F32 ones(uint32_t bits) { return {L::ones(bits), L::ones(bits >> L::lanes)}; }
   ZO_HD static F32 sign(F32 x) { return {L::sign(x.a), L::sign(x.b)}; }
   ZO_HD static U32 unless_nan(F32 x, U32 value, uint32_t nan) {
     return {L::unless_nan(x.a, value.a, nan), L::unless_nan(x.b, value.b, nan)};

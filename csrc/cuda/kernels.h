@@ -17,10 +17,13 @@ constexpr int threads = 256;
 // to cost nothing. Fixed, so that no launch asks for the properties of its device.
 constexpr int most_blocks = 2048;
 
-// Elements that a thread takes at once: 128 bits, and a whole number of counters, or half a counter
-// of `hadamard`.
+// Elements that a thread takes at once: 128 bits, and a whole number of counters; or a run of eight
+// of one.
+constexpr bool in_runs(Transform transform) {
+  return transform == Transform::hadamard || transform == Transform::signs;
+}
 template <class T, Transform transform = Transform::portable>
-constexpr int group = sizeof(T) == 2 || transform == Transform::hadamard ? 8 : 4;
+constexpr int group = sizeof(T) == 2 || in_runs(transform) ? 8 : 4;
 
 // Columns of a table, as in zo_fused/sweeps/backends/table.py.
 enum Column { first_, address_, index_, id_, offset_, aligned_, table_width = 12 };
@@ -121,6 +124,20 @@ ZO_HD void hadamard_run(float (&z)[8], const Chunk& chunk, int i, const RoundKey
   }
 }
 
+// Signs of element i of a chunk and those behind it, up to eight that begin at a multiple of N.
+template <int N>
+ZO_HD void signs_run(float (&z)[N], const Chunk& chunk, int i, const RoundKeys& keys) {
+  const uint64_t n = static_cast<uint64_t>(chunk.start) / 128;
+  const uint32_t at = static_cast<uint32_t>(i), byte = at % 1024 / 64;
+  uint32_t words[4];
+  random_words(words, static_cast<uint32_t>(n) + at / 1024 * 8 + at % 64 / 8,
+               static_cast<uint32_t>(n >> 32), chunk.id, keys);
+  const uint32_t low = byte & 4 ? words[1] : words[0], high = byte & 4 ? words[3] : words[2];
+  const uint32_t bits = (byte & 8 ? high : low) >> (byte % 4 * 8 + at % 8);
+  ZO_UNROLL
+  for (int j = 0; j < N; ++j) z[j] = Lane::ones(bits >> j);
+}
+
 // Normals, or signs, of element i of a chunk and those behind it.
 template <Transform transform, int N>
 ZO_HD void normals(float (&z)[N], const Chunk& chunk, int i, const RoundKeys& keys) {
@@ -129,15 +146,14 @@ ZO_HD void normals(float (&z)[N], const Chunk& chunk, int i, const RoundKeys& ke
     hadamard_run(run, chunk, i, keys);
     ZO_UNROLL
     for (int j = 0; j < N; ++j) z[j] = N == 4 && (i & 4) ? run[j + 4] : run[j];
+  } else if constexpr (transform == Transform::signs) {
+    signs_run(z, chunk, i, keys);
   } else {
     ZO_UNROLL
     for (int j = 0; j < N; j += 4) {
       uint32_t c[4];
       words_at<4>(c, chunk, i + j, keys);
-      if constexpr (transform == Transform::rademacher) {
-        ZO_UNROLL
-        for (int k = 0; k < 4; ++k) z[j + k] = rademacher<Lane>(c[k]);
-      } else if constexpr (transform == Transform::fast) {
+      if constexpr (transform == Transform::fast) {
         fast_normal_pair(c[0], c[1], z[j], z[j + 1]);
         fast_normal_pair(c[2], c[3], z[j + 2], z[j + 3]);
       } else {
@@ -305,8 +321,8 @@ __global__ void __launch_bounds__(threads, 2)
         const RoundKeys key = keys_of(keys + k);
         if (transform == Transform::portable) {
           normals<Transform::portable>(z, chunk, i, key);
-        } else if (transform == Transform::rademacher) {
-          normals<Transform::rademacher>(z, chunk, i, key);
+        } else if (transform == Transform::signs) {
+          normals<Transform::signs>(z, chunk, i, key);
         } else if (transform == Transform::hadamard) {
           normals<Transform::hadamard>(z, chunk, i, key);
         } else {

@@ -51,8 +51,8 @@ struct By {
 template <class Call>
 Error with_transform(Transform transform, const Call& call) {
   switch (transform) {
-    case Transform::rademacher:
-      return call(By<Transform::rademacher>{});
+    case Transform::signs:
+      return call(By<Transform::signs>{});
     case Transform::hadamard:
       return call(By<Transform::hadamard>{});
     case Transform::fast:

@@ -41,10 +41,11 @@ def is_whole(row_ptr, low, high, BLOCK: tl.constexpr):
 @triton.jit
 def pointers(ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
     """to COUNT neighbouring elements, of which a thread gets runs of WIDTH: [COUNT] to each, or to
-    runs of eight, [COUNT / 8, 1]; TILED to the first runs of counters, [COUNT / 16, 1]"""
-    if WIDTH == TILED:
-        row = tl.arange(0, COUNT // 16)[:, None]
-        return ptr + (row // 8 * 128 + row % 8 * 8)
+    runs of eight, [COUNT / 8, 1]; from TILED on to the first of WIDTH / 8 runs that are 64 apart,
+    [COUNT / WIDTH, 1]"""
+    if WIDTH >= TILED:
+        row = tl.arange(0, COUNT // WIDTH)[:, None]
+        return ptr + (row // 8 * (8 * WIDTH) + row % 8 * 8)
     elif WIDTH == 8 and ptr.dtype.element_ty.primitive_bitwidth == 32:
         return ptr + tl.arange(0, COUNT // 8)[:, None] * 8
     else:
@@ -53,9 +54,14 @@ def pointers(ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_run(ptrs, mask, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    """[COUNT] elements at `pointers`; TILED [COUNT / 16, 8, 2], a counter's runs the last axis"""
-    if WIDTH == TILED:
-        return tl.join(load_eights(ptrs), load_eights(ptrs + 64))
+    """[COUNT] elements at `pointers`; from TILED on [COUNT / WIDTH, 8, 2, ..], the run's number in
+    the last axes, its highest bit in the last"""
+    if WIDTH == 4 * TILED:
+        return tl.join(load_four(ptrs), load_four(ptrs + 256))
+    elif WIDTH == 2 * TILED:
+        return load_four(ptrs)
+    elif WIDTH == TILED:
+        return load_two(ptrs)
     elif WIDTH == 8 and ptrs.dtype.element_ty.primitive_bitwidth == 32:
         return tl.reshape(load_eights(ptrs), (COUNT,))
     else:
@@ -65,14 +71,46 @@ def load_run(ptrs, mask, COUNT: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def store_run(ptrs, x, mask, COUNT: tl.constexpr, WIDTH: tl.constexpr):
     """the way back"""
-    if WIDTH == TILED:
-        first, second = tl.split(x)
-        store_eights(ptrs, first)
-        store_eights(ptrs + 64, second)
+    if WIDTH == 4 * TILED:
+        low, high = tl.split(x)
+        store_four(ptrs, low)
+        store_four(ptrs + 256, high)
+    elif WIDTH == 2 * TILED:
+        store_four(ptrs, x)
+    elif WIDTH == TILED:
+        store_two(ptrs, x)
     elif WIDTH == 8 and ptrs.dtype.element_ty.primitive_bitwidth == 32:
         store_eights(ptrs, tl.reshape(x, (COUNT // 8, 8)))
     else:
         tl.store(ptrs, x, mask=mask)
+
+
+@triton.jit
+def load_four(ptrs):
+    """[N, 8, 2, 2] four runs from each of the pointers [N, 1]"""
+    return tl.join(load_two(ptrs), load_two(ptrs + 128))
+
+
+@triton.jit
+def store_four(ptrs, x):
+    """the way back"""
+    low, high = tl.split(x)
+    store_two(ptrs, low)
+    store_two(ptrs + 128, high)
+
+
+@triton.jit
+def load_two(ptrs):
+    """[N, 8, 2] two runs from each of the pointers [N, 1]"""
+    return tl.join(load_eights(ptrs), load_eights(ptrs + 64))
+
+
+@triton.jit
+def store_two(ptrs, x):
+    """the way back"""
+    low, high = tl.split(x)
+    store_eights(ptrs, low)
+    store_eights(ptrs + 64, high)
 
 
 @triton.jit

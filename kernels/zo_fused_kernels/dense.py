@@ -21,8 +21,9 @@ from .launch import (
     STRAY,
     UNROLLED_DIRECTIONS,
     noise_block,
+    width,
 )
-from .normal import normals, transform_of, width_of
+from .normal import normals, transform_of
 from .rounding import rounded, widen
 from .table import ADDRESS, ID, INDEX, OFFSET, find, pointer
 
@@ -126,6 +127,7 @@ def dense(
     """p = round(decay * p + sum_k coeffs[k] * z_k), in place; see
     `zo_fused.sweeps.backends.multi_tensor`."""
     directions = keys.numel()
+    block = noise_block(directions, launch.dtype.itemsize, transform)
     _dense_kernel[(launch.programs,)](
         launch.table,
         launch.rows,
@@ -138,8 +140,8 @@ def dense(
         UNROLL=directions if directions <= UNROLLED_DIRECTIONS else 0,
         TRANSFORM=transform_of(transform),
         CHUNK=CHUNK,
-        BLOCK=noise_block(directions, launch.dtype.itemsize, transform),
-        WIDTH=width_of(transform, launch.dtype.itemsize),
+        BLOCK=block,
+        WIDTH=width(transform, launch.dtype.itemsize, block),
         STRAY=STRAY,
         num_warps=NOISE_WARPS,
         **OPTIONS,

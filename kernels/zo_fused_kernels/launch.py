@@ -20,9 +20,11 @@ INTERPRETING = tl.constexpr(bool(knobs.runtime.interpret))
 NOISE_BLOCK = 4096
 NOISE_WARPS = 4
 
-# What stands for the elements in a row that a thread owns where a counter has two runs of eight, 64
-# apart: tiles of `hadamard`.
+# Elements that a thread owns from which on they are runs of eight, 64 apart: tiles, of which every
+# eighth run has the same counter.
 TILED = tl.constexpr(16)
+
+IN_TILES = ("hadamard", "signs")  # transforms
 
 # With moments there is more to hold, and memory moves five times as much.
 MOMENTS_BLOCK = 2048
@@ -48,17 +50,25 @@ def threads() -> int:
 
 def noise_block(directions: int, itemsize: int, transform: str) -> int:
     """Elements of a block of a dense sweep. More directions in blocks of the full size take more
-    registers: 160 in a loop, and two in float32 spill on sm_80. `hadamard` takes few, and what is
-    paid once a block, half an instruction an element, then counts; all threads need a counter."""
+    registers: 160 in a loop, and two in float32 spill on sm_80. Tiles take few, and what is paid
+    once a block, half an instruction an element, then counts; all threads need a counter."""
     block = NOISE_BLOCK if directions * itemsize <= 4 else NOISE_BLOCK // 2
-    if transform != "hadamard":
+    if transform not in IN_TILES:
         return block
     return max(2 * block if directions * itemsize <= 2 else block, 16 * threads())
 
 
 def moments_block(transform: str) -> int:
     """Elements of a block of a sweep over moments."""
-    return max(MOMENTS_BLOCK, 16 * threads()) if transform == "hadamard" else MOMENTS_BLOCK
+    return max(MOMENTS_BLOCK, 16 * threads()) if transform in IN_TILES else MOMENTS_BLOCK
+
+
+def width(transform: str, itemsize: int, block: int) -> int:
+    """Elements that a thread owns in a row in blocks of noise: 128 bits of the weights; in tiles,
+    those of a counter."""
+    if transform == "signs":
+        return min(max(block // threads(), TILED.value), 64)
+    return TILED.value if transform == "hadamard" else 16 // itemsize
 
 
 # Rows and columns of a matrix that a program of a low-rank sweep takes, GROUP rows at a time. With

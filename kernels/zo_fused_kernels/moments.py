@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .blocks import block_elements, chunk_elements, index, is_whole, load_run, pointers, store_run
 from .fma import fma
-from .launch import CHUNK, DTYPES, NOISE_WARPS, OPTIONS, STRAY, moments_block
-from .normal import as_bits, as_float, hidden, normals, transform_of, width_of
+from .launch import CHUNK, DTYPES, NOISE_WARPS, OPTIONS, STRAY, moments_block, width
+from .normal import as_bits, as_float, hidden, normals, transform_of
 from .rounding import narrow, rounded, widen
 from .table import ADDRESS, ID, INDEX, OFFSET, STATES, find, pointer
 
@@ -193,7 +193,7 @@ def moments(
         TRANSFORM=transform_of(transform),
         CHUNK=CHUNK,
         BLOCK=moments_block(transform),
-        WIDTH=width_of(transform, launch.dtype.itemsize),
+        WIDTH=width(transform, launch.dtype.itemsize, moments_block(transform)),
         STRAY=STRAY,
         num_warps=NOISE_WARPS,
         **OPTIONS,

@@ -3,8 +3,8 @@
 `portable`, the transform of the noise contract, takes integer operations, products, sums and fma:
 the same bits on every device. What the constants are and why the steps fit together is told in
 `zo_fused.sweeps.reference`; here they stand in the same order. `fast` takes the same steps with a
-GPU's approximate units, at two thirds of the instructions. `rademacher` takes the top bits of the
-words. `hadamard` takes their bytes, through integers.
+GPU's approximate units, at two thirds of the instructions. `signs` takes the bits of the words,
+`hadamard` their bytes, through integers.
 """
 
 import triton
@@ -12,18 +12,13 @@ import triton.language as tl
 
 from .fma import fma
 from .launch import INTERPRETING, TILED
-from .philox import counters, counters_at
+from .philox import counters, counters_at, counters_from
 
 PORTABLE = tl.constexpr("portable")
-RADEMACHER = tl.constexpr("rademacher")
+SIGNS = tl.constexpr("signs")
 HADAMARD = tl.constexpr("hadamard")
 HADAMARD_NVIDIA = tl.constexpr("hadamard, nvidia")
 FAST_AMD = tl.constexpr("fast, amd")
-
-
-def width_of(transform: str, itemsize: int) -> int:
-    """Elements that a thread owns in a row in blocks of noise: 128 bits of the weights."""
-    return TILED.value if transform == HADAMARD.value else 16 // itemsize
 
 
 def transform_of(name: str) -> str:
@@ -163,19 +158,11 @@ def fast_pair(a, b, one_bits, TRANSFORM: tl.constexpr):
 
 
 @triton.jit
-def sign(a, one_bits):
-    """+1 or -1 by the top bit of a random word"""
-    return as_float((a & 0x80000000) | one_bits)
-
-
-@triton.jit
 def pair(a, b, TRANSFORM: tl.constexpr):
-    """two standard normals or signs from two random words, by a transform"""
+    """two standard normals from two random words, by a transform"""
     one_bits = hidden(0x3F800000)
     if TRANSFORM == PORTABLE:
         z0, z1 = normal_pair(a, b, one_bits)
-    elif TRANSFORM == RADEMACHER:
-        z0, z1 = sign(a, one_bits), sign(b, one_bits)
     else:
         z0, z1 = fast_pair(a, b, one_bits, TRANSFORM)
     return z0, z1
@@ -273,6 +260,62 @@ def hadamard_at(e, key, id, TRANSFORM: tl.constexpr):
     return tl.where(e & 64 == 0, z0, z1)
 
 
+# ---- signs --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def ones(bits):
+    """-1 where the top bit is set, else 1"""
+    return as_float((bits & 0x80000000) | hidden(0x3F800000))
+
+
+@triton.jit
+def two_bytes(word):
+    """[N, 8, 2] the bits of the upper half of words [N], each as a top bit; the lower byte first"""
+    x = tl.join(word << 4, word)  # shifts of shifts are one
+    x = tl.join(x << 2, x)
+    x = tl.reshape(tl.join(x << 1, x), (word.shape[0], 8))
+    return tl.join(x << 8, x)
+
+
+@triton.jit
+def four_bytes(word):
+    """[N, 8, 2, 2] the bits of words [N], as `two_bytes`"""
+    return tl.join(two_bytes(word << 16), two_bytes(word))
+
+
+@triton.jit
+def signs_tiles(first, key, id, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """[COUNT / WIDTH, 8, 2, ..] signs of the elements of parts of tiles, a counter a row; see
+    `zo_fused.noise.reference`"""
+    row = tl.arange(0, COUNT // WIDTH)
+    part = row // 8 % (128 // WIDTH)  # of the counter's bits
+    n = row // (1024 // WIDTH) * 8 + row % 8
+    w0, w1, w2, w3 = counters_from(first // 128, n, key, id)
+    if WIDTH == 64:
+        low, high = tl.where(part == 0, w0, w2), tl.where(part == 0, w1, w3)
+        return ones(tl.join(four_bytes(low), four_bytes(high)))
+    elif WIDTH == 32:
+        return ones(four_bytes(chosen(part, w0, w1, w2, w3)))
+    else:
+        word = chosen(part // 2, w0, w1, w2, w3)
+        return ones(two_bytes(tl.where(part % 2 == 0, word << 16, word)))
+
+
+@triton.jit
+def chosen(i, w0, w1, w2, w3):
+    """word i of four"""
+    return tl.where(i & 2 == 0, tl.where(i & 1 == 0, w0, w1), tl.where(i & 1 == 0, w2, w3))
+
+
+@triton.jit
+def signs_at(e, key, id):
+    """signs of elements e, a block"""
+    w0, w1, w2, w3 = counters_at((e >> 10) * 8 + ((e >> 3) & 7), key, id)
+    word = chosen((e >> 8) & 3, w0, w1, w2, w3)
+    return ones(word << (31 - ((e >> 3 & 24) + (e & 7))).to(tl.uint32))
+
+
 # ---- elements in order --------------------------------------------------------------------------
 
 
@@ -281,11 +324,17 @@ def normals(first, key, id, COUNT: tl.constexpr, WIDTH: tl.constexpr, TRANSFORM:
     """[COUNT] standard normals or signs of elements first, first + 1, ..; a thread owns runs of
     WIDTH
 
-    WIDTH 4, 8 and TILED are for blocks: first is a multiple of COUNT. WIDTH 1 takes any first, and
-    four times as many words. TILED goes with `hadamard`; the shape is that of `blocks.load_run`.
+    WIDTH 1 takes any first, at the price of more words. The others are for blocks: first is a
+    multiple of COUNT. From TILED on they are of `hadamard` (16) and `signs`, and the shape is that
+    of `blocks.load_run`.
     """
-    if WIDTH == TILED:
-        return hadamard_tiles(first, key, id, COUNT, TRANSFORM)
+    if WIDTH >= TILED:
+        if TRANSFORM == SIGNS:
+            return signs_tiles(first, key, id, COUNT, WIDTH)
+        else:
+            return hadamard_tiles(first, key, id, COUNT, TRANSFORM)
+    elif TRANSFORM == SIGNS:
+        return signs_at(first + tl.arange(0, COUNT), key, id)
     elif TRANSFORM == HADAMARD or TRANSFORM == HADAMARD_NVIDIA:  # noqa: SIM109 (no Triton)
         return hadamard_at(first + tl.arange(0, COUNT), key, id, TRANSFORM)
     elif WIDTH == 1:

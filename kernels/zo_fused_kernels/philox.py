@@ -32,16 +32,21 @@ def split(x):
 
 
 @triton.jit
-def counters(first, key, id, COUNT: tl.constexpr, STRIDE: tl.constexpr):
-    """[COUNT] four words each of the counters first, first + STRIDE, ..
+def counters_from(first, n, key, id):
+    """four words each of the counters first + n, a block
 
     They must not pass a multiple of 2**32.
     """
     low, high = split(first)
     k0, k1 = split(key)
     id_low, id_high = split(id)
-    low += tl.arange(0, COUNT).to(tl.uint32) * STRIDE
-    return philox(low, high, id_low, id_high, k0, k1)
+    return philox(low + n.to(tl.uint32), high, id_low, id_high, k0, k1)
+
+
+@triton.jit
+def counters(first, key, id, COUNT: tl.constexpr, STRIDE: tl.constexpr):
+    """[COUNT] four words each of the counters first, first + STRIDE, .."""
+    return counters_from(first, tl.arange(0, COUNT) * STRIDE, key, id)
 
 
 @triton.jit
@@ -73,21 +78,37 @@ def halves(first, key, id, COUNT: tl.constexpr, WIDTH: tl.constexpr):
     `normal.normals`"""
     if WIDTH == 1:
         return half_at(first + tl.arange(0, COUNT), key, id)
-    elif WIDTH == TILED:
-        row = tl.arange(0, COUNT // 16)
-        n = row // 8 * 16 + row % 8
-        return tl.join(halves_of(first // 8, n, key, id), halves_of(first // 8, n + 8, key, id))
+    elif WIDTH >= TILED:
+        row = tl.arange(0, COUNT // WIDTH)
+        n = row // 8 * WIDTH + row % 8
+        if WIDTH == 4 * TILED:
+            return tl.join(
+                halves_of_four(first // 8, n, key, id), halves_of_four(first // 8, n + 32, key, id)
+            )
+        elif WIDTH == 2 * TILED:
+            return halves_of_four(first // 8, n, key, id)
+        else:
+            return halves_of_two(first // 8, n, key, id)
     else:
         return tl.reshape(halves_of(first // 8, tl.arange(0, COUNT // 8), key, id), (COUNT,))
 
 
 @triton.jit
+def halves_of_four(first, n, key, id):
+    """[N, 8, 2, 2] `halves_of` every eighth counter"""
+    return tl.join(halves_of_two(first, n, key, id), halves_of_two(first, n + 16, key, id))
+
+
+@triton.jit
+def halves_of_two(first, n, key, id):
+    """[N, 8, 2] the same"""
+    return tl.join(halves_of(first, n, key, id), halves_of(first, n + 8, key, id))
+
+
+@triton.jit
 def halves_of(first, n, key, id):
     """[N, 8] the 16-bit numbers of counters first + n, a block, which have one high word"""
-    low, high = split(first)
-    k0, k1 = split(key)
-    id_low, id_high = split(id)
-    w0, w1, w2, w3 = philox(low + n.to(tl.uint32), high, id_low, id_high, k0, k1)
+    w0, w1, w2, w3 = counters_from(first, n, key, id)
     # One counter serves eight elements of a thread. Each join adds a last axis, which stays within
     # its thread: no data moves.
     w = tl.join(tl.join(w0, w2), tl.join(w1, w3))

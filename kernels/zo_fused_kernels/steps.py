@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .blocks import block_elements, chunk_elements, index, is_whole, load_run, pointers, store_run
 from .fma import fma
-from .launch import CHUNK, DTYPES, NOISE_BLOCK, NOISE_WARPS, OPTIONS, STRAY
-from .normal import normals, transform_of, width_of
+from .launch import CHUNK, DTYPES, NOISE_BLOCK, NOISE_WARPS, OPTIONS, STRAY, width
+from .normal import normals, transform_of
 from .rounding import rounded, widen
 from .table import ADDRESS, ID, INDEX, OFFSET, find, pointer
 
@@ -158,7 +158,7 @@ def dense_steps(
         TRANSFORM=transform_of(transform),
         CHUNK=CHUNK,
         BLOCK=NOISE_BLOCK // 2,
-        WIDTH=width_of(transform, launch.dtype.itemsize),
+        WIDTH=width(transform, launch.dtype.itemsize, NOISE_BLOCK // 2),
         STRAY=STRAY,
         num_warps=NOISE_WARPS,
         **OPTIONS,

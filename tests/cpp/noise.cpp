@@ -1,6 +1,6 @@
 // The arithmetic headers alone, without torch. Reads lines of hexadecimal words, a counter and a
 // key: "c0 c1 c2 c3 k0 k1"; writes the four random words, the bits of the four normals and those of
-// the four signs.
+// the signs of the lowest bits.
 #include <cinttypes>
 #include <cstdio>
 
@@ -19,7 +19,7 @@ int main() {
     normal_pair<Scalar>(c[2], c[3], z[2], z[3]);
     for (const uint32_t word : c) std::printf("%08" PRIx32 " ", word);
     for (const float x : z) std::printf("%08" PRIx32 " ", bits_of(x));
-    for (const uint32_t word : c) std::printf("%08" PRIx32 " ", bits_of(rademacher<Scalar>(word)));
+    for (const uint32_t word : c) std::printf("%08" PRIx32 " ", bits_of(Scalar::ones(word)));
     std::puts("");
   }
 }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import zo_fused
-from zo_fused.noise import Purpose, derive_key, normal, parameter_id, random_bits
+from zo_fused.noise import Purpose, derive_key, normal, parameter_id
 
 Loss = Callable[[Weights], Tensor]
 Draw = Callable[[str, Tensor, int, int], Tensor]  # z of a parameter, by its name, step and query
@@ -34,10 +34,8 @@ def float64_loss(model: nn.Module, tokens: Tensor) -> Loss:
 
 
 def rademacher(name: str, w: Tensor, step: int, query: int = 0) -> Tensor:
-    """The top bits of the random words."""
     key = derive_key(SEED, Purpose.DENSE, step, query)
-    words = random_bits(w.numel(), key, parameter_id(name)).to(torch.int64) & 0xFFFFFFFF
-    return (1.0 - 2.0 * (words >> 31)).double().view(w.shape)
+    return normal(w.numel(), key, parameter_id(name), transform="signs").double().view(w.shape)
 
 
 def factor(name: str, rows: int, rank: int, purpose: Purpose, step: int, query: int = 0) -> Tensor:

@@ -185,12 +185,16 @@ def test_kolmogorov_smirnov() -> None:
 
 
 def signs(numel: int, key: int, id: int = 0, offset: int = 0) -> torch.Tensor:
-    return noise.normal(numel, key, id, offset, transform="rademacher")
+    return noise.normal(numel, key, id, offset, transform="signs")
 
 
 @pytest.mark.parametrize(
     ("offset", "documented"),
-    [(0, "+1 -1 +1 -1 +1 -1 +1 -1"), (2**34 - 3, "+1 -1 -1 -1 -1 +1")],
+    [
+        (0, "-1 -1 -1 -1 +1 +1 +1 +1"),
+        (62, "+1 -1 -1 -1 -1 +1"),
+        (2**39 - 3, "-1 -1 -1 -1 +1 +1"),
+    ],
 )
 def test_signs_of_the_documentation(offset: int, documented: str) -> None:
     id_ = parameter_id("model.decoder.layers.0.fc1.weight")
@@ -198,12 +202,22 @@ def test_signs_of_the_documentation(offset: int, documented: str) -> None:
     assert signs(len(wanted), derive_key(42, Purpose.DENSE, 7), id_, offset).tolist() == wanted
 
 
-@given(st.integers(0, 200), st.integers(0, 2**61), u64, u64)
-def test_signs_are_the_top_bits_of_the_words(n: int, offset: int, param_id: int, key: int) -> None:
-    top = noise.random_bits(n, key, param_id, offset) >> 31
+@given(st.integers(0, 200), st.integers(0, 2**60), u64, u64)
+def test_signs_are_the_bits_of_the_words(n: int, offset: int, param_id: int, key: int) -> None:
     z = signs(n, key, param_id, offset)
     assert z.dtype == torch.float32
-    assert torch.equal(z, 1.0 - 2.0 * top)
+    for i in (0, n // 2, n - 1) if n else ():
+        e = offset + i
+        counter, bit = 8 * (e // 1024) + e % 64 // 8, 8 * (e % 1024 // 64) + e % 8
+        word = int(noise.random_bits(1, key, param_id, 4 * counter + bit // 32))
+        assert z[i] == 1.0 - 2.0 * (word >> bit % 32 & 1)
+
+
+def test_signs_take_every_bit_once() -> None:
+    """A tile is the bits of its eight counters."""
+    key = derive_key(1, Purpose.DENSE)
+    words = noise.random_bits(32, key)
+    assert int((signs(1024, key) < 0).sum()) == sum(int(w).bit_count() for w in words)
 
 
 def test_signs_are_fair_and_independent() -> None:
@@ -213,9 +227,10 @@ def test_signs_are_fair_and_independent() -> None:
         z = signs(n, derive_key(seed, Purpose.DENSE, step=7), id=seed)
         assert z.abs().eq(1).all()
         assert abs(z.double().mean()) < 5 / math.sqrt(n)
-        for start in (0, 3):  # counters are cut otherwise
-            bits = (z[start : n - 8 + start].view(-1, 8) > 0).long()
-            patterns = (bits << torch.arange(8)).sum(1)
+        # Neighbours, with counters cut in two ways, and the runs of one counter.
+        runs = z.view(-1, 16, 8, 8).transpose(1, 2).reshape(-1, 8)
+        for eights in (z.view(-1, 8), z[3 : n - 5].view(-1, 8), runs):
+            patterns = ((eights > 0).long() << torch.arange(8)).sum(1)
             counts = torch.bincount(patterns, minlength=256).numpy()
             assert 1e-4 < scipy.stats.chisquare(counts).pvalue < 1 - 1e-4
 

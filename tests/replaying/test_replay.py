@@ -172,6 +172,24 @@ def test_resumed_log_covers_the_whole_run(make: Case, checkpoint: int, tmp_path:
     assert same(resumed, base)
 
 
+def test_noise_of_an_earlier_version_is_refused_by_name(tmp_path: Path) -> None:
+    """Signs were the top bits of a word each, and the transform had another name."""
+    model, copied, log = network(), network(), tmp_path / "log.jsonl"
+    opt = zo_fused.MeZO(model, lr=1e-2, distribution="rademacher")
+    logged_run(opt, model, log, 2)
+    state = opt.state_dict()
+    log.write_text(log.read_text().replace('"transform":"signs"', '"transform":"rademacher"'))
+    with pytest.raises(ValueError, match=r"noise of the transform .rademacher.*has .signs."):
+        zo_fused.replay(copied, log)
+    assert same(copied, network())
+    with pytest.raises(ValueError, match="transform differs"):
+        opt.start_log(log, resume=True)
+    for group in state["param_groups"]:
+        group["method"] = "MeZO (SGD, rademacher)"
+    with pytest.raises(ValueError, match=r"is of MeZO \(SGD, rademacher\)"):
+        opt.load_state_dict(state)
+
+
 def test_resume_refuses_the_log_of_another_run(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     opt = CASES["MeZO"](network().named_parameters(), seed=1)

@@ -189,7 +189,7 @@ def functional() -> list[Tensor]:
         return made[-2:]
 
     zo_fused.update_(weights(), [1, 2], [0.5, 0.25], 0.9, rounding_key=3)
-    zo_fused.perturb_(weights(), 1, 0.5, transform="rademacher")
+    zo_fused.perturb_(weights(), 1, 0.5, transform="signs")
     zo_fused.moments_update_(weights(), [1], [0.5], "sign", -0.1, beta=0.9)
     zo_fused.lowrank_update_(weights(), 1, 2, 0.5, [0.9, 1.0], rank=2)
     zo_fused.lowrank_perturb_(weights(), 1, 2, 0.5, rank=2)

@@ -33,7 +33,7 @@ ROUNDING = torch.tensor([as_int64(0xFEDC_BA98_7654_3210)])
 # Over a multiple of every backend's chunks, over wraps, and far.
 OFFSETS = (
     *(*range(17), 65_533, CARRY, 2**34 - 40, 2**34 + 3, ROUNDING_CARRY, 2**35 - 40, 2**35 - 201),
-    *(2**35 + 3, 2**40 + 1, 2**40 + 3, 2**61 - 5),
+    *(2**35 + 3, 2**36 - 40, 2**39 - 40, 2**40 + 1, 2**40 + 3, 2**61 - 5),
 )
 MISALIGNMENTS = (0, 1, 8, 2, 0, 3, 4, 5, 0, 9, 0)  # elements past a 16-byte boundary
 

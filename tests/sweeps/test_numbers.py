@@ -74,7 +74,7 @@ def test_words_of_triton_kernels() -> None:
     pytest.importorskip("triton")
     from zo_fused_kernels import launch, moments, normal
 
-    names = {name.value for name in (normal.PORTABLE, normal.RADEMACHER, normal.HADAMARD)}
+    names = {name.value for name in (normal.PORTABLE, normal.SIGNS, normal.HADAMARD)}
     assert names | {"fast"} == set(numbers.TRANSFORMS)
     text = Path(moments.__file__).read_text()
     assert set(re.findall(r'RULE == "(\w+)"', text)) | {"momentum"} == set(numbers.RULES)

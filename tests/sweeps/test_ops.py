@@ -242,7 +242,7 @@ def float64_adam_of_squares(
 
 
 @pytest.mark.parametrize(
-    ("directions", "transform"), [(1, "portable"), (3, "portable"), (130, "rademacher")]
+    ("directions", "transform"), [(1, "portable"), (3, "portable"), (130, "signs")]
 )
 def test_adam_of_squares_follows_the_float64_formula(directions: int, transform: str) -> None:
     keys = [noise.derive_key(0, noise.Purpose.DENSE, step) for step in range(directions)]
@@ -364,10 +364,10 @@ def operator_calls() -> dict[str, tuple]:
         "dense_": (p, i64, zeros, torch.tensor([1, 2, 3]), torch.randn(2, 3), one, i64[:1]),
         "dense_steps_": (p, i64, zeros, torch.tensor([1, 2, 3]), script, *lines),
         "dense_steps_ of signs": (
-            *(p, i64, zeros, torch.tensor([1, 2, 3]), script, *lines, "rademacher"),
+            *(p, i64, zeros, torch.tensor([1, 2, 3]), script, *lines, "signs"),
         ),
         "moments_": (p, firsts, seconds, *moments_of),
-        "moments_ of squares": (*(p, [], [], *moments_of, None, "rademacher", torch.rand(2, 3)),),
+        "moments_ of squares": (*(p, [], [], *moments_of, None, "signs", torch.rand(2, 3)),),
         "lowrank_": (p, us, vs, torch.randn(2), one, i64, zeros, i64[:1]),
         "factor_momentum_": (moments, us, torch.randn(2), one),
         "lowrank_momentum_": (p, moments, us, vs, torch.randn(2, 4), one),

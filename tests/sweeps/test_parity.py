@@ -345,13 +345,13 @@ def test_moments_of_no_and_more_directions(
 @pytest.mark.parametrize("directions", [0, 130])
 def test_adam_of_no_and_many_squares(served: Served, directions: int) -> None:
     where = places((9, 100), (5,), dtypes=DTYPES[1:2])
-    check(served, moments(where, "adam", "squares", directions, False, "rademacher"))
+    check(served, moments(where, "adam", "squares", directions, False, "signs"))
 
 
 @long_in_triton
 @pytest.mark.parametrize("kind", KINDS)
 def test_moments_of_many_directions(served: Served, kind: tuple[str, str]) -> None:
-    check(served, moments(places((300, ())), *kind, 130, False, "rademacher"))
+    check(served, moments(places((300, ())), *kind, 130, False, "signs"))
 
 
 @long_in_triton

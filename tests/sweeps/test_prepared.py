@@ -170,8 +170,8 @@ def test_adam_of_squares(backend: str) -> None:
     sweep = prepare("moments_", [params, [], []], *streams(len(params)))
     strided = torch.stack([squares, squares], dim=-1)[..., 0]
     for given in (squares, strided):
-        sweep(*rows, rule, rounding, "rademacher", squares=given)
-        by_operator("moments_", wanted, (*rows, rule, rounding, "rademacher", squares))
+        sweep(*rows, rule, rounding, "signs", squares=given)
+        by_operator("moments_", wanted, (*rows, rule, rounding, "signs", squares))
         assert_same_lists([params], wanted[:1])
     with pytest.raises(ValueError, match="firsts"):
         sweep(*rows, rule, rounding)
@@ -192,9 +192,9 @@ def test_signs(name: str, backend: str) -> None:
     wanted, normals = copies(lists), copies(lists)
     rows = rows if name == "moments_" else rows[:-1]
     sweep = prepare(name, lists, *streams(len(SHAPES)))
-    sweep(*rows, transform="rademacher")
+    sweep(*rows, transform="signs")
     by_name = SWEEPS[name].bind(getattr(operators, name), wanted, *streams(len(SHAPES)))
-    by_name(*rows, transform="rademacher")
+    by_name(*rows, transform="signs")
     assert_same_lists(lists, wanted)
     by_operator(name, normals, rows)
     assert not torch.equal(lists[0][0], normals[0][0])

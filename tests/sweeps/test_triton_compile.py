@@ -38,6 +38,7 @@ VERSIONS = tuple(dict.fromkeys(PAIRS.values()))  # 3.6.0, 3.7.1, 3.8.0, 3.9.0
 ROUNDING = 0.1
 INSTRUCTIONS: dict[str, dict[str, tuple[float, ...]]] = {
     "sm_80": {
+        "dense, signs fp16": (8.2, 8.1, 8.0, 8.0),
         "dense fp16": (33.1, 34.0, 33.7, 33.7),
         "dense, stochastic fp16": (50.1, 51.6, 48.5, 48.5),
         "moments, adam, m fp32 fp16": (68.4, 69.3, 67.8, 67.8),
@@ -58,8 +59,8 @@ INSTRUCTIONS: dict[str, dict[str, tuple[float, ...]]] = {
         "dense, 2 directions fp32": (62.5, 64.5, 61.3, 61.7),
         "dense, stochastic fp16": (52.8, 53.2, 51.7, 52.2),
         "dense, stochastic bf16": (44.2, 45.7, 45.7, 46.3),
-        "dense, rademacher fp16": (17.0, 18.0, 17.1, 17.2),
-        "dense, rademacher fp32": (17.5, 17.3, 16.9, 16.3),
+        "dense, signs fp16": (8.1, 8.1, 8.5, 8.5),
+        "dense, signs fp32": (9.6, 9.5, 9.6, 9.5),
         "dense, hadamard fp16": (15.0, 15.3, 14.6, 14.6),
         "dense, hadamard bf16": (15.5, 15.8, 15.1, 15.1),
         "dense, hadamard fp32": (15.0, 14.4, 14.9, 15.0),
@@ -81,6 +82,8 @@ INSTRUCTIONS: dict[str, dict[str, tuple[float, ...]]] = {
     },
     "sm_100": {
         "dense fp16": (33.1, 33.1, 32.7, 32.9),
+        "dense, signs fp16": (8.1, 8.2, 7.5, 7.5),
+        "dense, signs fp32": (9.5, 9.6, 9.5, 9.5),
         "dense, hadamard fp16": (11.9, 11.9, 11.8, 11.8),
         "dense, hadamard, 2 directions fp16": (21.3, 21.0, 21.9, 21.1),
         "moments, momentum, m fp32, hadamard fp16": (25.8, 25.8, 25.7, 20.6),
@@ -109,7 +112,6 @@ LOCAL: dict[str, dict[str, tuple[int, ...]]] = {
     "sm_90": {
         "moments, momentum, m fp32, hadamard fp16": (0, 0, 0, 2),
         "moments, momentum, m fp32, hadamard bf16": (0, 0, 0, 2),
-        "dense, rademacher fp16": (0, 0, 6, 0),
         "dense, fast fp16": (0, 0, 9, 0),
         "dense, any directions fp32": (0, 8, 0, 0),
         "script fp16": (16, 0, 0, 0),
@@ -119,6 +121,7 @@ LOCAL: dict[str, dict[str, tuple[int, ...]]] = {
     "sm_100": {
         "dense, hadamard, 2 directions fp16": (6, 0, 0, 0),
         "dense, hadamard, 2 directions fp32": (4, 0, 0, 0),
+        "dense, signs fp32": (0, 2, 0, 0),
         "moments, adam, m fp32 fp16": (0, 2, 0, 0),
         "dense, fast bf16": (2, 0, 0, 0),
         "moments, adam, m fp32 bf16": (0, 2, 0, 0),

@@ -5,8 +5,7 @@ The contract in prose, with test vectors: docs/noise.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -149,11 +148,6 @@ def normal_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return z0, z1
 
 
-def rademacher(word: Tensor) -> Tensor:
-    """+1 or -1, float32, by the top bit of a random word: the sign of a float32."""
-    return _float(word & 0x80000000 | 0x3F800000)
-
-
 # What makes variance and kurtosis of `hadamard` 1 and 3; `examples/fit_hadamard.py` derives them.
 LINEAR, CUBIC = float.fromhex("0x1.b6f80cp-9"), float.fromhex("0x1.228252p-33")
 
@@ -175,13 +169,28 @@ def hadamard(words: Sequence[Tensor]) -> Tensor:
     return y * fma(y * y, CUBIC, LINEAR)
 
 
-def _hadamard_tiles(numel: int, key: int, param_id: int, offset: int, device: Any) -> Tensor:
-    """Tiles of 128 elements have eight counters: each makes eight neighbouring elements in the
-    tile's first half and eight in the second."""
-    first, last = offset // 128, -(-(offset + numel) // 128)
+def signs(words: Sequence[Tensor]) -> Tensor:
+    """+1 or -1, float32 [..., 128], from the four words of a counter: -1 where a bit is set, the
+    lowest first."""
+    bits = torch.stack(tuple(words), dim=-1)[..., None] >> torch.arange(32, device=words[0].device)
+    return (1 - 2 * (bits & 1)).float().flatten(-2)
+
+
+def _tiles(
+    of_words: Callable[[Sequence[Tensor]], Tensor],
+    size: int,
+    numel: int,
+    key: int,
+    param_id: int,
+    offset: int,
+    device: torch.device,
+) -> Tensor:
+    """Tiles of `size` elements have eight counters: each makes eight neighbouring elements, eight
+    that are 64 further, and so on."""
+    first, last = offset // size, -(-(offset + numel) // size)
     n = torch.arange(8 * first, 8 * last, device=device, dtype=torch.int64)
-    z = hadamard(philox(n, param_id, key)).view(-1, 8, 2, 8)
-    return z.transpose(1, 2).flatten()[offset - 128 * first :][:numel]
+    z = of_words(philox(n, param_id, key)).view(-1, 8, size // 64, 8)
+    return z.transpose(1, 2).flatten()[offset - size * first :][:numel]
 
 
 def normal(
@@ -193,11 +202,11 @@ def normal(
     transform: str = "portable",
 ) -> Tensor:
     """Standard normals of elements ``offset .. offset + numel`` of a parameter, float32 [numel]; or
-    signs, if the transform is "rademacher"; or near-normals, if it is "hadamard"."""
+    signs, if the transform is "signs"; or near-normals, if it is "hadamard"."""
     if transform == "hadamard":
-        return _hadamard_tiles(numel, key, param_id, offset, device)
-    if transform == "rademacher":
-        return rademacher(random_bits(numel, key, param_id, offset, device))
+        return _tiles(hadamard, 128, numel, key, param_id, offset, device)
+    if transform == "signs":
+        return _tiles(signs, 1024, numel, key, param_id, offset, device)
     n, skip = _counters(numel, offset, device)
     w0, w1, w2, w3 = philox(n, param_id, key)
     z = (*normal_pair(w0, w1), *normal_pair(w2, w3))

@@ -138,6 +138,12 @@ def _optimizer(
     factored = defaults.get("mode") == "factored"
     takes = arguments(method)
     optimizer = method(groups, **{name: defaults[name] for name in takes if name in defaults})
+    now = optimizer.direction.options.get("transform", "portable")
+    if header["transform"] != now:
+        raise ValueError(
+            f"the log was written with noise of the transform {header['transform']!r}, where this "
+            f"version has {now!r}: replay it with the version that wrote it"
+        )
     for number, (group, values) in enumerate(
         zip(optimizer.param_groups, header["groups"], strict=True)
     ):

@@ -35,7 +35,7 @@ class Sweep(NamedTuple):
 
 
 # Of the elements of z, or of its factors; and the transforms that make them.
-DISTRIBUTIONS = {"gaussian": "portable", "hadamard": "hadamard", "rademacher": "rademacher"}
+DISTRIBUTIONS = {"gaussian": "portable", "hadamard": "hadamard", "rademacher": "signs"}
 
 
 class Direction:

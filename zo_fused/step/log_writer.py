@@ -58,7 +58,7 @@ class Writer:
         for line in read_lines(path, header["contract"]):
             event = line.event
             if not kept:
-                for name in ("method", "seed", "options", "parameters"):
+                for name in ("method", "seed", "transform", "options", "parameters"):
                     if line.header[name] != header[name]:
                         raise ValueError(f"{path} is the log of another run: {name} differs")
                 usual_path = line.usual_path

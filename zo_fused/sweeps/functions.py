@@ -9,7 +9,7 @@ Options of all sweeps: ``rounding_key``, the key of a rounding stream (purpose R
 16-bit weights stochastically, without bias; None rounds to nearest. ``transform="fast"`` makes
 normals with the approximate units of a GPU: close to the portable ones, but not the same bits on
 every device. ``transform="hadamard"`` makes numbers that are nearly normal, at a third to a half of
-the cost, and ``transform="rademacher"`` signs, +1 or -1: both the same on every device.
+the cost, and ``transform="signs"`` +1 or -1: both the same on every device.
 """
 
 from __future__ import annotations

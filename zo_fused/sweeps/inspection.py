@@ -41,7 +41,7 @@ def normal(
         offset: index of the first element in the full parameter, below ``2**62``.
         device: where to make them; the values don't depend on it.
         transform: "portable", or on GPUs "fast", whose values are close to these; "hadamard":
-            near-normals instead (docs/noise.md); "rademacher": +1 and -1, equally probable.
+            near-normals instead (docs/noise.md); "signs": +1 and -1, equally probable.
 
     Returns:
         float32 tensor [numel].

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-TRANSFORMS = ("portable", "rademacher", "hadamard", "fast")
-EXACT = ("portable", "rademacher", "hadamard")  # the same bits on every device; all that a CPU has
+TRANSFORMS = ("portable", "signs", "hadamard", "fast")
+EXACT = ("portable", "signs", "hadamard")  # the same bits on every device; all that a CPU has
 RULES = ("momentum", "sign", "adam")
 FIRSTS = ("nothing", "float32", "like_weights")  # what is kept of first moments
 
