@@ -144,6 +144,7 @@ def wanted(target: str, name: str) -> bool:
         "stochastic",
         "moments, adam",
         "directions fp32",
+        "dense, signs fp",
         "hadamard fp16",
         "hadamard, 2 directions fp16",
     )
