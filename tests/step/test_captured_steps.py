@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import re
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,14 +22,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.methods import Case
-from support.models import loss_of, network
+from support.models import loss_of, network, same
 from torch import nn
 
 import zo_fused
 from zo_fused.noise import keys
 from zo_fused.noise.keys import DeviceStep, Stream, stream_keys
 from zo_fused.noise.streams import Purpose, as_int64, derive_key
-from zo_fused.step import access, capture, evaluation, optimizer, vectors
+from zo_fused.step import access, buckets, capture, evaluation, optimizer, vectors
 from zo_fused.sweeps import conversions, dispatch
 
 needs_extension = pytest.mark.skipif(
@@ -50,7 +51,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     @contextmanager
     def recorded() -> Iterator[None]:
         with monkeypatch.context() as inside:
-            for module in (access, capture, optimizer):
+            for module in (access, buckets, capture, optimizer):
                 inside.setattr(module, "capturing", lambda: True)
             inside.setattr(conversions, "on_device", no_copies)
             inside.setattr(keys, "on_device", no_copies)
@@ -106,6 +107,47 @@ def test_the_learning_rate_may_be_a_tensor_on_the_device(recording: Callable[[],
         eager.step(loss_of(one))
         captured.step(loss_of(two))
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
+
+
+@needs_extension
+def test_a_number_that_is_new_in_a_capture_is_not_kept(recording: Callable[[], Any]) -> None:
+    """A graph fills its memory at every replay; before the first one nobody may read it."""
+    models = [network(), network()]
+    groups = [[{"params": part.parameters()} for part in model] for model in models]
+    for two in groups:
+        del two[1]  # nothing to tune
+    opts = [zo_fused.MeZO(two, lr=1e-2, weight_decay=0.1) for two in groups]
+    (eager, captured), (one, two) = opts, models
+    for step in range(6):
+        for opt in opts:
+            opt.param_groups[1]["lr"] = 1e-2 if step < 2 else 5e-3 / step
+        eager.step(loss_of(one))
+        if step in (2, 3):
+            before = [dict(bucket._constants) for bucket in captured.weights.buckets]
+            with recording():
+                captured.step(loss_of(two))
+            assert [dict(bucket._constants) for bucket in captured.weights.buckets] == before
+        else:
+            captured.step(loss_of(two))
+    assert same(one, two)
+
+
+@needs_extension
+def test_numbers_that_a_graph_reads_stay(recording: Callable[[], Any]) -> None:
+    model = network()
+    opt = zo_fused.MeZO(model, lr=1e-2)
+    for _ in range(2):
+        opt.step(loss_of(model))
+    (bucket,) = opt.weights.buckets
+    with recording():
+        read = weakref.ref(bucket.constant([1e-2]))
+        opt.step(loss_of(model))
+    for number in range(100):  # of a scheduler
+        bucket.constant([float(number)])
+        ones = bucket.ones
+    assert bucket.ones is ones  # the numbers that are used most are not the first to go
+    gc.collect()
+    assert read() is not None
 
 
 @pytest.mark.parametrize(

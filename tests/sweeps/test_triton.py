@@ -267,6 +267,41 @@ def test_old_tables_are_dropped() -> None:
     assert kept.made == 4
 
 
+def test_tables_that_a_graph_reads_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, made = on_lists.Kept(2), []
+
+    def get(key: str, recording: bool) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(on_lists, "capturing", lambda: recording)
+            if recording:
+                patched.setattr(torch.cuda, "is_initialized", lambda: pytest.fail("it waited"))
+            kept.get(key, lambda: (made.append(key), lambda: None)[1])
+
+    for key in ("a", "b"):
+        get(key, recording=False)
+    for key in ("a", "b", "c", "d"):
+        get(key, recording=True)
+    for key in "efghij":
+        get(key, recording=False)
+    for key in ("a", "b", "c", "d"):
+        get(key, recording=False)
+    assert made == list("abcdefghij")
+
+
+def test_what_a_capture_lacks_is_told_before_anything_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def make() -> None:
+        raise RuntimeError("run a sweep once before")
+
+    kept = on_lists.Kept(1)
+    kept.get("a", lambda: lambda: None)
+    monkeypatch.setattr(on_lists, "capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: pytest.fail("it waited"))
+    with pytest.raises(RuntimeError, match="once before"):
+        kept.get("b", make)  # type: ignore[arg-type]
+
+
 @triton.jit
 def _find_kernel(table_ptr, rows, out_ptr):
     """out[program] = the parameter's number, the program's within it"""

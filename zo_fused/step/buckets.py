@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from zo_fused.noise.streams import parameter_id
-from zo_fused.step.vectors import Vector, vector
+from zo_fused.recording import capturing
+from zo_fused.step.vectors import Vector, filled, vector
 from zo_fused.sweeps.arguments import not_dense, overlap
 from zo_fused.sweeps.conversions import int64_tensor
 from zo_fused.sweeps.numbers import WEIGHT_DTYPES
@@ -41,16 +42,33 @@ class Bucket:
     _made: dict[Any, Any] = field(default_factory=dict)
     _prepared: list[Prepared] = field(default_factory=list)
     _constants: OrderedDict[tuple[float, ...], Vector] = field(default_factory=OrderedDict)
+    _read_by_graphs: dict[tuple[float, ...], Vector] = field(default_factory=dict)
 
     def constant(self, per_group: Sequence[float]) -> Vector:
         """Numbers of the groups as a vector. Not to be changed: it is kept for the next call, which
         then copies nothing to the device."""
         key = tuple(per_group)
-        if key not in self._constants:
+        if capturing():
+            return self._recorded(key)
+        if key in self._constants:
+            self._constants.move_to_end(key)
+        else:
             self._constants[key] = vector([key[g] for g in self.group_of], self.device)
             if len(self._constants) > 32:
                 self._constants.popitem(last=False)
         return self._constants[key]
+
+    def _recorded(self, key: tuple[float, ...]) -> Vector:
+        """A constant of a step that is captured. One that exists stays as long as the bucket, for
+        graphs read it. A new one is filled in the graph: its numbers are arguments of kernels, and
+        until the first replay its memory has none, so nobody else may find it."""
+        known = self._read_by_graphs.get(key)
+        if known is None and key in self._constants:
+            known = self._read_by_graphs[key] = self._constants[key]
+        if known is not None:
+            return known
+        of_groups = torch.stack([filled(number, self.device) for number in key])
+        return of_groups[self.group_index]
 
     def hyper(
         self, param_groups: list[dict[str, Any]], name: str, default: float | None = None
@@ -62,9 +80,15 @@ class Bucket:
             default: for methods that have no such hyper-parameter.
         """
         values: list[Any] = [group.get(name, default) for group in param_groups]
-        if any(isinstance(v, Tensor) and v.device.type != "cpu" for v in values):
-            there = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values]
-            return torch.stack([v.reshape(()) for v in there])[self.group_index]
+        on_device = [isinstance(v, Tensor) and v.device.type != "cpu" for v in values]
+        if any(on_device):
+            there = [
+                v.to(self.device, torch.float64).reshape(())
+                if on
+                else filled(float(v), self.device)
+                for v, on in zip(values, on_device, strict=True)
+            ]
+            return torch.stack(there)[self.group_index]
         return self.constant([float(v) for v in values])
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zo_fused.noise.keys import DeviceStep
-from zo_fused.step.generators import capturing
+from zo_fused.recording import capturing
 from zo_fused.step.rule import Rule
 from zo_fused.step.vectors import on_host
 from zo_fused.step.weights import Weights

@@ -14,7 +14,7 @@ from zo_fused.step.generators import GeneratorStates
 from zo_fused.step.report import Report
 from zo_fused.step.schedule import Position
 from zo_fused.step.timing import Timer
-from zo_fused.step.vectors import on_host, vector
+from zo_fused.step.vectors import filled, on_host
 from zo_fused.step.weights import Place, Weights
 
 Loss = Tensor | float  # or any real number, such as NumPy's
@@ -156,7 +156,7 @@ class Evaluation:
         device = self._weights.buckets[0].device
         if on_host(device):
             return float(loss)
-        value = loss.detach() if isinstance(loss, Tensor) else vector([float(loss)], device)
+        value = loss.detach() if isinstance(loss, Tensor) else filled(float(loss), device)
         return value.reshape(()).to(device=device, dtype=torch.float64)
 
     def _rewound(self, generators: GeneratorStates | None) -> GeneratorStates:

@@ -1,4 +1,4 @@
-"""torch's global generators, and the recording of CUDA graphs."""
+"""The state of torch's global generators."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-
-def capturing() -> bool:
-    """Whether a CUDA graph is being recorded on the current stream."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+from zo_fused.recording import capturing
 
 
 class GeneratorStates:

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
+from zo_fused.recording import capturing
 from zo_fused.step.access import plain_tensors
 from zo_fused.step.between_steps import BetweenSteps
 from zo_fused.step.evaluation import Closure, Loss, check_closure
-from zo_fused.step.generators import capturing
 from zo_fused.step.schedule import Position, pairs
 from zo_fused.step.vectors import Vector, all_finite, as_float32, stacked, where
 from zo_fused.step.weights import THETA, Place

@@ -26,6 +26,11 @@ def vector(values: Sequence[float], device: torch.device) -> Vector:
     return on_device(torch.tensor(values, dtype=torch.float64, device="cpu"), device)
 
 
+def filled(number: float, device: torch.device) -> Tensor:
+    """A number of the host, float64 []: an argument of a kernel, so nothing is copied."""
+    return torch.full((), number, dtype=torch.float64, device=device)
+
+
 def stacked(numbers: Sequence[float | Tensor], device: torch.device) -> Vector:
     """Numbers of the host, or tensors [] on the device."""
     if isinstance(numbers[0], Tensor):
