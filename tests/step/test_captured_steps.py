@@ -29,7 +29,15 @@ import zo_fused
 from zo_fused.noise import keys
 from zo_fused.noise.keys import DeviceStep, Stream, stream_keys
 from zo_fused.noise.streams import Purpose, as_int64, derive_key
-from zo_fused.step import access, buckets, capture, evaluation, optimizer, vectors
+from zo_fused.step import (
+    access,
+    buckets,
+    capture,
+    evaluation,
+    generators,
+    optimizer,
+    vectors,
+)
 from zo_fused.sweeps import conversions, dispatch
 
 needs_extension = pytest.mark.skipif(
@@ -170,6 +178,34 @@ def test_what_cannot_be_captured_says_why(
         opt.step(loss_of(model))
     with recording(), pytest.raises(RuntimeError, match=message):
         opt.step(loss_of(model))
+
+
+@needs_extension
+def test_a_closure_that_draws_on_the_gpu_is_not_captured(
+    recording: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two signs would have different dropout."""
+    drawn = torch.zeros(16, dtype=torch.uint8)  # what a GPU's generator counts
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: drawn.clone())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: drawn.copy_(state))
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(evaluation, "GeneratorStates", lambda _: generators.GeneratorStates([gpu]))
+    model, dropout = network(), True
+
+    def loss() -> Any:
+        drawn.add_(dropout)
+        return loss_of(model)()
+
+    opt = zo_fused.MeZO(model)
+    for _ in range(3):
+        opt.step(loss)
+    assert drawn.tolist() == [3] * 16  # what one evaluation draws, a step
+    with recording(), pytest.raises(RuntimeError, match=r"dropout.*eval\(\)"):
+        opt.step(loss)
+    dropout = False
+    opt.step(loss)
+    with recording():
+        opt.step(loss)
 
 
 @needs_extension

@@ -302,6 +302,27 @@ def test_what_a_capture_lacks_is_told_before_anything_waits(
         kept.get("b", make)  # type: ignore[arg-type]
 
 
+def test_a_script_goes_to_the_device_once(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, one = torch.zeros(9, device=device), torch.ones(1, 2, device=device)
+    script, keys = torch.tensor([[0, -1, -1], [1, -1, -1]]), int64(*KEYS[:2]).to(device)
+
+    def run() -> None:
+        backend.dense_steps_([p], int64(1), int64(0), keys, script, one[..., None] * one, one)
+
+    run()
+    copies: list[object] = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda *a, **kw: (copies.append(a), to(*a, **kw))[1])
+    script = script.clone()
+    run()
+    assert copies == []
+    script[0, 0] = 1  # another script
+    run()
+    assert copies != []
+
+
 @triton.jit
 def _find_kernel(table_ptr, rows, out_ptr):
     """out[program] = the parameter's number, the program's within it"""

@@ -76,6 +76,11 @@ class Capture:
         reason = weights.direction.not_capturable(schedule.deferred) or rule.not_capturable
         if schedule.block_order == "sequential":
             reason = "whose turn it is, is for the host to say"
+        if weights.draws:
+            reason = (
+                "the closure draws random numbers (dropout?), and a graph gives the two signs "
+                "different ones; model.eval()"
+            )
         if reason:
             raise RuntimeError(f"this step can't be captured in a graph: {reason}")
         devices = {bucket.device for bucket in weights.buckets}

@@ -163,6 +163,7 @@ class Evaluation:
         if generators is None:
             return GeneratorStates(bucket.device for bucket in self._weights.buckets)
         generators.rewind()
+        self._weights.draws = bool(generators.gpu_moved)
         return generators
 
     def _leave_in_place(self, use: UsedOtherwise, generators: GeneratorStates | None) -> None:

@@ -45,6 +45,7 @@ class Weights:
         moved: whether they were written since autograd was told.
         half_applied: whether some buckets have made the step and others not.
         device_step: in a step that is captured: its number.
+        draws: whether evaluations draw random numbers on a GPU, such as dropout.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Weights:
         self.moved = False
         self.half_applied = False
         self.device_step: DeviceStep | None = None
+        self.draws = False
 
     @property
     def buckets(self) -> list[Bucket]:
