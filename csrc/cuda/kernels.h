@@ -174,6 +174,18 @@ ZO_HD Raw<T, N> rounded(const float (&x)[N], const Chunk& chunk, int i, const Ro
   }
 }
 
+// The key of a stream, of a step that only the device knows. Of one thread; the table is empty.
+__global__ void __launch_bounds__(threads)
+    stream_key(Table, int64_t* out, const int64_t* counter, StreamName name) {
+  if (threadIdx.x != 0) return;
+  const uint64_t n = static_cast<uint64_t>((*counter + name.ahead) / name.interval);
+  uint32_t c[4] = {static_cast<uint32_t>(n), static_cast<uint32_t>(n >> 32),
+                   static_cast<uint32_t>(name.query_and_purpose),
+                   static_cast<uint32_t>(name.query_and_purpose >> 32)};
+  philox<Lane>(c, round_keys(name.seed));
+  *out = static_cast<int64_t>(c[0] | static_cast<uint64_t>(c[1]) << 32);
+}
+
 __global__ void __launch_bounds__(threads) bits(Table table, const int64_t* keys) {
   for_programs(table, [&](const int64_t* row, int64_t program) {
     const Chunk chunk = chunk_of(row, program);

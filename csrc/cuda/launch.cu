@@ -84,6 +84,10 @@ std::vector<int64_t> architectures() {
 #endif
 }
 
+Error launch_key(int64_t* out, const int64_t* counter, const StreamName& name, void* stream) {
+  return launch(stream_key, stream, Table{nullptr, 0, 1}, out, counter, name);
+}
+
 Error launch_bits(const Table& table, const int64_t* keys, void* stream) {
   return launch(bits, stream, table, keys);
 }

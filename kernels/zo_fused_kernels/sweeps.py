@@ -2,6 +2,7 @@
 
 from .dense import dense
 from .fill import bits, normal
+from .keys import key
 from .launch import CHUNK, TILE
 from .lowrank import factor_momentum, lowrank
 from .moments import moments
@@ -14,6 +15,7 @@ __all__ = [
     "dense",
     "dense_steps",
     "factor_momentum",
+    "key",
     "lowrank",
     "moments",
     "normal",

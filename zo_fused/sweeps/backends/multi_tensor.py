@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -29,10 +30,14 @@ class Kernels(Protocol):
     stream, and takes a `Launch`, which has the lists, and the operator's rows in their order, all
     of them: ``dense(launch, keys, coeffs, decay, rounding, transform)``. Tensors are contiguous and
     on the launch's device. ``dense_steps`` may be missing.
+
+    And ``key``: `zo_fused.sweeps.reference.key_` on the current stream of the tensors' device.
     """
 
     CHUNK: int  # elements of a parameter that a program of a sweep over noise takes
     TILE: tuple[int, int]  # rows and columns of a matrix that a program of a low-rank sweep takes
+
+    def key(self, out: Tensor, counter: Tensor, *numbers: int) -> None: ...
 
 
 class MultiTensor:
@@ -41,7 +46,12 @@ class MultiTensor:
     def __init__(self, load: Callable[[], Kernels]) -> None:
         self._load = load
         self.kept = on_lists.Kept()
-        self.functions = on_lists.functions(self.prepare, self.kept)
+        self.functions = on_lists.functions(self.prepare, self.kept) | {"key_": self.key_}
+
+    def key_(self, out: Tensor, counter: Tensor, *numbers: int) -> None:
+        """As `zo_fused.sweeps.reference.key_`, in one launch."""
+        with _current(out.device)():
+            self._load().key(out, counter, *numbers)
 
     def prepare(
         self, name: str, lists: Lists, ids: Tensor | None, offsets: Tensor | None
@@ -54,11 +64,7 @@ class MultiTensor:
         if not hasattr(kernels, kernel):
             return _one_by_one(self.prepare("dense_", lists, ids, offsets))
         device = lists[0][0].device
-        current = (
-            functools.partial(torch.cuda.device, device)  # kernels are launched to that
-            if device.type == "cuda"
-            else contextlib.nullcontext
-        )
+        current = _current(device)
         with current():
             launches = _launches(name, lists, ids, offsets, kernels)
 
@@ -73,6 +79,13 @@ class MultiTensor:
                     run(launch, *rows)
 
         return sweep
+
+
+def _current(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """Contexts in which kernels are launched to a device."""
+    if device.type == "cuda":
+        return functools.partial(torch.cuda.device, device)
+    return contextlib.nullcontext
 
 
 def _launches(
