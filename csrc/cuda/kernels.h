@@ -12,10 +12,13 @@ namespace zo_fused {
 
 constexpr int threads = 256;
 
-// Blocks of a launch, at most; each takes every `most_blocks`-th program. Three to five waves on
-// the GPUs of today: enough to balance them, and few enough for the work at the start of a block
-// to cost nothing. Fixed, so that no launch asks for the properties of its device.
-constexpr int most_blocks = 2048;
+// Blocks of a launch over so many programs, on a device that has `places` for blocks at a time. Each
+// takes every `blocks`-th program. Whole waves, so that none is nearly empty; several only where
+// there is so much to do that differences in the blocks' speed count for more than their number.
+inline int64_t blocks_of(int64_t programs, int64_t places) {
+  const int64_t most = programs < 64 * places ? places : 4 * places;
+  return programs < most ? programs : most;
+}
 
 // Elements that a thread takes at once: 128 bits, and a whole number of counters, or half a counter
 // of `hadamard`.

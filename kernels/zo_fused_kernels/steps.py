@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .blocks import block_elements, chunk_elements, index, is_whole, load_run, pointers, store_run
 from .fma import fma
-from .launch import CHUNK, DTYPES, NOISE_BLOCK, NOISE_WARPS, OPTIONS, STRAY
+from .launch import DTYPES, NOISE_BLOCK, NOISE_WARPS, OPTIONS, STRAY
 from .normal import normals, transform_of, width_of
 from .rounding import rounded, widen
 from .table import ADDRESS, ID, INDEX, OFFSET, find, pointer
@@ -161,7 +161,7 @@ def dense_steps(
         DTYPE=DTYPES[launch.dtype],
         STOCHASTIC=bool((script[:, 2] >= 0).any()),
         TRANSFORM=transform_of(transform),
-        CHUNK=CHUNK,
+        CHUNK=launch.chunk,
         BLOCK=NOISE_BLOCK // 2,
         WIDTH=width_of(transform, launch.dtype.itemsize),
         STRAY=STRAY,

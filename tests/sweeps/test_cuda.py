@@ -174,6 +174,17 @@ def test_more_programs_than_blocks(served: Served) -> None:
     check(served, lowrank(places(shapes, (0,), (0,), DTYPES[:1]), 1))
 
 
+@pytest.mark.parametrize("places", [3 * 132, 2 * 132, 3 * 148, 1])
+def test_grids_are_whole_waves(served: Served, places: int) -> None:
+    if served.blocks_of is None:
+        pytest.skip("told under emulation")
+    for programs in (1, places, places + 1, 3815, 17 * places, 400_000):
+        blocks = served.blocks_of(programs, places)
+        assert blocks == programs or blocks % places == 0
+        rounds = -(-programs // blocks) * -(-blocks // places)
+        assert rounds <= 1.05 * -(-programs // places)
+
+
 def at_end_of_memory(x: Tensor) -> Tensor:
     """A copy that ends where the memory of the process does: reading behind it kills it."""
     page = mmap.PAGESIZE

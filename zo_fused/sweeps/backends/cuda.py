@@ -83,6 +83,10 @@ class CudaKernels:
             setattr(self, name, _kernel(getattr(operators, name), about))
         self._key = operators.key
 
+    def chunk(self, elements: int, units: int) -> int:
+        """One size: blocks take program after program."""
+        return self.CHUNK
+
     def key(self, out: Tensor, counter: Tensor, *numbers: int) -> None:
         """See `zo_fused.sweeps.backends.multi_tensor`."""
         self._key(out, counter, *numbers, _stream(out.device))
