@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ from zo_fused.sweeps.signatures import SWEEPS
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 RESULTS = {"gpu.json", "gpu.md", "sweeps.png", "steps.png"}
-LOGS = {"build.log", "tests.log", "sanitizer.log", "bench.log"}
+LOGS = {"build.log", "tests.log", "bench.log"}
 
 native = pytest.mark.skipif(
     dispatch.why_not("cpu", "cpu") is not None, reason="the C++ extension is not built"
@@ -269,9 +270,11 @@ def test_an_alarm_rings() -> None:
 # ---- gpu.sh -------------------------------------------------------------------------------------
 
 PYTHON = """#!/bin/bash
+if [[ -n $HANG && "$*" == *"$HANG"* ]]; then echo hanging >>"$HUNG"; exec sleep 60; fi
 case "$*" in
-  -c*) printf 'NVIDIA Test GPU (80GB)\\n9.0\\n' ;;
-  *build_ext*) echo "built for $TORCH_CUDA_ARCH_LIST"; [[ $ZO_FUSED_NATIVE != "$BROKEN" ]] ;;
+  -c*) printf 'NVIDIA Test GPU (80GB)\\n9.0\\n/an/environment\\n' ;;
+  *build_ext*) echo "built for $TORCH_CUDA_ARCH_LIST by what is in $PATH"
+    [[ $ZO_FUSED_NATIVE != "$BROKEN" ]] ;;
   -m\\ bench.gpu.sass*) echo '{}' ;;
   -m\\ bench.gpu.main*--quick*) ;;
   -m\\ bench.gpu.main*) while [[ $1 != --out ]]; do shift; done
@@ -282,8 +285,9 @@ esac
 """
 
 
-def shell(folder: Path, **more: str) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """The script over a stand-in for python and for compute-sanitizer."""
+def stand_ins(folder: Path, **more: str) -> tuple[dict[str, Any], Path]:
+    """How to run the script over a stand-in for python and for compute-sanitizer, and where its
+    results will be."""
     programs, out = folder / "programs", folder / "out"
     programs.mkdir()
     (programs / "python").write_text(PYTHON)
@@ -292,11 +296,14 @@ def shell(folder: Path, **more: str) -> tuple[subprocess.CompletedProcess[str], 
         program.chmod(0o755)
     path = f"{programs}:{os.environ['PATH']}"
     given = {"PATH": path, "PYTHON": str(programs / "python"), "BUDGET": "120", **more}
-    done = subprocess.run(
-        ["bash", "bench/gpu/gpu.sh", str(out)],
-        cwd=ROOT, env=environment(**given), capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    return done, out
+    command = ["bash", "bench/gpu/gpu.sh", str(out)]
+    return {"args": command, "cwd": ROOT, "env": environment(**given), "text": True}, out
+
+
+def shell(folder: Path, **more: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """What the script says over stand-ins, and where its results are."""
+    call, out = stand_ins(folder, **more)
+    return subprocess.run(**call, capture_output=True, timeout=60), out
 
 
 def test_script_parses() -> None:
@@ -309,17 +316,25 @@ def test_script_runs_every_stage(tmp_path: Path) -> None:
     names = {path.name for path in out.iterdir()}
     assert names >= LOGS | {"gpu.json", "gpu.md"}
     assert len(names) <= 8
-    assert "built for 9.0" in (out / "build.log").read_text()
-    for tool in ("memcheck", "racecheck"):
-        assert f"--tool {tool}" in (out / "sanitizer.log").read_text()
+    assert "built for 9.0 by what is in /an/environment:" in (out / "build.log").read_text()
     tests = (out / "tests.log").read_text()
+    for tool in ("memcheck", "racecheck"):
+        assert f"--tool {tool}" in tests
     for part in ("gpu", "cuda", "triton", "triton_compile", "parity"):
         assert f"tests/sweeps/test_{part}.py" in tests
     for backend in ("triton", "cuda"):
         assert f"-k {backend}" in tests
     assert "-m gpu" in tests
     page = (out / "gpu.md").read_text()
-    for stage in ("build", "gpu", "test_triton", "memcheck", "racecheck", "benchmarks"):
+    for stage in (
+        "build",
+        "kernels 0",
+        "gpu",
+        "test_triton",
+        "memcheck",
+        "racecheck",
+        "benchmarks",
+    ):
         assert f"| {stage} | ok |" in page
     assert "| a |" in done.stdout
 
@@ -351,6 +366,53 @@ def test_script_goes_on_after_failures_and_tells(tmp_path: Path) -> None:
     assert "| test_triton | FAILED (1) |" in page
     assert "| benchmarks | ok |" in page
     assert "1 failed, 3 passed" in done.stdout
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("stage", "finished"),
+    [
+        ("build_ext", []),
+        ("--part 0", ["build"]),
+        ("test_triton.py", ["build", "kernels 0", "memcheck", "parity of cuda"]),
+        ("bench.gpu.main --out", ["build", "kernels 0", "memcheck", "test_triton"]),
+    ],
+)
+def test_script_leaves_what_it_had_when_it_is_killed(
+    stage: str, finished: list[str], how: signal.Signals, tmp_path: Path
+) -> None:
+    hung = tmp_path / "hung"
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    call, out = stand_ins(tmp_path, HANG=stage, HUNG=str(hung), TMPDIR=str(scratch))
+
+    def complete() -> bool:
+        log = out / "tests.log"
+        told = log.read_text() if log.exists() else ""
+        return (
+            hung.exists()
+            and "Stages so far" in told
+            and all(f"{name}\tok" in told for name in finished)
+        )
+
+    with subprocess.Popen(**call, stdout=subprocess.PIPE) as process:
+        try:
+            for _ in range(300):
+                if complete():
+                    break
+                time.sleep(0.1)
+            assert complete()
+            process.send_signal(how)
+            assert process.wait(10) == (143 if how == signal.SIGTERM else -how)
+        finally:
+            process.kill()
+            for left in scratch.glob("*/running/*"):
+                os.kill(int(left.name), signal.SIGTERM)
+    names = {path.name for path in out.iterdir()}
+    assert {"build.log", "tests.log"} <= names
+    assert len(names) <= 8
+    if how == signal.SIGTERM:
+        assert list(scratch.iterdir()) == []
 
 
 def test_script_wants_a_gpu(tmp_path: Path) -> None:
