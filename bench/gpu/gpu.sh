@@ -147,7 +147,7 @@ compiles=(tests/sweeps/test_triton_compile.py) # needs no GPU, but takes this ma
 marked=()
 for file in $(grep -rlE 'mark\.gpu\b' tests --include='test_*.py'); do
   case $file in
-    *test_gpu_script.py | *test_triton*.py | *test_cuda.py) ;;
+    *test_triton*.py | *test_cuda.py) ;;
     *) marked+=("$file") ;;
   esac
 done
