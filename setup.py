@@ -177,6 +177,8 @@ def native():
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
+        kernels = None  # being compiled
+
         def build_extensions(self):
             with ThreadPoolExecutor(1) as beside:  # nvcc is busy half a minute on one core
                 if any(extension.name == CUDA for extension in self.extensions):
@@ -186,7 +188,9 @@ def native():
         def build_extension(self, extension):
             try:
                 if extension.name == CUDA:
-                    extension.extra_objects = [self.kernels.result()]
+                    beside = self.kernels
+                    built = beside.result() if beside else compile_cuda(self.build_temp)
+                    extension.extra_objects = [built]
                 super().build_extension(extension)
                 say(f"built {extension.name}")
             except Exception as error:
