@@ -22,6 +22,7 @@ import shutil
 import site
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -176,10 +177,20 @@ def native():
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
+        kernels = None  # being compiled
+
+        def build_extensions(self):
+            with ThreadPoolExecutor(1) as beside:  # nvcc is busy half a minute on one core
+                if any(extension.name == CUDA for extension in self.extensions):
+                    self.kernels = beside.submit(compile_cuda, self.build_temp)
+                super().build_extensions()
+
         def build_extension(self, extension):
             try:
                 if extension.name == CUDA:
-                    extension.extra_objects = [compile_cuda(self.build_temp)]
+                    beside = self.kernels
+                    built = beside.result() if beside else compile_cuda(self.build_temp)
+                    extension.extra_objects = [built]
                 super().build_extension(extension)
                 say(f"built {extension.name}")
             except Exception as error:

@@ -100,6 +100,7 @@ def run(bench: Bench) -> bool:
             finished = not (bench.on_gpu and broken(bench, error))
         data["seconds"][name] = round(time.monotonic() - started, 1)
         bench.record.save()
+        report.write(bench.record.path.parent, plots=False)  # a run may be killed at any time
         if not finished:
             return False
         gc.collect()  # optimizers lie in cycles

@@ -272,15 +272,15 @@ def draw(data: Mapping[str, Any], directory: Path) -> list[str]:
     return written
 
 
-def write(directory: Path) -> None:
+def write(directory: Path, plots: bool = True) -> None:
     """The page and the plots beside ``gpu.json``; without matplotlib, the page alone."""
     data = json.loads((directory / "gpu.json").read_text(encoding="utf-8"))
+    drawn: list[str] = []
     try:
-        plots = draw(data, directory)
+        drawn = draw(data, directory) if plots else []
     except ImportError as error:
-        plots = []
         data.setdefault("skipped", []).append({"what": "plots", "reason": str(error)})
-    (directory / "gpu.md").write_text(markdown(data, plots), encoding="utf-8")
+    (directory / "gpu.md").write_text(markdown(data, drawn), encoding="utf-8")
 
 
 if __name__ == "__main__":

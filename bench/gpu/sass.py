@@ -159,6 +159,13 @@ class FakeLaunch(NamedTuple):
     rows: int = 3
 
     @property
+    def chunk(self) -> int:
+        """Of large models."""
+        from zo_fused_kernels import launch
+
+        return launch.CHUNK
+
+    @property
     def table(self) -> torch.Tensor:
         return torch.zeros(self.rows, 12, dtype=torch.int64)
 

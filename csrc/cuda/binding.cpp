@@ -59,6 +59,14 @@ void* stream_of(int64_t handle) { return reinterpret_cast<void*>(handle); }
 
 std::vector<int64_t> sizes() { return {chunk_elements, tile_rows, tile_columns}; }
 
+void key(Tensor out, const Tensor& counter, int64_t ahead, int64_t interval, int64_t name,
+         int64_t seed, int64_t stream) {
+  const StreamName stream_name{ahead, interval, static_cast<uint64_t>(name),
+                               static_cast<uint64_t>(seed)};
+  check(launch_key(static_cast<int64_t*>(out.mutable_data_ptr()), read<int64_t>(counter),
+                   stream_name, stream_of(stream)));
+}
+
 void bits(const Tensor& table, int64_t programs, const Tensor& keys, int64_t stream) {
   check(launch_bits(table_of(table, programs), read<int64_t>(keys), stream_of(stream)));
 }
@@ -110,6 +118,9 @@ void factor_momentum(const Tensor& table, int64_t programs, const Tensor& coeffs
 ZO_STABLE_LIBRARY(ZO_FUSED_CUDA_LIBRARY, m) {
   m.def("architectures() -> int[]");
   m.def("sizes() -> int[]");
+  m.def(
+      "key(Tensor(a!) out, Tensor counter, int ahead, int interval, int name, int seed, "
+      "int stream) -> ()");
   m.def("bits(Tensor table, int programs, Tensor keys, int stream) -> ()");
   m.def("normal(Tensor table, int programs, Tensor keys, int transform, int stream) -> ()");
   m.def(
@@ -129,6 +140,7 @@ ZO_STABLE_LIBRARY(ZO_FUSED_CUDA_LIBRARY, m) {
 ZO_STABLE_LIBRARY_IMPL(ZO_FUSED_CUDA_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("architectures", TORCH_BOX(&zo_fused::architectures));
   m.impl("sizes", TORCH_BOX(&zo_fused::operators::sizes));
+  m.impl("key", TORCH_BOX(&zo_fused::operators::key));
   m.impl("bits", TORCH_BOX(&zo_fused::operators::bits));
   m.impl("normal", TORCH_BOX(&zo_fused::operators::normal));
   m.impl("dense", TORCH_BOX(&zo_fused::operators::dense));

@@ -12,10 +12,13 @@ namespace zo_fused {
 
 constexpr int threads = 256;
 
-// Blocks of a launch, at most; each takes every `most_blocks`-th program. Three to five waves on
-// the GPUs of today: enough to balance them, and few enough for the work at the start of a block
-// to cost nothing. Fixed, so that no launch asks for the properties of its device.
-constexpr int most_blocks = 2048;
+// Blocks of a launch over so many programs, on a device that has `places` for blocks at a time. Each
+// takes every `blocks`-th program. Whole waves, so that none is nearly empty; several only where
+// there is so much to do that differences in the blocks' speed count for more than their number.
+inline int64_t blocks_of(int64_t programs, int64_t places) {
+  const int64_t most = programs < 64 * places ? places : 4 * places;
+  return programs < most ? programs : most;
+}
 
 // Elements that a thread takes at once: 128 bits, and a whole number of counters; or a run of eight
 // of one.
@@ -188,6 +191,18 @@ ZO_HD Raw<T, N> rounded(const float (&x)[N], const Chunk& chunk, int i, const Ro
   } else {
     return narrow<T>(x);
   }
+}
+
+// The key of a stream, of a step that only the device knows. Of one thread; the table is empty.
+__global__ void __launch_bounds__(threads)
+    stream_key(Table, int64_t* out, const int64_t* counter, StreamName name) {
+  if (threadIdx.x != 0) return;
+  const uint64_t n = static_cast<uint64_t>((*counter + name.ahead) / name.interval);
+  uint32_t c[4] = {static_cast<uint32_t>(n), static_cast<uint32_t>(n >> 32),
+                   static_cast<uint32_t>(name.query_and_purpose),
+                   static_cast<uint32_t>(name.query_and_purpose >> 32)};
+  philox<Lane>(c, round_keys(name.seed));
+  *out = static_cast<int64_t>(c[0] | static_cast<uint64_t>(c[1]) << 32);
 }
 
 __global__ void __launch_bounds__(threads) bits(Table table, const int64_t* keys) {

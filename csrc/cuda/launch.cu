@@ -3,15 +3,43 @@
 
 #include "kernels.h"
 
+#if defined(__CUDACC__)
+#include <map>
+#include <mutex>
+#include <utility>
+#endif
+
 namespace zo_fused {
 namespace {
 
 #if defined(__CUDACC__)
+// Blocks of a kernel that the current device runs at a time; asked once.
+template <class Kernel>
+cudaError_t places_of(Kernel* kernel, int64_t& places) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int64_t> known;
+  int device = 0, units = 0, blocks = 0;
+  if (const auto error = cudaGetDevice(&device)) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int64_t& found = known[{reinterpret_cast<const void*>(kernel), device}];
+  if (found == 0) {
+    auto error = cudaDeviceGetAttribute(&units, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess) {
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0);
+    }
+    if (error != cudaSuccess) return error;
+    found = static_cast<int64_t>(units) * (blocks > 0 ? blocks : 1);
+  }
+  places = found;
+  return cudaSuccess;
+}
+
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Table, Parameters...), void* stream, const Table& table,
              Arguments... arguments) {
-  const auto blocks =
-      static_cast<unsigned>(table.programs < most_blocks ? table.programs : most_blocks);
+  int64_t places = 0;
+  if (const auto error = places_of(kernel, places)) return cudaGetErrorString(error);
+  const auto blocks = static_cast<unsigned>(blocks_of(table.programs, places));
   kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(table, arguments...);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -82,6 +110,10 @@ std::vector<int64_t> architectures() {
 #else
   return {};
 #endif
+}
+
+Error launch_key(int64_t* out, const int64_t* counter, const StreamName& name, void* stream) {
+  return launch(stream_key, stream, Table{nullptr, 0, 1}, out, counter, name);
 }
 
 Error launch_bits(const Table& table, const int64_t* keys, void* stream) {

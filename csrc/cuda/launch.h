@@ -42,10 +42,17 @@ struct Writing {
   const int64_t* rounding;  // [1] or null
 };
 
+// What a stream key is made of besides the counter of steps.
+struct StreamName {
+  int64_t ahead, interval;  // the step, or window, is (counter + ahead) / interval
+  uint64_t query_and_purpose, seed;
+};
+
 using Error = const char*;
 
 std::vector<int64_t> architectures();  // 10 * compute capability
 
+Error launch_key(int64_t* out, const int64_t* counter, const StreamName&, void* stream);
 Error launch_bits(const Table&, const int64_t* keys, void* stream);
 Error launch_normal(const Table&, const int64_t* keys, Transform, void* stream);
 Error launch_dense(const Table&, Dtype, const Directions&, const float* coeffs, const Writing&,

@@ -14,7 +14,6 @@ from torch import Tensor
 from .blocks import block_elements, chunk_elements, index, is_whole, load_run, pointers, store_run
 from .fma import fma
 from .launch import (
-    CHUNK,
     DTYPES,
     NOISE_WARPS,
     OPTIONS,
@@ -139,7 +138,7 @@ def dense(
         DTYPE=DTYPES[launch.dtype],
         UNROLL=directions if directions <= UNROLLED_DIRECTIONS else 0,
         TRANSFORM=transform_of(transform),
-        CHUNK=CHUNK,
+        CHUNK=launch.chunk,
         BLOCK=block,
         WIDTH=width(transform, launch.dtype.itemsize, block),
         STRAY=STRAY,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .blocks import chunk_elements, index
-from .launch import CHUNK, NOISE_WARPS, OPTIONS, STRAY
+from .launch import NOISE_WARPS, OPTIONS, STRAY
 from .normal import PORTABLE, normals, transform_of
 from .philox import word_at
 from .table import ADDRESS, ID, INDEX, OFFSET, find, pointer
@@ -50,7 +50,7 @@ def _fill(launch: Any, keys: Tensor, wants_normals: bool, transform: str) -> Non
         keys,
         NORMALS=wants_normals,
         TRANSFORM=transform,
-        CHUNK=CHUNK,
+        CHUNK=launch.chunk,
         STRAY=STRAY,
         num_warps=NOISE_WARPS,
         **OPTIONS,

@@ -31,8 +31,21 @@ MOMENTS_BLOCK = 2048
 
 # Elements that a program takes, block after block. Finding the parameter in the table (ten steps
 # of ten instructions for a thousand parameters) and the key schedule are paid once in 512 elements
-# of a thread; a model of 125 M elements still makes 1900 programs, three for a place on an H100.
+# of a thread.
 CHUNK = 16 * NOISE_BLOCK
+
+# Where that makes few programs for the places that they run in, the last wave is a good part of
+# all: 125 M elements are 2.4 waves of an H100. Smaller chunks then cost a percent, and make 9.6.
+SMALL_CHUNK = 4 * NOISE_BLOCK
+FEW_WAVES = 16
+PLACES = 6  # programs on a multiprocessor
+
+
+def chunk(elements: int, units: int) -> int:
+    """Elements that a program takes in a sweep over so many, on a GPU of so many multiprocessors.
+    There are two sizes, and so at most two kernels of a form."""
+    return CHUNK if elements >= FEW_WAVES * PLACES * units * CHUNK else SMALL_CHUNK
+
 
 # Elements that a program takes at once where wide accesses are impossible: four a thread.
 STRAY = 4 * 32 * NOISE_WARPS

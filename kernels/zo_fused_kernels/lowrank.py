@@ -20,7 +20,6 @@ from torch import Tensor
 from .blocks import chunk_elements
 from .fma import fma
 from .launch import (
-    CHUNK,
     DTYPES,
     GROUP,
     HELD_RANK,
@@ -388,7 +387,7 @@ def factor_momentum(launch: Any, coeffs: Tensor, decay: Tensor) -> None:
         launch.rows,
         coeffs,
         decay,
-        CHUNK=CHUNK,
+        CHUNK=launch.chunk,
         BLOCK=MOMENTUM_BLOCK,
         num_warps=NOISE_WARPS,
         **OPTIONS,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .blocks import block_elements, chunk_elements, index, is_whole, load_run, pointers, store_run
 from .fma import fma
-from .launch import CHUNK, DTYPES, NOISE_WARPS, OPTIONS, STRAY, moments_block, width
+from .launch import DTYPES, NOISE_WARPS, OPTIONS, STRAY, moments_block, width
 from .normal import as_bits, as_float, hidden, normals, transform_of
 from .rounding import narrow, rounded, widen
 from .table import ADDRESS, ID, INDEX, OFFSET, STATES, find, pointer
@@ -191,7 +191,7 @@ def moments(
         RULE=rule,
         SINGLE=keys.numel() == 1 and squares is None,
         TRANSFORM=transform_of(transform),
-        CHUNK=CHUNK,
+        CHUNK=launch.chunk,
         BLOCK=moments_block(transform),
         WIDTH=width(transform, launch.dtype.itemsize, moments_block(transform)),
         STRAY=STRAY,

@@ -6,6 +6,7 @@ its normals. These live within a turn of a loop: carried from turn to turn, they
 among threads in another way than weights are, and go through shared memory.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from .blocks import block_elements, chunk_elements, index, is_whole, load_run, pointers, store_run
 from .fma import fma
-from .launch import CHUNK, DTYPES, NOISE_BLOCK, NOISE_WARPS, OPTIONS, STRAY, width
+from .launch import DTYPES, NOISE_BLOCK, NOISE_WARPS, OPTIONS, STRAY, width
 from .normal import normals, transform_of
 from .rounding import rounded, widen
 from .table import ADDRESS, ID, INDEX, OFFSET, find, pointer
+
+Script = tuple[tuple[int, ...], ...]
 
 # Columns of a term.
 DIRECTION = tl.constexpr(0)  # index of its key
@@ -30,18 +33,20 @@ ROUNDING = tl.constexpr(5)  # index of the key of its sweep's rounding stream, o
 TERM = tl.constexpr(6)  # columns
 
 
-def terms_of(script: Tensor) -> tuple[Tensor, Tensor]:
+@functools.lru_cache(maxsize=64)
+def terms_of(script: Script, device: torch.device) -> tuple[Tensor, Tensor]:
     """The terms of a script, int64 [T, TERM], and where those of one direction begin, [groups + 1],
-    both on the host."""
+    on a device. A replay has the same script again and again, and nothing is copied for it then."""
     terms: list[tuple[int, ...]] = []
-    for sweep, (first, second, rounding) in enumerate(script.tolist()):
+    for sweep, (first, second, rounding) in enumerate(script):
         used = [first] if second < 0 else [first, second]
         for i, direction in enumerate(used):
             ends = (int(i == 0), int(i == len(used) - 1))
             terms.append((direction, sweep, 2 * sweep + i, *ends, rounding))
     begins = [i for i, t in enumerate(terms) if i == 0 or t[0] != terms[i - 1][0]]
     rows = torch.tensor(terms, dtype=torch.int64, device="cpu")
-    return rows, torch.tensor([*begins, len(terms)], dtype=torch.int64, device="cpu")
+    starts = torch.tensor([*begins, len(terms)], dtype=torch.int64, device="cpu")
+    return rows.to(device), starts.to(device)
 
 
 @triton.jit
@@ -142,13 +147,13 @@ def dense_steps(
     """The sweeps of a script, which is on the host; see `zo_fused.sweeps.backends.multi_tensor`."""
     if not len(script):
         return
-    terms, begins = terms_of(script)
+    terms, begins = terms_of(tuple(map(tuple, script.tolist())), keys.device)
     _dense_steps_kernel[(launch.programs,)](
         launch.table,
         launch.rows,
         keys,
-        terms.to(keys.device),
-        begins.to(keys.device),
+        terms,
+        begins,
         len(begins) - 1,
         len(script),
         coeffs,
@@ -156,7 +161,7 @@ def dense_steps(
         DTYPE=DTYPES[launch.dtype],
         STOCHASTIC=bool((script[:, 2] >= 0).any()),
         TRANSFORM=transform_of(transform),
-        CHUNK=CHUNK,
+        CHUNK=launch.chunk,
         BLOCK=NOISE_BLOCK // 2,
         WIDTH=width(transform, launch.dtype.itemsize, NOISE_BLOCK // 2),
         STRAY=STRAY,

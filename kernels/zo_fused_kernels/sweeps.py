@@ -2,18 +2,20 @@
 
 from .dense import dense
 from .fill import bits, normal
-from .launch import CHUNK, TILE
+from .keys import key
+from .launch import TILE, chunk
 from .lowrank import factor_momentum, lowrank
 from .moments import moments
 from .steps import dense_steps
 
 __all__ = [
-    "CHUNK",
     "TILE",
     "bits",
+    "chunk",
     "dense",
     "dense_steps",
     "factor_momentum",
+    "key",
     "lowrank",
     "moments",
     "normal",

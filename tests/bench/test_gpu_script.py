@@ -1,5 +1,5 @@
-"""The one GPU command on the CPU: the benchmark with tiny sizes, the report, the shell script over
-stand-ins for its programs, and how results are compared under the sanitizer."""
+"""What the one GPU command runs, on the CPU: the benchmark with tiny sizes, the report, and how
+results are compared under the sanitizer. (The command itself: `test_gpu_command.py`.)"""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import contextlib
 import importlib.util
 import json
 import math
-import os
-import re
 import subprocess
 import sys
 import time
@@ -19,33 +17,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.gpu_script import RESULTS, ROOT, bare, native
 
 from bench import machine
 from bench.gpu import main, measure, report, sanitize, steps, sweeps
 from bench.gpu.sweep_cases import FAMILIES
-from zo_fused.sweeps import dispatch
 from zo_fused.sweeps.signatures import SWEEPS
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-RESULTS = {"gpu.json", "gpu.md", "sweeps.png", "steps.png"}
-LOGS = {"build.log", "tests.log", "sanitizer.log", "bench.log"}
-
-native = pytest.mark.skipif(
-    dispatch.why_not("cpu", "cpu") is not None, reason="the C++ extension is not built"
-)
-
-
-def environment(**more: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "OUT")}
-    return {**kept, "CUDA_VISIBLE_DEVICES": "", **more}
-
-
-def bare() -> dict[str, str]:
-    """The environment of `gpu.sh`; with ``python -S``, nothing of ours is installed."""
-    packages = [folder for folder in sys.path if folder.endswith("-packages")]
-    return environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *packages]))
-
 
 # ---- the measurements and their report ----------------------------------------------------------
 
@@ -264,102 +243,6 @@ def test_a_broken_context_is_left_to_a_fresh_process(
 def test_an_alarm_rings() -> None:
     with pytest.raises(TimeoutError, match="1 s"), sweeps.alarm(1):
         time.sleep(3)
-
-
-# ---- gpu.sh -------------------------------------------------------------------------------------
-
-PYTHON = """#!/bin/bash
-case "$*" in
-  -c*) printf 'NVIDIA Test GPU (80GB)\\n9.0\\n' ;;
-  *build_ext*) echo "built for $TORCH_CUDA_ARCH_LIST"; [[ $ZO_FUSED_NATIVE != "$BROKEN" ]] ;;
-  -m\\ bench.gpu.sass*) echo '{}' ;;
-  -m\\ bench.gpu.main*--quick*) ;;
-  -m\\ bench.gpu.main*) while [[ $1 != --out ]]; do shift; done
-    echo '{}' >"$2/gpu.json"; printf '## Goals\\n\\n| a |\\n\\n## End\\n' >"$2/gpu.md" ;;
-  *pytest*test_triton.py) echo "====== 1 failed, 3 passed in 1s ======"; exit ${PYTEST:-0} ;;
-  *pytest*) echo "====== 3 passed in 1s ======" ;;
-esac
-"""
-
-
-def shell(folder: Path, **more: str) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """The script over a stand-in for python and for compute-sanitizer."""
-    programs, out = folder / "programs", folder / "out"
-    programs.mkdir()
-    (programs / "python").write_text(PYTHON)
-    (programs / "compute-sanitizer").write_text("#!/bin/bash\necho $*\n")
-    for program in programs.iterdir():
-        program.chmod(0o755)
-    path = f"{programs}:{os.environ['PATH']}"
-    given = {"PATH": path, "PYTHON": str(programs / "python"), "BUDGET": "120", **more}
-    done = subprocess.run(
-        ["bash", "bench/gpu/gpu.sh", str(out)],
-        cwd=ROOT, env=environment(**given), capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    return done, out
-
-
-def test_script_parses() -> None:
-    subprocess.run(["bash", "-n", ROOT / "bench" / "gpu" / "gpu.sh"], check=True)
-
-
-def test_script_runs_every_stage(tmp_path: Path) -> None:
-    done, out = shell(tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    names = {path.name for path in out.iterdir()}
-    assert names >= LOGS | {"gpu.json", "gpu.md"}
-    assert len(names) <= 8
-    assert "built for 9.0" in (out / "build.log").read_text()
-    for tool in ("memcheck", "racecheck"):
-        assert f"--tool {tool}" in (out / "sanitizer.log").read_text()
-    tests = (out / "tests.log").read_text()
-    for part in ("gpu", "cuda", "triton", "triton_compile", "parity"):
-        assert f"tests/sweeps/test_{part}.py" in tests
-    for backend in ("triton", "cuda"):
-        assert f"-k {backend}" in tests
-    assert "-m gpu" in tests
-    page = (out / "gpu.md").read_text()
-    for stage in ("build", "gpu", "test_triton", "memcheck", "racecheck", "benchmarks"):
-        assert f"| {stage} | ok |" in page
-    assert "| a |" in done.stdout
-
-
-def test_what_the_script_runs_loads_where_nothing_is_installed(tmp_path: Path) -> None:
-    """Neither this package nor what only its own environment has."""
-    pytest.importorskip("triton")
-    _, out = shell(tmp_path)
-    files = set(re.findall(r"tests/\S+\.py", (out / "tests.log").read_text()))
-    assert len(files) > 4
-    absent = ("randomgen", "datasets")
-    (tmp_path / "absent.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({absent})\n")
-    command = [sys.executable, "-S", "-m", "pytest", "-p", "absent", "-p", "no:cacheprovider"]
-    command += ["--require-gpu", "-W", "default", "--collect-only", "-qq", *sorted(files)]
-    variables = bare()
-    variables["PYTHONPATH"] += os.pathsep + str(tmp_path)
-    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    loads = "import absent, bench.gpu.main, bench.gpu.report, bench.gpu.sanitize, bench.gpu.sass"
-    subprocess.run([sys.executable, "-S", "-c", loads], cwd=ROOT, env=variables, check=True)
-
-
-def test_script_goes_on_after_failures_and_tells(tmp_path: Path) -> None:
-    done, out = shell(tmp_path, BROKEN="cuda", PYTEST="1")
-    assert done.returncode == 1
-    page = (out / "gpu.md").read_text()
-    assert "| build | FAILED (1) |" in page
-    assert "| build without CUDA | ok |" in page
-    assert "| test_triton | FAILED (1) |" in page
-    assert "| benchmarks | ok |" in page
-    assert "1 failed, 3 passed" in done.stdout
-
-
-def test_script_wants_a_gpu(tmp_path: Path) -> None:
-    done = subprocess.run(
-        ["bash", "bench/gpu/gpu.sh", str(tmp_path / "out")],
-        cwd=ROOT, env=environment(PYTHON="false"), capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "no GPU" in done.stderr
 
 
 # ---- sanitize.py --------------------------------------------------------------------------------

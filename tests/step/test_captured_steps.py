@@ -8,12 +8,13 @@ the device's counter alone; so calling `step` again and again is what replaying 
 from __future__ import annotations
 
 import gc
+import itertools
 import re
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import count
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -21,15 +22,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.methods import Case
-from support.models import loss_of, network
+from support.models import loss_of, network, same
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import zo_fused
 from zo_fused.noise import keys
 from zo_fused.noise.keys import DeviceStep, Stream, stream_keys
 from zo_fused.noise.streams import Purpose, as_int64, derive_key
-from zo_fused.step import access, capture, evaluation, optimizer, vectors
-from zo_fused.sweeps import conversions, dispatch
+from zo_fused.step import (
+    access,
+    buckets,
+    capture,
+    evaluation,
+    generators,
+    optimizer,
+    vectors,
+)
+from zo_fused.sweeps import conversions, dispatch, reference
+from zo_fused.sweeps.backends import cpu
 
 needs_extension = pytest.mark.skipif(
     dispatch.why_not("cpu", "cpu") is not None,
@@ -50,7 +61,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     @contextmanager
     def recorded() -> Iterator[None]:
         with monkeypatch.context() as inside:
-            for module in (access, capture, optimizer):
+            for module in (access, buckets, capture, optimizer):
                 inside.setattr(module, "capturing", lambda: True)
             inside.setattr(conversions, "on_device", no_copies)
             inside.setattr(keys, "on_device", no_copies)
@@ -59,6 +70,8 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
 
     return recorded
 
+
+NEW_SEEDS = itertools.count(2**40)
 
 # With a reason each (`test_what_cannot_be_captured_says_why`).
 NOT_CAPTURED = re.compile(
@@ -108,6 +121,47 @@ def test_the_learning_rate_may_be_a_tensor_on_the_device(recording: Callable[[],
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
 
 
+@needs_extension
+def test_a_number_that_is_new_in_a_capture_is_not_kept(recording: Callable[[], Any]) -> None:
+    """A graph fills its memory at every replay; before the first one nobody may read it."""
+    models = [network(), network()]
+    groups = [[{"params": part.parameters()} for part in model] for model in models]
+    for two in groups:
+        del two[1]  # nothing to tune
+    opts = [zo_fused.MeZO(two, lr=1e-2, weight_decay=0.1) for two in groups]
+    (eager, captured), (one, two) = opts, models
+    for step in range(6):
+        for opt in opts:
+            opt.param_groups[1]["lr"] = 1e-2 if step < 2 else 5e-3 / step
+        eager.step(loss_of(one))
+        if step in (2, 3):
+            before = [dict(bucket._constants) for bucket in captured.weights.buckets]
+            with recording():
+                captured.step(loss_of(two))
+            assert [dict(bucket._constants) for bucket in captured.weights.buckets] == before
+        else:
+            captured.step(loss_of(two))
+    assert same(one, two)
+
+
+@needs_extension
+def test_numbers_that_a_graph_reads_stay(recording: Callable[[], Any]) -> None:
+    model = network()
+    opt = zo_fused.MeZO(model, lr=1e-2)
+    for _ in range(2):
+        opt.step(loss_of(model))
+    (bucket,) = opt.weights.buckets
+    with recording():
+        read = weakref.ref(bucket.constant([1e-2]))
+        opt.step(loss_of(model))
+    for number in range(100):  # of a scheduler
+        bucket.constant([float(number)])
+        ones = bucket.ones
+    assert bucket.ones is ones  # the numbers that are used most are not the first to go
+    gc.collect()
+    assert read() is not None
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -128,6 +182,34 @@ def test_what_cannot_be_captured_says_why(
         opt.step(loss_of(model))
     with recording(), pytest.raises(RuntimeError, match=message):
         opt.step(loss_of(model))
+
+
+@needs_extension
+def test_a_closure_that_draws_on_the_gpu_is_not_captured(
+    recording: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two signs would have different dropout."""
+    drawn = torch.zeros(16, dtype=torch.uint8)  # what a GPU's generator counts
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: drawn.clone())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: drawn.copy_(state))
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(evaluation, "GeneratorStates", lambda _: generators.GeneratorStates([gpu]))
+    model, dropout = network(), True
+
+    def loss() -> Any:
+        drawn.add_(dropout)
+        return loss_of(model)()
+
+    opt = zo_fused.MeZO(model)
+    for _ in range(3):
+        opt.step(loss)
+    assert drawn.tolist() == [3] * 16  # what one evaluation draws, a step
+    with recording(), pytest.raises(RuntimeError, match=r"dropout.*eval\(\)"):
+        opt.step(loss)
+    dropout = False
+    opt.step(loss)
+    with recording():
+        opt.step(loss)
 
 
 @needs_extension
@@ -157,16 +239,87 @@ def test_keys_made_on_the_device_are_those_of_the_host(
     seed: int, step: int, ahead: int, interval: int, query: int, purpose: Purpose
 ) -> None:
     counter = torch.full((), step, dtype=torch.int64)
-    stream = Stream(purpose, DeviceStep(counter) + ahead, interval, query)
-    made = stream_keys(seed, [stream], torch.device("cpu"))
+    number = DeviceStep(counter, reference.key_)
+    streams = [
+        Stream(purpose, number + ahead, interval, query),
+        Stream(Purpose.PROBE, number, query=query),
+    ]
+    made = stream_keys(seed, streams, torch.device("cpu"))
     expected = derive_key(seed, purpose, (step + ahead) // interval, query)
-    assert made.tolist() == [as_int64(expected)]
+    other = derive_key(seed, Purpose.PROBE, step, query)
+    assert made.tolist() == [as_int64(expected), as_int64(other)]
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+MOVES_NOTHING = re.compile(
+    r"profiler\.|aten\.(empty|view|unbind|select|slice|split|expand|unsqueeze|alias|lift|detach)"
+)
+
+
+class Kernels(TorchDispatchMode):
+    """What a GPU would be given besides sweeps over weights: operations of torch, and keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if not MOVES_NOTHING.match(name) and not name.startswith("zo_fused_C."):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+    def key(self, *args: Any) -> None:
+        """In the place of a backend's `key_`."""
+        with _disable_current_modes():
+            reference.key_(*args)
+        self.names.append("key")
+
+    def copy(self, host: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """In the place of `on_device`, of keys."""
+        self.names.append("copy")
+        return host
+
+
+@needs_extension
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize(
+    ("kw", "most"),
+    [
+        ({}, 12),
+        ({"one_sided": True}, 12),
+        ({"rounding": "stochastic"}, 13),  # one key more
+        ({"deferred": True}, 15),
+        ({"weight_decay": 0.1}, 19),
+    ],
+    ids=str,
+)
+def test_a_step_is_few_kernels_besides_its_sweeps(
+    kw: dict[str, Any],
+    most: int,
+    captured: bool,
+    recording: Callable[[], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A kernel in a graph is some 2 us, and OPT-125M's three sweeps take 250 us on an H100."""
+    count = Kernels()
+    monkeypatch.setattr(cpu, "key_", count.key)
+    if not captured:  # the keys of the host are copied to a GPU
+        monkeypatch.setattr(keys, "on_host", lambda device: False)
+        monkeypatch.setattr(keys, "on_device", count.copy)
+    model, loss = network(), torch.ones(())
+    opt = zo_fused.MeZO(model, seed=next(NEW_SEEDS), **kw)
+    for _ in range(3):
+        opt.step(lambda: loss)
+    count.names.clear()
+    with recording() if captured else nullcontext(), count:
+        opt.step(lambda: loss)
+    assert len(count.names) <= most, count.names
+    assert ("key" if captured else "copy") in count.names
 
 
 # ---- Python work ---------------------------------------------------------------------------------
-
-
-NEW_SEEDS = count(2**40)
 
 
 def events_of_a_step(method: Any, parameters: int, **kw: Any) -> Counter[str]:

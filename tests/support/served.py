@@ -66,6 +66,7 @@ class Served:
     operators: Any = None  # of the extension,
     kernels: Any = None  # over these,
     launches: Callable[[], int] | None = None  # so far, where they are counted
+    blocks_of: Any = None  # blocks of a launch, by its programs and the device's places
 
 
 def serve(name: str, folders: pytest.TempPathFactory) -> Served:
@@ -83,7 +84,7 @@ def serve(name: str, folders: pytest.TempPathFactory) -> Served:
     if name == "triton":
         from zo_fused_kernels import launch
 
-        return Served(name, sweeps, device, 4, launch.CHUNK, launch.NOISE_BLOCK // 2)
+        return Served(name, sweeps, device, 4, launch.SMALL_CHUNK, launch.NOISE_BLOCK // 2)
     return of_cuda(name, sweeps, device, torch.ops.zo_fused_CUDA, sweeps._kernels())
 
 
@@ -121,6 +122,8 @@ def emulation(folder: Path) -> Served:
     sweeps = SimpleNamespace(**MultiTensor(lambda: kernels).functions)
     served = of_cuda("emulated", sweeps, torch.device("cpu"), operators, kernels)
     served.launches = count
+    served.blocks_of = ctypes.CDLL(str(library)).zo_fused_blocks_of
+    served.blocks_of.argtypes, served.blocks_of.restype = [ctypes.c_int64] * 2, ctypes.c_int64
     return served
 
 

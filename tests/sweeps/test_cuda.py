@@ -174,6 +174,17 @@ def test_more_programs_than_blocks(served: Served) -> None:
     check(served, lowrank(places(shapes, (0,), (0,), DTYPES[:1]), 1))
 
 
+@pytest.mark.parametrize("places", [3 * 132, 2 * 132, 3 * 148, 1])
+def test_grids_are_whole_waves(served: Served, places: int) -> None:
+    if served.blocks_of is None:
+        pytest.skip("told under emulation")
+    for programs in (1, places, places + 1, 3815, 17 * places, 400_000):
+        blocks = served.blocks_of(programs, places)
+        assert blocks == programs or blocks % places == 0
+        rounds = -(-programs // blocks) * -(-blocks // places)
+        assert rounds <= 1.05 * -(-programs // places)
+
+
 def at_end_of_memory(x: Tensor) -> Tensor:
     """A copy that ends where the memory of the process does: reading behind it kills it."""
     page = mmap.PAGESIZE
@@ -384,12 +395,14 @@ def test_machine_code(extension: Path, architecture: str) -> None:
     if tool("cuobjdump") is None:
         pytest.skip("no cuobjdump")
     kernels = disassemble(extension, architecture)
-    assert len(kernels) == 73
+    assert len(kernels) == 74
     # Local memory is where registers are spilled; generic accesses cost more than global ones.
     bad = re.compile(r"LDL|STL|(LD|ST)\.E|D(ADD|MUL|FMA|SETP|MNMX)|[FI]2F\S*F64|LDS|STS|BAR")
     for name, code in kernels.items():
         assert code.stack == 0, name
         assert not list(filter(bad.match, code.ops)), name
+        if "10stream_key" in name:
+            continue
         assert "STG.E.128" in code.ops, name
         assert "LDG.E.128" in code.ops or "4bits" in name or "6normal" in name, name
         assert code.registers <= (80 if "5dense" in name else 128), name

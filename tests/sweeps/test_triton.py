@@ -6,12 +6,13 @@ reference.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from support.calls import DTYPES, ID, KEYS, check, int64, lowrank, places, random
+from support.calls import DTYPES, ID, KEYS, check, dense, int64, lowrank, places, random
 from support.equality import assert_same_bits
 from support.served import serve
 from torch import Tensor
@@ -24,6 +25,7 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 from zo_fused_kernels import fma, launch, normal, philox, rounding  # noqa: E402
+from zo_fused_kernels import sweeps as sweeps_of_triton  # noqa: E402
 from zo_fused_kernels import table as tables  # noqa: E402
 
 from zo_fused.sweeps.backends import triton as backend  # noqa: E402
@@ -267,6 +269,62 @@ def test_old_tables_are_dropped() -> None:
     assert kept.made == 4
 
 
+def test_tables_that_a_graph_reads_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, made = on_lists.Kept(2), []
+
+    def get(key: str, recording: bool) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(on_lists, "capturing", lambda: recording)
+            if recording:
+                patched.setattr(torch.cuda, "is_initialized", lambda: pytest.fail("it waited"))
+            kept.get(key, lambda: (made.append(key), lambda: None)[1])
+
+    for key in ("a", "b"):
+        get(key, recording=False)
+    for key in ("a", "b", "c", "d"):
+        get(key, recording=True)
+    for key in "efghij":
+        get(key, recording=False)
+    for key in ("a", "b", "c", "d"):
+        get(key, recording=False)
+    assert made == list("abcdefghij")
+
+
+def test_what_a_capture_lacks_is_told_before_anything_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def make() -> None:
+        raise RuntimeError("run a sweep once before")
+
+    kept = on_lists.Kept(1)
+    kept.get("a", lambda: lambda: None)
+    monkeypatch.setattr(on_lists, "capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: pytest.fail("it waited"))
+    with pytest.raises(RuntimeError, match="once before"):
+        kept.get("b", make)  # type: ignore[arg-type]
+
+
+def test_a_script_goes_to_the_device_once(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, one = torch.zeros(9, device=device), torch.ones(1, 2, device=device)
+    script, keys = torch.tensor([[0, -1, -1], [1, -1, -1]]), int64(*KEYS[:2]).to(device)
+
+    def run() -> None:
+        backend.dense_steps_([p], int64(1), int64(0), keys, script, one[..., None] * one, one)
+
+    run()
+    copies: list[object] = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda *a, **kw: (copies.append(a), to(*a, **kw))[1])
+    script = script.clone()
+    run()
+    assert copies == []
+    script[0, 0] = 1  # another script
+    run()
+    assert copies != []
+
+
 @triton.jit
 def _find_kernel(table_ptr, rows, out_ptr):
     """out[program] = the parameter's number, the program's within it"""
@@ -300,7 +358,7 @@ def test_programs_beyond_two_billion_elements(device: torch.device) -> None:
     cells[table.NUMEL] = start - first + n
     cells[table.ALIGNED] = table.aligned(cells[table.ADDRESS], first, p.element_size())
     cells[table.FIRST] = -(start // launch.CHUNK - first // launch.CHUNK)  # those before never run
-    (made,) = table.launches(rows, device)
+    (made,) = table.launches(rows, device, launch.CHUNK)
     one = torch.ones(1, device=device)
     from zo_fused_kernels import sweeps
 
@@ -310,6 +368,34 @@ def test_programs_beyond_two_billion_elements(device: torch.device) -> None:
         [wanted], int64(ID), int64(start), int64(KEYS[0]), torch.ones(1, 1), torch.ones(1)
     )
     assert_same_bits(p, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) enc:RuntimeWarning")  # NumPy's
+@pytest.mark.parametrize("large", [True, False])
+def test_the_size_of_chunks_changes_no_bit(
+    large: bool, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    sizes: set[int] = set()
+    monkeypatch.setattr(launch, "FEW_WAVES", 0 if large else 10**9)
+    monkeypatch.setattr(backend.sweeps.kept, "_sweeps", OrderedDict())
+    run = sweeps_of_triton.dense
+    monkeypatch.setattr(
+        sweeps_of_triton, "dense", lambda made, *rows: (sizes.add(made.chunk), run(made, *rows))
+    )
+    at = launch.SMALL_CHUNK - 3
+    where = places((launch.SMALL_CHUNK + 5,), (at,), (0,), DTYPES[:1])
+    check(serve("triton", tmp_path_factory), dense(where))
+    assert sizes == {launch.CHUNK if large else launch.SMALL_CHUNK}
+
+
+def test_small_models_have_small_chunks() -> None:
+    units = 132  # of an H100
+    assert launch.chunk(125 * 10**6, units) == launch.SMALL_CHUNK
+    assert launch.chunk(13 * 10**9, units) == launch.CHUNK
+    for elements in (10**8, 10**9):  # enough waves, or nothing that can be cut
+        programs = elements / launch.chunk(elements, units)
+        assert programs / (launch.PLACES * units) > 7
+    assert launch.SMALL_CHUNK % max(launch.noise_block(1, 2, "hadamard"), launch.STRAY) == 0
 
 
 # ---- what only a GPU has room for ---------------------------------------------------------------

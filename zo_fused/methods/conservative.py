@@ -24,7 +24,7 @@ class Chosen(Rule):
     not_capturable = "the host compares the candidates"
 
     def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
-        if not update.finite and update.restore.any():
+        if update.skipped and update.restore.any():
             update.write(direction, Term(update.step, update.restore, query=update.displaced))
 
 

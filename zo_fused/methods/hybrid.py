@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_fused.step.generators import capturing
+from zo_fused.recording import capturing
 from zo_fused.step.interrupts import uninterrupted
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 

@@ -57,10 +57,10 @@ class FactorMomentum(Rule):
             now = factors.of(u.seed, u.number, query)
             add = bucket.prepared("factor_momentum_", now.us, key=now.number, params=moments)
             kept = u.if_finite(beta, 1.0) if query == 0 else bucket.ones
-            add(float32(u.if_finite((1 - beta) * grad, 0.0)), float32(kept))
+            add(float32((1 - beta) * grad), float32(kept))
         u.write(
             direction,
-            Term(u.number, u.if_finite(u.decay * u.restore, u.restore), query=u.displaced),
+            Term(u.number, u.back, query=u.displaced),
             Term(u.number, u.if_finite(-u.lr, 0.0), flat),
         )
 

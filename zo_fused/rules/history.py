@@ -86,7 +86,7 @@ class AdamOfHistory(Rule):
         )
         window = min(self.history, u.number + 1)
         terms = [Term(u.number - back, bucket.zeros) for back in reversed(range(window))]
-        terms[-1] = Term(u.number, u.if_finite(u.decay * u.restore, u.restore))
+        terms[-1] = Term(u.number, u.back)
         slots = range(self.history - window, self.history)
         first, second = first * grads, second * grads * grads
         linear = [first[:, slot] for slot in slots]
@@ -101,7 +101,7 @@ class AdamOfHistory(Rule):
             table(stretched(linear)),
             table(stretched([term.coeffs for term in terms])),
             table(columns),
-            float32(u.if_finite(u.decay, 1.0)),
+            float32(u.factor),
             "adam",
             u.rounding,
             squares=table(stretched(stretched(squares))),

@@ -51,10 +51,9 @@ def _sweep(
     """With ``g`` the sum of all ``grad z``: ``m = beta m + gain g``, ``v = beta2 v + gain2 g^2``
     and ``p = decay p + restore z + step s`` with s of the rule; and the next perturbation."""
     u = update
-    grads = [u.if_finite(grad, 0.0) for grad in u.grads]
+    grads = list(u.grads)
     terms = [Term(u.step, u.bucket.zeros, query=query) for query in range(len(grads))]
-    back = u.if_finite(u.decay * u.restore, u.restore)
-    terms[u.displaced] = terms[u.displaced]._replace(coeffs=back)
+    terms[u.displaced] = terms[u.displaced]._replace(coeffs=u.back)
     if u.ahead is not None:
         grads.append(u.bucket.zeros)
         terms.append(Term(u.step + 1, u.ahead))
@@ -71,7 +70,7 @@ def _sweep(
         table(direction.stretched(u.seed, terms, grads)),
         table(direction.stretched(u.seed, terms, [term.coeffs for term in terms])),
         table(columns),
-        float32(u.if_finite(u.decay, 1.0)),
+        float32(u.factor),
         rule,
         u.rounding,
         **direction.options,

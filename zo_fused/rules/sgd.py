@@ -21,9 +21,8 @@ class SGD(Rule):
         u = update
         terms = []
         for query, grad in enumerate(u.grads):
-            back = u.restore if query == u.displaced else u.bucket.zeros
-            coeffs = u.if_finite(u.decay * back - u.lr * grad, back)
-            terms.append(Term(u.step, coeffs, query=query))
+            back = u.back if query == u.displaced else u.bucket.zeros
+            terms.append(Term(u.step, back - u.lr * grad, query=query))
         u.write(direction, *terms)
 
 

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from zo_fused.recording import capturing
 from zo_fused.step.capture import Capture
 from zo_fused.step.evaluation import Closure, Loss
-from zo_fused.step.generators import capturing
 from zo_fused.step.guard import DISPLACED, Guard
 from zo_fused.step.interrupts import uninterrupted
 from zo_fused.step.vectors import Vector

@@ -6,6 +6,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from zo_fused.noise.streams import parameter_id
-from zo_fused.step.vectors import Vector, vector
+from zo_fused.recording import capturing
+from zo_fused.step.vectors import Vector, constant, filled
 from zo_fused.sweeps.arguments import not_dense, overlap
 from zo_fused.sweeps.conversions import int64_tensor
 from zo_fused.sweeps.numbers import WEIGHT_DTYPES
@@ -41,16 +43,46 @@ class Bucket:
     _made: dict[Any, Any] = field(default_factory=dict)
     _prepared: list[Prepared] = field(default_factory=list)
     _constants: OrderedDict[tuple[float, ...], Vector] = field(default_factory=OrderedDict)
+    _read_by_graphs: dict[tuple[float, ...], Vector] = field(default_factory=dict)
 
     def constant(self, per_group: Sequence[float]) -> Vector:
         """Numbers of the groups as a vector. Not to be changed: it is kept for the next call, which
         then copies nothing to the device."""
-        key = tuple(per_group)
-        if key not in self._constants:
-            self._constants[key] = vector([key[g] for g in self.group_of], self.device)
+        key = (True, *per_group)
+        return self._kept(key, per_group, self.group_of, self.group_index)
+
+    def numbers(self, values: Sequence[float]) -> Tensor:
+        """Numbers of the host, float64 [len(values)]. Kept as `constant`s are."""
+        return self._kept((False, *values), values, range(len(values)), slice(None))
+
+    def _kept(
+        self, key: tuple[float, ...], values: Sequence[float], order: Sequence[int], index: Any
+    ) -> Vector:
+        """Values in an order, which an index has on the device.
+
+        In a step that is captured, one that exists stays as long as the bucket, for graphs read it.
+        A new one is filled in the graph: its numbers are arguments of kernels, and until the first
+        replay its memory has none, so nobody else may find it."""
+        if capturing():
+            known = self._read_by_graphs.get(key)
+            if known is None and key in self._constants:
+                known = self._read_by_graphs[key] = self._constants[key]
+            if known is not None:
+                return known
+            return torch.stack([filled(number, self.device) for number in values])[index]
+        if key in self._constants:
+            self._constants.move_to_end(key)
+        else:
+            self._constants[key] = constant([values[i] for i in order], self.device)
             if len(self._constants) > 32:
                 self._constants.popitem(last=False)
         return self._constants[key]
+
+    @property
+    def turn(self) -> Tensor:
+        """``1 + i``, complex128 [1]: see `zo_fused.step.estimates`."""
+        turn = partial(torch.full, (1,), 1 + 1j, dtype=torch.complex128, device=self.device)
+        return self.once("turn", turn)
 
     def hyper(
         self, param_groups: list[dict[str, Any]], name: str, default: float | None = None
@@ -62,10 +94,38 @@ class Bucket:
             default: for methods that have no such hyper-parameter.
         """
         values: list[Any] = [group.get(name, default) for group in param_groups]
-        if any(isinstance(v, Tensor) and v.device.type != "cpu" for v in values):
-            there = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values]
-            return torch.stack([v.reshape(()) for v in there])[self.group_index]
+        on_device = list(map(_on_device, values))
+        if any(on_device):
+            there = [
+                v.to(self.device, torch.float64).reshape(())
+                if on
+                else filled(float(v), self.device)
+                for v, on in zip(values, on_device, strict=True)
+            ]
+            return torch.stack(there)[self.group_index]
         return self.constant([float(v) for v in values])
+
+    def shares(
+        self, grads: Sequence[Tensor], eps: Sequence[float], queries: int, scale: Vector | None
+    ) -> list[Vector]:
+        """Projected gradients [] of a step's queries as vectors: divided by their number, and
+        scaled. A group with its own eps has its own estimate from the same losses."""
+        share = self.constant([1 / radius * eps[0] for radius in eps])
+        vectors = [grad.expand(len(self.params)) for grad in grads]
+        if share is not self.ones:
+            vectors = [grad * share for grad in vectors]
+        if queries > 1:
+            vectors = [grad / queries for grad in vectors]
+        return vectors if scale is None else [grad * scale for grad in vectors]
+
+    def decay(self, param_groups: list[dict[str, Any]]) -> Vector:
+        """``1 - lr * weight_decay``. Not to be changed."""
+        pairs: list[Any] = [(g["lr"], g.get("weight_decay", 0.0)) for g in param_groups]
+        if not any(decay for _, decay in pairs):
+            return self.ones
+        if any(_on_device(lr) for lr, _ in pairs):
+            return 1 - self.hyper(param_groups, "lr") * self.hyper(param_groups, "weight_decay")
+        return self.constant([1 - float(lr) * decay for lr, decay in pairs])
 
     @property
     def zeros(self) -> Vector:
@@ -112,6 +172,11 @@ class Bucket:
             self._made[key] = make()
         made: Made = self._made[key]
         return made
+
+
+def _on_device(value: Any) -> bool:
+    """Whether it is a number that the host would have to wait for."""
+    return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 _requires_grad = attrgetter("requires_grad")

@@ -10,11 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from zo_fused.noise.keys import DeviceStep
-from zo_fused.step.generators import capturing
+from zo_fused.noise.keys import DeviceStep, Stream, on_host, stream_keys
+from zo_fused.noise.streams import Purpose
+from zo_fused.recording import capturing
 from zo_fused.step.rule import Rule
-from zo_fused.step.vectors import on_host
 from zo_fused.step.weights import Weights
+from zo_fused.sweeps import dispatch
 
 
 class Capture:
@@ -39,6 +40,9 @@ class Capture:
             return
         if self._counter is None or self._counter.device != device:
             self._counter = torch.zeros((), dtype=torch.int64, device=device)
+            # a kernel must have run before a graph has it
+            stream = Stream(Purpose.DENSE, self._step(self._counter))
+            stream_keys(weights.groups.seed, [stream], device)
         self._counter.fill_(weights.groups.step)
 
     def ask(self) -> None:
@@ -58,7 +62,7 @@ class Capture:
         groups, log = weights.groups, weights.log
         before = weights.place, weights.ahead, list(log.path), groups.step, groups.restores
         try:
-            weights.device_step = DeviceStep(counter)
+            weights.device_step = self._step(counter)
             loss = step()
             counter.add_(1)
         finally:
@@ -68,6 +72,10 @@ class Capture:
         self.used = True
         return loss
 
+    @staticmethod
+    def _step(counter: Tensor) -> DeviceStep:
+        return DeviceStep(counter, dispatch.select(counter.device.type).key_)
+
     def _refuse(self, rule: Rule) -> None:
         weights = self._weights
         schedule = weights.schedule
@@ -76,6 +84,11 @@ class Capture:
         reason = weights.direction.not_capturable(schedule.deferred) or rule.not_capturable
         if schedule.block_order == "sequential":
             reason = "whose turn it is, is for the host to say"
+        if weights.draws:
+            reason = (
+                "the closure draws random numbers (dropout?), and a graph gives the two signs "
+                "different ones; model.eval()"
+            )
         if reason:
             raise RuntimeError(f"this step can't be captured in a graph: {reason}")
         devices = {bucket.device for bucket in weights.buckets}

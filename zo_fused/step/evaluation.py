@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo_fused.noise.keys import on_host
 from zo_fused.step.direction import UsedOtherwise
 from zo_fused.step.generators import GeneratorStates
 from zo_fused.step.report import Report
 from zo_fused.step.schedule import Position
 from zo_fused.step.timing import Timer
-from zo_fused.step.vectors import on_host, vector
+from zo_fused.step.vectors import filled
 from zo_fused.step.weights import Place, Weights
 
 Loss = Tensor | float  # or any real number, such as NumPy's
@@ -40,7 +41,8 @@ def check_closure(closure: Any) -> None:
 class Evaluation:
     """Evaluates closures.
 
-    Losses are numbers of the host, or float64 tensors [] on the first parameter's GPU.
+    Losses are numbers of the host, or tensors [] on the first parameter's GPU: float64, or float32
+    where the closure's are (they go into sums of float64 as they are).
     """
 
     def __init__(self, weights: Weights, timer: Timer, report: Report) -> None:
@@ -156,13 +158,15 @@ class Evaluation:
         device = self._weights.buckets[0].device
         if on_host(device):
             return float(loss)
-        value = loss.detach() if isinstance(loss, Tensor) else vector([float(loss)], device)
-        return value.reshape(()).to(device=device, dtype=torch.float64)
+        value = loss.detach() if isinstance(loss, Tensor) else filled(float(loss), device)
+        kept = torch.float32 if value.dtype == torch.float32 else torch.float64
+        return value.reshape(()).to(device=device, dtype=kept)
 
     def _rewound(self, generators: GeneratorStates | None) -> GeneratorStates:
         if generators is None:
             return GeneratorStates(bucket.device for bucket in self._weights.buckets)
         generators.rewind()
+        self._weights.draws = bool(generators.gpu_moved)
         return generators
 
     def _leave_in_place(self, use: UsedOtherwise, generators: GeneratorStates | None) -> None:

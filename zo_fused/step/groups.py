@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from zo_fused.noise.keys import on_host
 from zo_fused.step.hyper import names_of
-from zo_fused.step.vectors import on_host
 
 # Kept in every param group, where `state_dict` leaves integers as they are. in_place: positions of
 # the matrices that a direction can't keep its changes beside.

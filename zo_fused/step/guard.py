@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from zo_fused.step.generators import capturing
+from zo_fused.recording import capturing
 
 
 class _Guarded:

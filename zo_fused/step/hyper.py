@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from zo_fused.checks import FLOAT32_MAX, FLOAT32_TINY, bounded, choice, meant, whole
-from zo_fused.step.generators import capturing
+from zo_fused.recording import capturing
 
 ROUNDINGS = ("nearest", "stochastic")
 

@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
+from zo_fused.recording import capturing
 from zo_fused.step.access import plain_tensors
 from zo_fused.step.between_steps import BetweenSteps
+from zo_fused.step.estimates import estimated, slopes
 from zo_fused.step.evaluation import Closure, Loss, check_closure
-from zo_fused.step.generators import capturing
-from zo_fused.step.schedule import Position, pairs
-from zo_fused.step.vectors import Vector, all_finite, as_float32, stacked, where
+from zo_fused.step.schedule import Position, Side, pairs
+from zo_fused.step.vectors import Vector, as_float64
 from zo_fused.step.weights import THETA, Place
 
 _NEEDS_LOSSES = (
@@ -101,7 +102,8 @@ class ZerothOrderOptimizer(BetweenSteps):
             if not self._learn(self.losses_at(probes, closure)):  # then the step is skipped
                 self.weights.go(THETA)
                 return self.difference(dict.fromkeys(self.positions(), math.nan))
-        return self.difference(self.losses_at(self.positions(), closure, again=bool(probes)))
+        losses = self._evaluation.losses_at(self.positions(), closure, again=bool(probes))
+        return self.difference(losses)
 
     def transform(self, grads: Vector, plus: Sequence[Any], minus: Sequence[Any]) -> Vector:
         """What the rule gets instead of the projected gradients, float64 [queries]. It is what
@@ -117,11 +119,11 @@ class ZerothOrderOptimizer(BetweenSteps):
         """Take back the perturbation and apply the update of these projected gradients."""
         step = self._groups.step
         try:
-            applied = self.weights.update(self.rule, grads, self.state)
+            skipped = self.weights.update(self.rule, grads, self.state)
         finally:
             self._capture.follow()
         self.projected_grad = grads.reshape(() if len(grads) == 1 else -1)
-        self._report.step(step, self.projected_grad, applied, wait=self.weights.log.is_open)
+        self._report.step(step, self.projected_grad, skipped, wait=self.weights.log.is_open)
 
     # ---- what a method may use ------------------------------------------------------------------
 
@@ -130,29 +132,27 @@ class ZerothOrderOptimizer(BetweenSteps):
     ) -> dict[Position, Any]:
         """The losses at positions of this step: numbers, or float64 tensors [] on a GPU. `again`:
         others were taken before in this step, whose dropout these have, too."""
-        return self._evaluation.losses_at(positions, closure, again)
+        losses = self._evaluation.losses_at(positions, closure, again)
+        return {position: as_float64(loss) for position, loss in losses.items()}
 
     def loss_at(self, place: Place, closure: Closure) -> Any:
         """One more loss of this step, at any place on the line along a z, with the dropout of the
         others. The log has the place; the weights stay there."""
-        return self._evaluation.loss_at(place, closure)
+        return as_float64(self._evaluation.loss_at(place, closure))
 
     def difference(self, losses: Mapping[Position, Any]) -> tuple[Tensor, Vector]:
         """What `measure` returns, from losses at the two sides of every query."""
         return self._estimated(pairs(losses))
 
-    def _estimated(self, sides: list[tuple[Any, Any, int]]) -> tuple[Tensor, Vector]:
-        plus, minus = [above for above, _, _ in sides], [below for _, below, _ in sides]
-        mean = (sum(plus) + sum(minus)) / (2 * len(sides))
-        return as_float32(mean), transformed(self, self._slopes(sides), plus, minus).float()
-
-    def _slopes(self, sides: list[tuple[Any, Any, int]]) -> Vector:
-        eps, device = self._groups.eps()[0], self.weights.buckets[0].device
-        return stacked([(above - below) / (eps * apart) for above, below, apart in sides], device)
+    def _estimated(self, sides: list[Side]) -> tuple[Tensor, Vector]:
+        changed = type(self).transform is not ZerothOrderOptimizer.transform
+        transform = self.transform if changed else None
+        return estimated(sides, self._groups.eps()[0], self.weights.buckets[0], transform)
 
     def _learn(self, losses: Mapping[Position, Any]) -> bool:
         """The direction gets what the probes found; False if that is not finite."""
-        found = self._slopes(pairs(losses)).float().tolist()
+        eps, bucket = self._groups.eps()[0], self.weights.buckets[0]
+        found = slopes(pairs(losses), eps, bucket.device).float().tolist()
         if all(map(math.isfinite, found)):
             self.weights.learn(found)
             return True
@@ -285,27 +285,6 @@ def _check_probes(name: str, probes: Sequence[Position], deferred: bool) -> None
     for position in probes:
         if position.sign and not position.probe:
             raise ValueError(f"{name}.probes(): {position} is along the z of a query: probe=True")
-
-
-def transformed(
-    method: ZerothOrderOptimizer, grads: Vector, plus: Sequence[Any], minus: Sequence[Any]
-) -> Vector:
-    """What `transform` of a method makes of projected gradients. If one was not finite, none is:
-    clipped, infinity is a number, but the step must be skipped.
-
-    Raises:
-        TypeError, ValueError: what `transform` returns is not a number a query.
-    """
-    finite = all_finite(grads)  # before `transform` can write into them
-    made = method.transform(grads, plus, minus)
-    if not isinstance(made, Tensor):
-        raise TypeError(f"transform() must return a tensor, got {type(made).__name__}")
-    if made.shape != (len(plus),):
-        raise ValueError(
-            f"transform() must return {len(plus)} projected gradients, a query each, got shape "
-            f"{tuple(made.shape)}"
-        )
-    return made if finite is True else where(finite, made, math.nan)
 
 
 def _probed(param_groups: list[dict[str, Any]]) -> bool:

@@ -33,18 +33,18 @@ class Report:
             self._told.add(message)
             logger.warning("%s", message)
 
-    def step(self, number: int, grads: Tensor, finite: Flag, wait: bool) -> None:
+    def step(self, number: int, grads: Tensor, skipped: Flag, wait: bool) -> None:
         """A step was made.
 
         Args:
             wait: whether the host looks at what only the device knows.
         """
-        if isinstance(finite, Tensor) and not wait:
+        if isinstance(skipped, Tensor) and not wait:
             if not isinstance(self.skipped, Tensor):
                 self.skipped = torch.full((), self.skipped, dtype=torch.int64, device=grads.device)
-            self.skipped.add_(~finite)
+            self.skipped.add_(skipped)
             return
-        applied = bool(finite)
+        applied = not bool(skipped)
         if not applied:
             self.skipped = self.skipped + 1
             logger.warning("step %d skipped: a loss was not finite; weights restored", number)

@@ -28,7 +28,7 @@ class Update:
     lr: Vector
     decay: Vector  # 1 - lr * weight_decay
     ahead: Vector | None  # coefficient of the next step's z; None: the weights end at theta
-    finite: Flag  # False: no update
+    skipped: Flag  # True: no update, because a loss was not finite; then all `grads` are zero
     rounding: Tensor | None  # key of the step's rounding stream, int64 [1]; None: to nearest
 
     @property
@@ -37,16 +37,33 @@ class Update:
         assert isinstance(self.step, int)
         return self.step
 
+    @property
+    def finite(self) -> Flag:
+        """Whether there is an update."""
+        return ~self.skipped if isinstance(self.skipped, Tensor) else not self.skipped
+
+    @property
+    def back(self) -> Vector:
+        """Coefficient of the z that the weights are displaced along which takes them, decayed, back
+        to theta, decayed; in a step that is skipped, to theta."""
+        if self.decay is self.bucket.ones:
+            return self.restore
+        return self.if_finite(self.decay * self.restore, self.restore)
+
     def if_finite(self, value: Vector, otherwise: Vector | float) -> Vector:
         """The value of a good step, or what stands for it in a step that is skipped."""
-        return value if self.finite is True else where(self.finite, value, otherwise)
+        return value if self.skipped is False else where(self.finite, value, otherwise)
+
+    @property
+    def factor(self) -> Vector:
+        """What the weights are multiplied by: `decay`, or 1 in a step that is skipped."""
+        return self.decay if self.decay is self.bucket.ones else self.if_finite(self.decay, 1.0)
 
     def write(self, direction: Direction, *terms: Term) -> None:
         """``p = decay * p + sum of the terms``, and the next perturbation."""
         if self.ahead is not None:
             terms = (*terms, Term(self.step + 1, self.ahead))
-        decay = self.if_finite(self.decay, 1.0)
-        direction.sweep(Sweep(self.bucket, self.seed, terms, decay, self.rounding))
+        direction.sweep(Sweep(self.bucket, self.seed, terms, self.factor, self.rounding))
 
 
 def check_state(name: str, kept: Tensor, shape: Sequence[int], p: Tensor) -> None:

@@ -24,6 +24,11 @@ class Position(NamedTuple):
         return [self.sign, self.query, "probe"] if self.probe else [self.sign, self.query]
 
 
+# The losses that a projected gradient is the difference of (numbers, or tensors [] on a device),
+# and how many eps they were taken apart.
+Side = tuple[Any, Any, int]
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The arguments of optimizers that say which losses a step takes: see `ZerothOrderOptimizer`.
@@ -113,9 +118,8 @@ def spelled_out(own: Signature, parent: Signature | None) -> Signature:
     return own.replace(parameters=[*named, *more])
 
 
-def pairs(losses: Mapping[Position, Any]) -> list[tuple[Any, Any, int]]:
-    """The losses that every projected gradient is the difference of, and how many eps they were
-    taken apart.
+def pairs(losses: Mapping[Position, Any]) -> list[Side]:
+    """The two sides of every query.
 
     Raises:
         ValueError: a loss has no other to be compared with.

@@ -18,7 +18,7 @@ from zo_fused.step.log import StepLog
 from zo_fused.step.parameters import Parameters
 from zo_fused.step.rule import Rule, Update
 from zo_fused.step.schedule import Position, Schedule
-from zo_fused.step.vectors import Flag, Vector, all_finite, flag_on
+from zo_fused.step.vectors import Flag, Vector, flag_on, judged
 
 _KEEPS_NOTHING = Beside()
 
@@ -45,6 +45,7 @@ class Weights:
         moved: whether they were written since autograd was told.
         half_applied: whether some buckets have made the step and others not.
         device_step: in a step that is captured: its number.
+        draws: whether evaluations draw random numbers on a GPU, such as dropout.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Weights:
         self.moved = False
         self.half_applied = False
         self.device_step: DeviceStep | None = None
+        self.draws = False
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -213,7 +215,7 @@ class Weights:
 
     def update(self, rule: Rule, grads: Vector, state: dict[Any, Any]) -> Flag:
         """Take back the perturbation and apply the update of these projected gradients: the end of
-        the step. Returns whether it was applied: whether all are finite."""
+        the step. Returns whether it was skipped, because one is not finite."""
         self.groups.check_changes()
         if self.place.at and not self.ahead:
             self.groups.hold_eps()
@@ -221,19 +223,19 @@ class Weights:
             self.look()
         if self.place.probe or self.place.query >= self.schedule.queries:
             self.go(THETA)  # along none of the z that a rule takes back
-        step, finite = self.groups.step, all_finite(grads)
-        self._apply(rule, [u for b in self.buckets if (u := self._of(b, grads, finite))], state)
+        step, (usable, skipped) = self.groups.step, judged(grads)
+        self._apply(rule, [u for b in self.buckets if (u := self._of(b, usable, skipped))], state)
         if any(self.beside.window_ends(bucket, step) for bucket in self.buckets):
             self._settle(query=0)
         path, probes = self.log.begin()
         try:
             if self.log.is_open:
-                self.log.updated(step, path, probes, grads if finite else None, self.buckets)
+                self.log.updated(step, path, probes, None if skipped else grads, self.buckets)
         finally:  # the weights have made the step, also where its line can't be written
             self.groups.count(step=step + 1, restores=0)
-        return finite
+        return skipped
 
-    def _of(self, bucket: Bucket, grads: Vector, finite: Flag) -> Update | None:
+    def _of(self, bucket: Bucket, grads: Vector, skipped: Flag) -> Update | None:
         """The update of a bucket; None if no query of this step moves it."""
         groups, blocks, queries = self.groups.all, self.blocks(), self.schedule.queries
         mine = [
@@ -243,11 +245,7 @@ class Weights:
         ]
         if not mine:
             return None
-        lr, eps = bucket.hyper(groups, "lr"), bucket.hyper(groups, "eps", 1.0)
-        # A group with its own eps has its own estimate from the same two losses.
-        share = self.groups.eps()[0] / eps
-        scale = self.direction.update_scale(bucket)
-        shares = [grad * share / queries for grad in mine]
+        eps, scale = self.groups.eps(), self.direction.update_scale(bucket)
         return Update(
             bucket=bucket,
             param_groups=groups,
@@ -255,11 +253,11 @@ class Weights:
             step=self.step,
             displaced=self.place.query,
             restore=bucket.constant([-a for a in self.place.at] or [0.0] * len(groups)),
-            grads=shares if scale is None else [grad * scale for grad in shares],
-            lr=lr,
-            decay=1 - lr * bucket.hyper(groups, "weight_decay", 0.0),
-            ahead=eps if self.schedule.deferred else None,
-            finite=flag_on(finite, bucket.device),
+            grads=bucket.shares(mine, eps, queries, scale),
+            lr=bucket.hyper(groups, "lr"),
+            decay=bucket.decay(groups),
+            ahead=bucket.constant(eps) if self.schedule.deferred else None,
+            skipped=flag_on(skipped, bucket.device),
             rounding=self._rounding_key(bucket.device),
         )
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from zo_fused.noise.reference import fma, normal, random_bits, rounding_bits, stochastic
+from zo_fused.noise.reference import fma, normal, philox, random_bits, rounding_bits, stochastic
 from zo_fused.sweeps import script as scripts
 from zo_fused.sweeps.numbers import EXACT
 
@@ -47,6 +47,21 @@ def _store(
         random = rounding_bits(acc.numel(), int(rounding), param_id, offset, acc.device)
         acc = stochastic(acc, weights.dtype, random.view(acc.shape))
     weights.copy_(acc)
+
+
+def key_(out: Tensor, counter: Tensor, ahead: int, interval: int, name: int, seed: int) -> None:
+    """The key of a stream whose step is known on the device alone (`zo_fused.noise.derive_key`).
+
+    Args:
+        out: int64 [1].
+        counter: int64 [].
+        ahead, interval: the step, or window, is ``(counter + ahead) // interval``.
+        name: ``query | purpose << 32``.
+        seed: of the run, in two's complement.
+    """
+    number = torch.div(counter + ahead, interval, rounding_mode="floor")
+    low, high, _, _ = philox(number, name, seed)
+    out.copy_(low | high << 32)
 
 
 def bits_(outs: Sequence[Tensor], ids: Tensor, offsets: Tensor, keys: Tensor) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo_fused.sweeps import reference
 from zo_fused.sweeps.backends import extension, on_lists
 from zo_fused.sweeps.numbers import EXACT, NUMBER, NUMBER_OF_DTYPE
 from zo_fused.sweeps.signatures import SWEEPS, Lists
@@ -24,6 +25,8 @@ _BUILD = (
     "`pip install --force-reinstall --no-deps --no-cache-dir .` in a clean source tree, with a C++ "
     "compiler"
 )
+
+key_ = reference.key_  # is for graphs, and no CPU has any
 
 import_error = extension.load(EXTENSION)  # registers zo_fused_C::*
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from zo_fused.sweeps.backends import extension
 from zo_fused.sweeps.backends.multi_tensor import MultiTensor
@@ -45,9 +46,8 @@ def architectures() -> list[tuple[int, int]]:
     return [(number // 100, number % 100 // 10) for number in numbers]
 
 
-def _stream(launch: Launch) -> int:
+def _stream(device: torch.device) -> int:
     """Handle of the current stream."""
-    device = launch.table.device
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
@@ -81,12 +81,23 @@ class CudaKernels:
         self.TILE = (tile[0], tile[1])
         for name, about in _ABOUT.items():
             setattr(self, name, _kernel(getattr(operators, name), about))
+        self._key = operators.key
+
+    def chunk(self, elements: int, units: int) -> int:
+        """One size: blocks take program after program."""
+        return self.CHUNK
+
+    def key(self, out: Tensor, counter: Tensor, *numbers: int) -> None:
+        """See `zo_fused.sweeps.backends.multi_tensor`."""
+        self._key(out, counter, *numbers, _stream(out.device))
 
 
 def _kernel(operator: Any, about: Callable[[Launch], tuple[int, ...]]) -> Callable[..., None]:
     def run(launch: Launch, *rows: Any) -> None:
         numbers = [NUMBER[row] if isinstance(row, str) else row for row in rows]
-        operator(launch.table, launch.programs, *about(launch), *numbers, _stream(launch))
+        operator(
+            launch.table, launch.programs, *about(launch), *numbers, _stream(launch.table.device)
+        )
 
     return run
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -24,15 +25,22 @@ from zo_fused.sweeps.signatures import SWEEPS, Lists
 class Kernels(Protocol):
     """What a GPU backend provides.
 
-    Beside these two numbers, a function for every operator of `zo_fused.sweeps.signatures` but
+    Beside these sizes, a function for every operator of `zo_fused.sweeps.signatures` but
     ``lowrank_momentum_``, under its name without the underscore. It is one launch, on the current
     stream, and takes a `Launch`, which has the lists, and the operator's rows in their order, all
     of them: ``dense(launch, keys, coeffs, decay, rounding, transform)``. Tensors are contiguous and
     on the launch's device. ``dense_steps`` may be missing.
+
+    And ``key``: `zo_fused.sweeps.reference.key_` on the current stream of the tensors' device.
     """
 
-    CHUNK: int  # elements of a parameter that a program of a sweep over noise takes
     TILE: tuple[int, int]  # rows and columns of a matrix that a program of a low-rank sweep takes
+
+    def chunk(self, elements: int, units: int) -> int:
+        """Elements of a parameter that a program of a sweep over noise takes, if the sweep is over
+        so many, on a device with so many multiprocessors."""
+
+    def key(self, out: Tensor, counter: Tensor, *numbers: int) -> None: ...
 
 
 class MultiTensor:
@@ -41,7 +49,12 @@ class MultiTensor:
     def __init__(self, load: Callable[[], Kernels]) -> None:
         self._load = load
         self.kept = on_lists.Kept()
-        self.functions = on_lists.functions(self.prepare, self.kept)
+        self.functions = on_lists.functions(self.prepare, self.kept) | {"key_": self.key_}
+
+    def key_(self, out: Tensor, counter: Tensor, *numbers: int) -> None:
+        """As `zo_fused.sweeps.reference.key_`, in one launch."""
+        with _current(out.device)():
+            self._load().key(out, counter, *numbers)
 
     def prepare(
         self, name: str, lists: Lists, ids: Tensor | None, offsets: Tensor | None
@@ -54,11 +67,7 @@ class MultiTensor:
         if not hasattr(kernels, kernel):
             return _one_by_one(self.prepare("dense_", lists, ids, offsets))
         device = lists[0][0].device
-        current = (
-            functools.partial(torch.cuda.device, device)  # kernels are launched to that
-            if device.type == "cuda"
-            else contextlib.nullcontext
-        )
+        current = _current(device)
         with current():
             launches = _launches(name, lists, ids, offsets, kernels)
 
@@ -75,10 +84,25 @@ class MultiTensor:
         return sweep
 
 
+def _current(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """Contexts in which kernels are launched to a device."""
+    if device.type == "cuda":
+        return functools.partial(torch.cuda.device, device)
+    return contextlib.nullcontext
+
+
+def _units(device: torch.device) -> int:
+    """Multiprocessors of a device."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def _launches(
     name: str, lists: Lists, ids: Tensor | None, offsets: Tensor | None, kernels: Kernels
 ) -> list[Launch]:
     first, *others = lists
+    device, chunk = first[0].device, 0
     zeros = [0] * len(first)
     id_list = zeros if ids is None else ids.tolist()
     starts = zeros if offsets is None else offsets.tolist()
@@ -87,8 +111,9 @@ def _launches(
         rows = table.lowrank_rows(first, us, vs, id_list, starts, kernels.TILE)
     else:
         states = [state for state in others if state]
-        rows = table.noise_rows(first, id_list, starts, states, kernels.CHUNK)
-    return table.launches(rows, first[0].device)
+        chunk = kernels.chunk(sum(map(torch.Tensor.numel, first)), _units(device))
+        rows = table.noise_rows(first, id_list, starts, states, chunk)
+    return table.launches(rows, device, chunk)
 
 
 def _one_by_one(dense: Callable[..., None]) -> Callable[..., None]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo_fused.recording import capturing
 from zo_fused.sweeps.signatures import SWEEPS, Lists
 
 Sweep = Callable[..., None]  # of the rows of a signature
@@ -16,15 +17,22 @@ Prepare = Callable[[str, Lists, Tensor | None, Tensor | None], Sweep]
 
 
 class Kept:
-    """The sweeps of the calls made last."""
+    """The sweeps of the calls made last, and all that CUDA graphs have recorded: a graph reads
+    their tables whenever it is replayed, and nothing tells when it is gone."""
 
     def __init__(self, size: int = 64) -> None:
         self._size = size
         self._sweeps: OrderedDict[Hashable, Sweep] = OrderedDict()
+        self._recorded: dict[Hashable, Sweep] = {}
         self.made = 0  # so far, for tests
 
     def get(self, key: Hashable, make: Callable[[], Sweep]) -> Sweep:
         """What `make` returned the last time that it was called under this key."""
+        if key in self._recorded:
+            return self._recorded[key]
+        if capturing():  # nothing may be waited for; `make` raises if something must be copied
+            sweep = self._sweeps.pop(key) if key in self._sweeps else make()
+            return self._recorded.setdefault(key, sweep)
         if key in self._sweeps:
             self._sweeps.move_to_end(key)
         else:

@@ -42,6 +42,7 @@ class Launch:
     dtype: torch.dtype  # of the weights
     state_dtypes: tuple[torch.dtype, ...]
     rank: int = 0  # of the factors of most programs
+    chunk: int = 0  # elements of a parameter that a program takes, in sweeps over noise
 
     @property
     def rows(self) -> int:
@@ -125,7 +126,7 @@ def lowrank_rows(
     return rows
 
 
-def launches(rows: Sequence[Row], device: torch.device) -> list[Launch]:
+def launches(rows: Sequence[Row], device: torch.device, chunk: int = 0) -> list[Launch]:
     """One launch for each combination of dtypes; parameters without elements are left out.
 
     Raises:
@@ -151,5 +152,5 @@ def launches(rows: Sequence[Row], device: torch.device) -> list[Launch]:
             programs_of_rank[rank] = programs_of_rank.get(rank, 0) + row.programs
         table = torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device)
         rank = max(programs_of_rank, key=lambda r: programs_of_rank[r])
-        made.append(Launch(table, first, dtypes[0], dtypes[1:], rank))
+        made.append(Launch(table, first, dtypes[0], dtypes[1:], rank, chunk))
     return made
