@@ -16,7 +16,19 @@ SPECIAL = [
 POISON = 0xA5A5_A5A5_A5A5_A5A5  # what a register holds that nothing was written to
 
 # Operations that do the same to signed and unsigned numbers, and those to floats, too.
-SIGNLESS = {*"add sub neg mul.lo mad.lo and or xor shl setp.eq setp.ne".split()}
+SIGNLESS = {
+    "add",
+    "sub",
+    "neg",
+    "mul.lo",
+    "mad.lo",
+    "and",
+    "or",
+    "xor",
+    "shl",
+    "setp.eq",
+    "setp.ne",
+}
 TYPELESS = {"mov", "selp"}
 
 

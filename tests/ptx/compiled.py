@@ -63,6 +63,7 @@ class Runner:
         self.kernels = kernels
         self.change: Change = lambda text: text
         self.launches: Counter[str] = Counter()  # so far, by kernel
+        self.entries: dict[str, str] = {}  # PTX of all kernels, where it is known from the start
         self._memory = Memory()
         self._loaded: dict[Any, Kernel] = {}
         self._error: Exception | None = None

@@ -48,7 +48,7 @@ class Memory:
 
     def sorted(self) -> list[tuple[int, int, bool]]:
         found = [(*place, writable) for place, writable in sorted(self.ranges.items())]
-        for (_, end, _), (begin, *_) in zip(found, found[1:], strict=False):
+        for (_, end, _), (begin, *_) in itertools.pairwise(found):
             assert end <= begin, "tensors of a launch overlap"
         return found
 

@@ -22,7 +22,10 @@ TYPES: dict[str, Any] = {
     **{f"{letter}16": np.uint16 for letter in ("b", "u", "f", "bf")},
     **{f"{letter}32": np.uint32 for letter in "bu"},
     **{f"{letter}64": np.uint64 for letter in "bu"},
-    **{"s32": np.int32, "s64": np.int64, "f32": np.float32, "pred": np.uint16},
+    "s32": np.int32,
+    "s64": np.int64,
+    "f32": np.float32,
+    "pred": np.uint16,
     "f32x2": np.dtype((np.float32, 2)),
 }
 # Values that are rare among random ones.
