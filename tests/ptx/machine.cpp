@@ -171,7 +171,8 @@ void exchange(const Instruction* code, std::vector<Thread>& threads) {
   uint64_t values[warp];
   for (int lane = 0; lane < warp; ++lane) {
     Thread& thread = threads[lane];
-    const bool whole = thread.slots[i.c] == warp - 1 && thread.slots[i.value] == 0xFFFFFFFF;
+    const bool whole = thread.slots[i.c] == warp - 1 &&
+                       static_cast<uint32_t>(thread.slots[i.value]) == 0xFFFFFFFF;
     if (thread.pc != threads[0].pc || !whole) throw std::runtime_error("not by a whole warp");
     values[lane] = thread.slots[i.a];
   }

@@ -79,6 +79,14 @@ inline uint32_t permuted(uint32_t a, uint32_t b, uint32_t selector) {
   return made;
 }
 
+// The upper word of hi:lo after a shift to the left, the lower one after one to the right.
+inline uint32_t funnel_left(uint32_t lo, uint32_t hi, uint32_t n) {
+  return static_cast<uint32_t>((uint64_t{hi} << 32 | lo) << (n & 31) >> 32);
+}
+inline uint32_t funnel_right(uint32_t lo, uint32_t hi, uint32_t n) {
+  return static_cast<uint32_t>((uint64_t{hi} << 32 | lo) >> (n & 31));
+}
+
 inline uint32_t dot2(uint32_t a, uint32_t b, uint32_t c) {
   const auto byte = [b](int i) { return static_cast<uint32_t>(static_cast<int8_t>(b >> 8 * i)); };
   return c + (a & 0xFFFF) * byte(0) + (a >> 16) * byte(1);
@@ -184,6 +192,8 @@ inline uint32_t dot2(uint32_t a, uint32_t b, uint32_t c) {
   X("mad.wide.u32", uint64_t{u32(a)} * u32(b) + u64(c))                        \
   X("mad.wide.s32", static_cast<uint64_t>(int64_t{s32(a)} * s32(b)) + u64(c))  \
   X("prmt.b32", permuted(u32(a), u32(b), u32(c)))                              \
+  X("shf.l.wrap.b32", funnel_left(u32(a), u32(b), u32(c)))                     \
+  X("shf.r.wrap.b32", funnel_right(u32(a), u32(b), u32(c)))                    \
   X("dp2a.lo.u32.s32", dot2(u32(a), u32(b), u32(c)))
 
 }  // namespace ptx

@@ -14,7 +14,7 @@ import pytest
 from support.builds import shared_folder
 
 from tests.ptx.faults import FAULTS
-from tests.ptx.rows import FAMILIES, rows
+from tests.ptx.rows import CUDA_ONLY, FAMILIES, rows
 from tests.ptx.worker import Report, report
 
 COMPILERS = ("triton", "cuda")
@@ -66,7 +66,7 @@ def test_kernels_of_each_kind(run: Callable[..., Report], compiler: str, target:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in CUDA_ONLY])
 def test_every_pair_of_options_with_triton(run: Callable[..., Report], family: str) -> None:
     found = run("triton", "sm_90", [("", name) for name in rows(family)])
     assert not found.wrong

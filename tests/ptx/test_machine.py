@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 from support.builds import shared_folder
@@ -115,10 +117,11 @@ def test_parameters_are_where_the_abi_has_them(ptx: Machine) -> None:
     """
     out, memory = np.zeros(8, np.uint32), Memory()
     memory.allow(out.ctypes.data, out.nbytes, writable=True)
-    given = [np.uint64(out.ctypes.data), np.uint32(1), np.uint64([9, 3 << 32 | 2, 4]), np.uint16(5)]
+    given = [struct.pack("<Q", out.ctypes.data), struct.pack("<I", 1)]
+    given += [struct.pack("<QIIQ", 9, 2, 3, 4), struct.pack("<H", 5)]
     kernel = ptx.load(source(body, more))
     assert [p.offset for p in kernel.program.parameters] == [0, 8, 16, 40]
-    ptx.launch(kernel, [x.tobytes() for x in given], 1, 32, memory)
+    ptx.launch(kernel, given, 1, 32, memory)
     assert out.tolist() == [1, 2, 3, 4, 5, 0, 0, 0]
 
 
@@ -148,6 +151,8 @@ def test_a_warp_exchanges(ptx: Machine) -> None:
     """
     threads = np.arange(64)
     assert (run(ptx, body, 64) == threads // 32 * 32 + (threads + 1) % 32).all()
+    immediate = body.replace("%r3, %r1, %r2;", "1, 31, -1;")
+    assert (run(ptx, immediate, 64) == threads // 32 * 32 + 1).all()
     apart = body.replace("shfl", "setp.lt.s32 %p2, %r0, 5; @%p2 ret; shfl")
     part = body.replace("%r2, -1", "%r2, 1")
     for wrong in (apart, part):

@@ -83,7 +83,7 @@ def permuted(a: int, b: int, selector: int) -> int:
 
 def dot2(a: int, b: int, c: int) -> int:
     low, high = np.array([b], np.uint32).view(np.int8)[:2].tolist()
-    return c + (a & 0xFFFF) * low + (a >> 16) * high
+    return c + (a & 0xFFFF) * int(low) + (a >> 16) * int(high)
 
 
 def half(x: Any) -> int:
@@ -99,14 +99,10 @@ def approximate(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda x: np.float32(function(np.float64(x)))
 
 
-def flushing(function: Callable[[Any], Any]) -> Callable[..., Any]:
+def flushing(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *xs: flushed(np.float32(function(*map(flushed, xs))))
 
 
-COMPARISONS = {
-    "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
-    "eq": operator.eq, "ne": operator.ne,
-}  # fmt: skip
 Case = tuple[str, tuple[str, ...], Callable[..., Any]]  # types of result and operands
 CASES: dict[str, Case] = {
     "mov.pred": ("pred", ("pred",), lambda a: a),
@@ -116,6 +112,8 @@ CASES: dict[str, Case] = {
     "cvta.to.global.u64": ("u64", ("u64",), lambda a: a),
     "mul.hi.u32": ("u32", ("u32", "u32"), lambda a, b: a * b >> 32),
     "prmt.b32": ("b32", ("b32", "b32", "b32"), permuted),
+    "shf.l.wrap.b32": ("b32", ("b32",) * 3, lambda a, b, n: (b << 32 | a) << n % 32 >> 32),
+    "shf.r.wrap.b32": ("b32", ("b32",) * 3, lambda a, b, n: (b << 32 | a) >> n % 32),
     "dp2a.lo.u32.s32": ("u32", ("b32", "b32", "u32"), dot2),
     "neg.f32": ("b32", ("b32",), lambda bits: bits ^ 2**31),
     "abs.f32": ("b32", ("b32",), lambda bits: bits % 2**31),
@@ -133,12 +131,14 @@ CASES: dict[str, Case] = {
     "lg2.approx.ftz.f32": ("f32", ("f32",), flushing(approximate(np.log2))),
     "sqrt.approx.ftz.f32": ("f32", ("f32",), flushing(approximate(np.sqrt))),
 }
-for name, function in (("sin", np.sin), ("cos", np.cos)):
-    CASES[f"{name}.approx.f32"] = ("f32", ("f32",), approximate(function))
-    CASES[f"{name}.approx.ftz.f32"] = ("f32", ("f32",), flushing(approximate(function)))
-for name, function in (("add", operator.add), ("sub", operator.sub), ("mul", operator.mul)):
-    CASES[f"{name}.rn.f32"] = ("f32", ("f32", "f32"), function)
-    CASES[f"{name}.rn.f32x2"] = ("f32x2", ("f32x2", "f32x2"), each(function))
+for name in ("sin", "cos"):
+    circular = approximate(getattr(np, name))
+    CASES[f"{name}.approx.f32"] = ("f32", ("f32",), circular)
+    CASES[f"{name}.approx.ftz.f32"] = ("f32", ("f32",), flushing(circular))
+for name in ("add", "sub", "mul"):
+    rounded = getattr(operator, name)
+    CASES[f"{name}.rn.f32"] = ("f32", ("f32", "f32"), rounded)
+    CASES[f"{name}.rn.f32x2"] = ("f32x2", ("f32x2", "f32x2"), each(rounded))
 CASES["fma.rn.f32"] = ("f32", ("f32",) * 3, fused)
 CASES["fma.rn.f32x2"] = ("f32x2", ("f32x2",) * 3, each(fused))
 for to, from_ in (("u16", "u32"), ("u32", "u16"), ("u32", "u64"), ("u64", "u32"), ("s64", "s32")):
@@ -175,7 +175,7 @@ for width in (32, 64):
         CASES[f"div.{type_}"] = (type_, (type_, type_), truncated)
 for name in ("lt", "le", "gt", "ge"):
     for type_ in ("u32", "s32", "u64", "s64", "f32"):
-        CASES[f"setp.{name}.{type_}"] = ("pred", (type_, type_), COMPARISONS[name])
+        CASES[f"setp.{name}.{type_}"] = ("pred", (type_, type_), getattr(operator, name))
 CASES["setp.eq.f32"] = ("pred", ("f32", "f32"), operator.eq)
 
 # What is no operation on values: `test_machine.py` has it.
@@ -185,8 +185,8 @@ OTHERS = {"ld", "st", "ld.param", "unpack", "pack", "bra", "ret", "shfl.sync.idx
 # ---- a kernel of one operation ------------------------------------------------------------------
 
 
-def width(type_: str) -> int:
-    return 8 * np.dtype(TYPES[type_]).itemsize
+def width_of(type_: str) -> int:
+    return int(8 * np.dtype(TYPES[type_]).itemsize)
 
 
 def kernel(op: str, result: str, operands: tuple[str, ...]) -> str:
@@ -200,7 +200,7 @@ def kernel(op: str, result: str, operands: tuple[str, ...]) -> str:
     ]
     names, registers = [], {16: "h", 32: "r", 64: "d"}
     for i, type_ in enumerate((*operands, result)):
-        bits = width(type_)
+        bits = width_of(type_)
         name = f"%{registers[bits]}{i}"
         lines.append(f"ld.param.u64 %a{i}, [p{i}];")
         lines.append(f"mad.wide.u32 %a{i}, %r8, {bits // 8}, %a{i};")
@@ -213,7 +213,7 @@ def kernel(op: str, result: str, operands: tuple[str, ...]) -> str:
     lines.append(f"{op} {', '.join((made, *given))};")
     if result == "pred":
         lines.append(f"selp.b16 {name}, 1, 0, {made};")
-    lines.append(f"st.global.b{width(result)} [%a{len(operands)}], {name};")
+    lines.append(f"st.global.b{width_of(result)} [%a{len(operands)}], {name};")
     return "\n".join([*lines, "ret;", "}"])
 
 
@@ -248,11 +248,11 @@ def test_operation(ptx: Machine, op: str) -> None:
         )
         made = [function(*row) for row in rows]
     if result in floats:
-        wanted = np.array(made, dtype=np.float32).view(np.uint32)
+        wanted: Array = np.array(made, dtype=np.float32).view(np.uint32)
         wanted[np.isnan(wanted.view(np.float32))] = 0x7FFFFFFF  # NVIDIA's
-        got = out.view(np.uint32)
+        got: Array = out.view(np.uint32)
     else:
-        wanted = np.array([int(x) % 2 ** width(result) for x in made], dtype=np.uint64)
-        got = out.view(f"u{width(result) // 8}").astype(np.uint64)
+        wanted = np.array([int(x) % 2 ** width_of(result) for x in made], np.uint64)
+        got = out.view(f"u{width_of(result) // 8}").astype(np.uint64)
     different = (got != wanted).reshape(COUNT, -1).any(axis=1).nonzero()[0]
     assert not len(different), [x[different[0]] for x in (*inputs, got, wanted)]
