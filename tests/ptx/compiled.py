@@ -69,8 +69,9 @@ class Runner:
         self._error: Exception | None = None
 
     def plant(self, change: Change) -> None:
-        self.change = change
-        self._loaded.clear()
+        if change is not self.change:
+            self.change = change
+            self._loaded.clear()
 
     def run(self, name: str, text: str, blocks: int, threads: int, arguments: list[bytes]) -> None:
         """A launch of the kernel with this name and PTX. A program may have more parameters, whose

@@ -75,9 +75,8 @@ void check(const Launch& launch, uint64_t address, uint64_t bytes, bool writes) 
       high = middle;
     }
   }
-  if (low == 0 || address + bytes > launch.ranges[low - 1].end) {
-    throw std::runtime_error("out of bounds");
-  }
+  const uint64_t end = low == 0 ? 0 : launch.ranges[low - 1].end;
+  if (address >= end || end - address < bytes) throw std::runtime_error("out of bounds");
   if (writes && launch.ranges[low - 1].writable == 0) throw std::runtime_error("read-only");
 }
 

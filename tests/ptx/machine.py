@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.ptx.assembler import Program, assemble
 
 HERE = Path(__file__).parent
-MOST = 50_000_000  # instructions of a thread; the longest of ours takes a tenth
+MOST = 50_000_000  # instructions of a thread, behind which no end is expected
 
 
 class Fault(Exception):

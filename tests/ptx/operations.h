@@ -23,7 +23,9 @@ inline uint64_t held(float x) { return std::isnan(x) ? 0x7FFFFFFF : std::bit_cas
 
 inline uint64_t pair(float low, float high) { return held(low) | held(high) << 32; }
 
-inline float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
+inline float flushed(float x) {
+  return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x;
+}
 
 inline float approximately(double (*function)(double), float x) {
   return static_cast<float>(function(x));

@@ -179,6 +179,7 @@ ACCESSES = {
     "st.global.b16 [%d0+1], 1;": "misaligned",
     "st.global.b16 [%d0+126], 1;": None,
     "mov.b64 %d2, 0; ld.global.b32 %r1, [%d2];": "out of bounds",
+    "mov.b64 %d2, -4; ld.global.b32 %r1, [%d2];": "out of bounds",
     "setp.gt.s32 %p1, %r0, 30; @!%p1 st.global.b32 [%d1+4], 1;": None,
     "add.s64 %d2, %d0, 256; ld.global.b32 %r1, [%d2];": None,  # may be read
     "add.s64 %d2, %d0, 256; st.global.b32 [%d2], 1;": "read-only",

@@ -273,7 +273,7 @@ def test_kernels_neither_widen_nor_flush(
 def test_amd_rounds_as_the_source_says(reports: Callable[[str], dict[str, Any]]) -> None:
     """To nearest, subnormals kept, in the mode that a kernel starts in and stays in; and what is
     approximate is the start of a quotient or root that is then made exact."""
-    nearest, kept = "0", "3"
+    nearest, kept, version = "0", "3", reports("gfx942")["triton"]
     for case, facts in reports("gfx942")["cases"].items():
         assert facts["modes"] == {
             "round_mode_32": nearest,
@@ -285,7 +285,13 @@ def test_amd_rounds_as_the_source_says(reports: Callable[[str], dict[str, Any]])
         if "fast" in case:
             assert facts["inexact"], case
         else:
-            assert not facts["inexact"], case
+            # Triton 3.6 makes the root itself, of this and the fma that follow it.
+            own = (
+                {"v_rsq_f32_e32"}
+                if "moments, adam" in case and version.startswith("3.6.")
+                else set()
+            )
+            assert set(facts["inexact"]) == own, case
             assert facts["refined"] == facts["asked_refined"], case
             assert any(facts["refined"]) == ("moments, adam" in case), case
 
