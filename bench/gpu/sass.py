@@ -94,9 +94,10 @@ def cuobjdump(cubin: bytes, option: str) -> str:
         ).stdout
 
 
-def asked_fmas(llir: str) -> int:
-    """Fused multiply-adds that the kernel's source asks for."""
-    widths = re.findall(r"call [^\n]*@llvm\.fma\.(?:v(\d+))?f32", llir)
+def asked(llir: str, what: str) -> int:
+    """Operations on float32 that the kernel's source asks for: "fma", "sqrt" or "fdiv"."""
+    call = rf"call [^\n]*@llvm\.{what}\.(?:v(\d+))?f32"
+    widths = re.findall(r"fdiv (?:<(\d+) x )?float" if what == "fdiv" else call, llir)
     return sum(int(width or 1) for width in widths)
 
 
@@ -106,8 +107,10 @@ def facts_of(kernel: Any, unit: Unit | None = None) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "name": kernel.metadata.name,
         "shared": kernel.metadata.shared,
-        "asked_fmas": asked_fmas(asm["llir"]),
-        "fast_math": re.findall(r"\bf(?:add|mul|sub) (fast|contract|reassoc)\b", asm["llir"]),
+        "asked_fmas": asked(asm["llir"], "fma"),
+        "fast_math": re.findall(
+            r"\bf(?:add|mul|sub|div) (?:fast|contract|reassoc|arcp|afn)\b|!fpmath", asm["llir"]
+        ),
     }
     if "amdgcn" in asm:
         text = asm["amdgcn"]
@@ -118,9 +121,27 @@ def facts_of(kernel: Any, unit: Unit | None = None) -> dict[str, Any]:
         # and then to float16, as the source does: github.com/llvm/llvm-project/pull/219723.)
         plain = len(re.findall(r"^\s+v_fma_mix_f32 [^\n]*, neg\(0\)", text, re.M))
         facts["made_fmas"] = single - plain + 2 * packed
+        # A correctly rounded quotient and root begin with an approximation. Two steps of Newton and
+        # the remainder take five fma, the neighbours of a root two.
+        quotients, roots = asked(asm["llir"], "fdiv"), asked(asm["llir"], "sqrt")
+        facts["asked_fmas"] += 5 * quotients + 2 * roots
+        names = [step.opcode for step in code]
+        made = {
+            "v_div_fixup_f32": quotients,
+            "v_div_fmas_f32": quotients,
+            "v_rcp_f32": quotients,
+            "v_sqrt_f32": roots,
+        }
+        facts["refined"] = [sum(op.startswith(name) for op in names) for name in made]
+        facts["asked_refined"] = list(made.values())
+        # Approximations, conversions that cut, products of a number and zero that are always zero,
+        # sums of products that flush; all of them but what is refined.
+        inexact = r"v_((exp|log|sin|cos|rsq)_|cvt_pkrtz|\w*legacy|mad_f|mac_f)"
+        facts["inexact"] = [op for op in names if re.match(inexact, op)]
+        facts["modes"] = dict(re.findall(r"\.amdhsa_float_(\w+)\s+(\d)", text))
+        facts["mode_changes"] = [op for op in names if re.match(r"s_(setreg|round|denorm)", op)]
         facts["stack"] = int(re.search(r"ScratchSize: (\d+)", text)[1])  # type: ignore[index]
         facts["registers"] = int(re.search(r"NumVgprs: (\d+)", text)[1])  # type: ignore[index]
-        facts["keeps_subnormals"] = "denorm_mode_32 3" in text
     else:
         code = parse_sass(cuobjdump(asm["cubin"], "-sass"))
         usage = cuobjdump(asm["cubin"], "-res-usage")

@@ -31,6 +31,16 @@ def assert_same_bits(got: Tensor, wanted: Tensor, case: object = "", any_nan: bo
     )
 
 
+def assert_close(got: Tensor, wanted: Tensor, case: object = "") -> None:
+    """As close as sweeps of the transform `fast` are: its normals are within 1e-3, coefficients of
+    three directions below 6; and a step of stochastic rounding."""
+    assert got.dtype == wanted.dtype, case
+    rtol = 2 * torch.finfo(wanted.dtype).eps
+    torch.testing.assert_close(
+        got.cpu(), wanted.cpu(), rtol=rtol, atol=2e-2, equal_nan=True, msg=lambda m: f"{case} {m}"
+    )
+
+
 def in_memory(model: torch.nn.Module) -> Tensor:
     """All weights of a module as they lie in memory, without asking their guards for theta."""
     with torch._C.DisableTorchFunctionSubclass():

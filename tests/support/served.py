@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import os
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.builds import once, shared_folder
 
 from zo_fused.sweeps import dispatch
 from zo_fused.sweeps.backends.multi_tensor import MultiTensor
@@ -99,9 +99,7 @@ def of_cuda(name: str, sweeps: Any, device: torch.device, operators: Any, kernel
 def emulated(folders: pytest.TempPathFactory) -> Served:
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("no C++ compiler")
-    folder = folders.getbasetemp()
-    # Workers of one run share the folder above theirs, and one of them compiles for all.
-    return emulation(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
+    return emulation(shared_folder(folders))
 
 
 @functools.cache
@@ -109,11 +107,7 @@ def emulation(folder: Path) -> Served:
     """The kernels compiled for the CPU; their operators are in torch.ops.zo_fused_emulation."""
     from zo_fused.sweeps.backends import cuda
 
-    library = folder / "emulation.so"
-    with (folder / "emulation.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            compile_emulation(library)
+    library = once(folder / "emulation.so", compile_emulation)
     torch.ops.load_library(str(library))
     count = ctypes.CDLL(str(library)).zo_fused_emulated_launches
     count.restype = ctypes.c_int64
@@ -130,7 +124,6 @@ def emulation(folder: Path) -> Served:
 def compile_emulation(library: Path) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    unfinished = library.with_suffix(".unfinished")
     command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-fPIC", "-shared"]
     command += ["-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]
     # As on a GPU, a 128-bit access of memory that isn't aligned ends the process.
@@ -143,5 +136,4 @@ def compile_emulation(library: Path) -> None:
         str(ROOT / "tests/cuda_emulation/emulation.cpp"),
     ]
     command += [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
-    subprocess.run([*command, "-o", str(unfinished)], check=True)
-    unfinished.rename(library)
+    subprocess.run([*command, "-o", str(library)], check=True)

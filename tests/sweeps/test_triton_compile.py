@@ -254,7 +254,7 @@ def test_fused_are_only_the_operations_that_the_source_fuses(
         if target in NVIDIA:
             assert not facts["unrounded"], case
             assert facts["made_fmas"] <= facts["asked_fmas"], case
-        elif "moments, adam" not in case:  # root and quotient are made of more
+        else:
             assert facts["made_fmas"] == facts["asked_fmas"], case
     # And this test can tell.
     contracted = reports(target)["contracted"]
@@ -272,7 +272,32 @@ def test_kernels_neither_widen_nor_flush(
             assert not facts["flushes"] or "fast" in case or "moments, adam" in case, case
         else:
             assert facts["stack"] == 0, case
-            assert facts["keeps_subnormals"], case
+
+
+def test_amd_rounds_as_the_source_says(reports: Callable[[str], dict[str, Any]]) -> None:
+    """To nearest, subnormals kept, in the mode that a kernel starts in and stays in; and what is
+    approximate is the start of a quotient or root that is then made exact."""
+    nearest, kept, version = "0", "3", reports("gfx942")["triton"]
+    for case, facts in reports("gfx942")["cases"].items():
+        assert facts["modes"] == {
+            "round_mode_32": nearest,
+            "round_mode_16_64": nearest,
+            "denorm_mode_32": kept,
+            "denorm_mode_16_64": kept,
+        }, case
+        assert not facts["mode_changes"], case
+        if "fast" in case:
+            assert facts["inexact"], case
+        else:
+            # Triton 3.6 makes the root itself, of this and the fma that follow it.
+            own = (
+                {"v_rsq_f32_e32"}
+                if "moments, adam" in case and version.startswith("3.6.")
+                else set()
+            )
+            assert set(facts["inexact"]) == own, case
+            assert facts["refined"] == facts["asked_refined"], case
+            assert any(facts["refined"]) == ("moments, adam" in case), case
 
 
 @pytest.mark.parametrize("target", sass.TARGETS)
