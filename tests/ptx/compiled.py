@@ -86,7 +86,7 @@ class Runner:
     def served(self, name: str, block: int) -> Served:
         """block: elements of the longest piece of code without a loop."""
         sweeps = MultiTensor(lambda: self._watched).functions
-        chunk = self.kernels.CHUNK
+        chunk = self.kernels.chunk(0, 1)
         return Served(name, SimpleNamespace(**sweeps), torch.device("cpu"), 4, chunk, block)
 
     @functools.cached_property
@@ -104,7 +104,7 @@ class Runner:
 
         sweeps = [name.removesuffix("_") for name in SWEEPS]
         made = {name: watched(name) for name in sweeps if hasattr(self.kernels, name)}
-        return SimpleNamespace(CHUNK=self.kernels.CHUNK, TILE=self.kernels.TILE, **made)
+        return SimpleNamespace(chunk=self.kernels.chunk, TILE=self.kernels.TILE, **made)
 
 
 # ---- Triton -------------------------------------------------------------------------------------

@@ -24,11 +24,11 @@ KERNELS = ("fill", "dense", "dense_steps", "moments", "lowrank", "momentum")  # 
 SLICE = (
     *("fills: words", "fills: portable", "factors: 1 2 8"),
     *("dense: float32, 1, nearest, portable", "dense: float16, 1, stochastic, hadamard"),
-    *("dense: bfloat16, 2, nearest, rademacher", "dense: float16, 3, nearest, fast"),
+    *("dense: bfloat16, 2, nearest, signs", "dense: float16, 3, nearest, fast"),
     "steps: bfloat16, portable, stochastic",
     "moments: momentum, like weights, float16, 1, stochastic, portable",
     "moments: sign, nothing, bfloat16, 2, nearest, hadamard",
-    "moments: adam, float32, float32, 1, nearest, rademacher",
+    "moments: adam, float32, float32, 1, nearest, signs",
     "moments: adam, squares, bfloat16, 3, stochastic, portable",
     "low rank: 4, float16, momentum, nearest",
     "low rank: 17, bfloat16, nothing, stochastic",

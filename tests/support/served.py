@@ -84,7 +84,7 @@ def serve(name: str, folders: pytest.TempPathFactory) -> Served:
     if name == "triton":
         from zo_fused_kernels import launch
 
-        return Served(name, sweeps, device, 4, launch.SMALL_CHUNK, launch.NOISE_BLOCK // 2)
+        return Served(name, sweeps, device, 4, launch.SMALL_CHUNK, launch.NOISE_BLOCK)
     return of_cuda(name, sweeps, device, torch.ops.zo_fused_CUDA, sweeps._kernels())
 
 
