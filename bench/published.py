@@ -7,16 +7,35 @@ the product of two factors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 EPS, LR, GRAD = 1e-3, 1e-6, 0.37
 
+Gaussian = Callable[[Sequence[int], Tensor], Tensor]  # of a shape, in another tensor's dtype
 
-def _gaussian(p: Tensor) -> Tensor:
-    return torch.normal(mean=0, std=1, size=p.size(), device=p.device, dtype=p.dtype)
+
+def gaussian(shape: Sequence[int], like: Tensor) -> Tensor:
+    return torch.normal(mean=0, std=1, size=shape, device=like.device, dtype=like.dtype)
+
+
+def direction(p: Tensor, v: Tensor | None, draw: Gaussian = gaussian) -> Tensor:
+    """z of a tensor: dense, or low-rank with the factor v."""
+    if v is None:
+        return draw(p.shape, p)
+    return draw((p.shape[0], v.shape[1]), p) @ v.t()
+
+
+def perturbed(
+    p: Tensor, v: Tensor | None, scaling_factor: float | Tensor, draw: Gaussian = gaussian
+) -> Tensor:
+    return p + scaling_factor * direction(p, v, draw) * EPS
+
+
+def updated(p: Tensor, v: Tensor | None, draw: Gaussian = gaussian) -> Tensor:
+    return p - LR * (GRAD * direction(p, v, draw))
 
 
 class MeZO:
@@ -24,19 +43,20 @@ class MeZO:
 
     def __init__(self, params: Iterable[nn.Parameter]) -> None:
         self.params = list(params)
+        self.v: dict[int, Tensor] = {}  # factors that are kept, by the id of the parameter
 
     def z(self, p: nn.Parameter) -> Tensor:
-        return _gaussian(p.data)
+        return direction(p.data, self.v.get(id(p)))
 
     def perturb(self, scaling_factor: float, seed: int = 0) -> None:
         torch.manual_seed(seed)
         for p in self.params:
-            p.data = p.data + scaling_factor * self.z(p) * EPS
+            p.data = perturbed(p.data, self.v.get(id(p)), scaling_factor)
 
     def update(self, seed: int = 0) -> None:
         torch.manual_seed(seed)
         for p in self.params:
-            p.data = p.data - LR * (GRAD * self.z(p))
+            p.data = updated(p.data, self.v.get(id(p)))
 
     def step_without_forward(self) -> None:
         self.perturb(1)
@@ -46,20 +66,13 @@ class MeZO:
 
 
 class LOZO(MeZO):
-    """Low-rank directions; V is kept, U is drawn in every sweep."""
+    """Low-rank directions; V is kept, U is drawn in every sweep. Vectors have dense ones."""
 
     def __init__(self, params: Iterable[nn.Parameter], rank: int) -> None:
         super().__init__(params)
-        self.rank = rank
         self.v = {
             id(p): p.new_empty(p.shape[-1], rank).normal_() for p in self.params if p.dim() > 1
         }
-
-    def z(self, p: nn.Parameter) -> Tensor:
-        if p.dim() < 2:
-            return _gaussian(p.data)
-        u = torch.randn(p.shape[0], self.rank, device=p.device, dtype=p.dtype)
-        return u @ self.v[id(p)].t()
 
 
 METHODS: dict[str, Callable[[Iterable[nn.Parameter]], MeZO]] = {

@@ -1,7 +1,8 @@
-"""CPU sweeps and steps against the published algorithms in plain PyTorch. `make bench` runs it."""
+"""CPU sweeps and steps against the published algorithms and their rivals. `make bench` runs it."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,19 @@ import torch
 
 import zo_fused
 from bench.models import DTYPES, opt_parameters
-from bench.published import EPS, LR, METHODS
+from bench.published import EPS, LR, METHODS, MeZO
+from bench.rivals import RIVALS
 from zo_fused import noise
 
 Race = Callable[..., None]
-# Of zo_fused, of the published code.
-ROUNDS = {"opt-tiny": (2, 1), "opt-125m": (9, 3), "opt-1.3b": (5, 1)}
+ROUNDS = {"opt-tiny": 2, "opt-125m": 9, "opt-1.3b": 5}
+# Steps of zo_fused: the method, with rivals where it has no momentum, and options.
+STEPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "MeZO": ("MeZO", {}),
+    "MeZO, hadamard": ("MeZO", {"distribution": "hadamard"}),
+    "LOZO": ("LOZO", {}),
+    "LOZO-M": ("LOZO", {"momentum": 0.9}),
+}
 
 
 @pytest.fixture(params=list(DTYPES))
@@ -38,18 +46,18 @@ def weights(request: pytest.FixtureRequest, model: str) -> dict[str, Any]:
     }
 
 
-def optimizer(method: str, weights: dict[str, Any], **options: Any) -> Any:
-    cls = getattr(zo_fused, method.removesuffix("-M"))
-    if method == "LOZO-M":
-        options["momentum"] = 0.9
-    return cls(weights["named"], lr=LR, eps=EPS, **options)
+def rivals_of(method: str, weights: dict[str, Any]) -> dict[str, MeZO]:
+    """The published code and what `bench.rivals` makes of it, by name."""
+    published = METHODS[method](weights["params"])
+    return {"published": published, **{name: make(published) for name, make in RIVALS.items()}}
 
 
-@pytest.mark.parametrize("method", ["MeZO", "LOZO", "LOZO-M"])
-def test_step_without_forward(method: str, weights: dict[str, Any], race: Race) -> None:
+@pytest.mark.parametrize("what", STEPS)
+def test_step_without_forward(what: str, weights: dict[str, Any], race: Race) -> None:
     """All of a step but its forward passes: three sweeps against the published four."""
-    opt = optimizer(method, weights)
-    published = METHODS[method](weights["params"]) if method in METHODS else None
+    method, options = STEPS[what]
+    opt = getattr(zo_fused, method)(weights["named"], lr=LR, eps=EPS, **options)
+    rivals = {} if "momentum" in options else rivals_of(method, weights)
 
     def fused() -> None:
         opt.perturb(+1)
@@ -58,21 +66,20 @@ def test_step_without_forward(method: str, weights: dict[str, Any], race: Race) 
 
     race(
         fused,
-        published and published.step_without_forward,
+        {name: rival.step_without_forward for name, rival in rivals.items()},
         weights["copy"],
         3,
         weights["bytes"],
-        *weights["rounds"],
-        what=f"{method} step",
+        weights["rounds"],
+        what=f"{what} step",
         **weights["labels"],
     )
 
 
 @pytest.mark.parametrize("method", ["MeZO", "LOZO"])
 def test_perturbing_sweep(method: str, weights: dict[str, Any], race: Race) -> None:
-    """One sweep `theta + eps z` against one of the published code."""
-    opt = optimizer(method, weights)
-    published = METHODS[method](weights["params"])
+    """One sweep `theta + eps z` against one of each rival."""
+    opt = getattr(zo_fused, method)(weights["named"], lr=LR, eps=EPS)
     sign = [1.0]
 
     def fused() -> None:
@@ -81,11 +88,14 @@ def test_perturbing_sweep(method: str, weights: dict[str, Any], race: Race) -> N
 
     race(
         fused,
-        lambda: published.perturb(1),
+        {
+            name: functools.partial(rival.perturb, 1)
+            for name, rival in rivals_of(method, weights).items()
+        },
         weights["copy"],
         1,
         weights["bytes"],
-        *weights["rounds"],
+        weights["rounds"],
         what=f"{method} perturb",
         **weights["labels"],
     )
@@ -97,11 +107,11 @@ def test_two_directions_in_one_sweep(weights: dict[str, Any], race: Race) -> Non
     params = weights["params"]
     race(
         lambda: zo_fused.update_(params, keys, [1e-9, -1e-9]),
-        None,
+        {},
         weights["copy"],
         1,
         weights["bytes"],
-        *weights["rounds"],
+        weights["rounds"],
         what="dense K=2",
         **weights["labels"],
     )
@@ -113,11 +123,11 @@ def test_lowrank_sweep(rank: int, weights: dict[str, Any], race: Race) -> None:
     params = weights["params"]
     race(
         lambda: zo_fused.lowrank_perturb_(params, 1, 2, 1e-9, rank=rank),
-        None,
+        {},
         weights["copy"],
         1,
         weights["bytes"],
-        *weights["rounds"],
+        weights["rounds"],
         what=f"low-rank r={rank}",
         **weights["labels"],
     )

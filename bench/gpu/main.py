@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # one kernel: no pool of compilers
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # few kernels: no pool of compilers
 
 import argparse
 import gc
@@ -31,8 +31,9 @@ import torch
 from bench import machine
 from bench.gpu import report
 from bench.gpu.measure import Bench, OutOfTimeError, Record, copy
+from bench.gpu.rivals import rivals
 from bench.gpu.steps import graphs, overhead, steps
-from bench.gpu.sweeps import compiled, rivals, sweeps
+from bench.gpu.sweeps import sweeps
 from bench.models import DTYPES
 
 
@@ -60,7 +61,6 @@ def sections(bench: Bench) -> dict[str, Callable[[Bench], None]]:
         "overhead": overhead,
         **of_dtype("bf16"),
         **of_dtype("fp32"),
-        "compiled": compiled,
         "end": end,
     }
 

@@ -31,7 +31,7 @@ def _best(rows: Iterable[Row], column: str, lowest: bool = False) -> tuple[float
 def goals(data: Mapping[str, Any]) -> list[Row]:
     """Every goal with what was measured, by the better backend; None where it was not."""
     sweeps = [row for row in data.get("sweeps", []) if row["dtype"] == "fp16"]
-    steps = [row for row in data.get("steps", []) if row["who"] != "published"]
+    steps = [row for row in data.get("steps", []) if not row["rival"]]
     large = [row for row in steps if row["method"] == "MeZO" and row["model"] == "opt-13b"]
 
     def sweep(name: str) -> tuple[float, str] | None:
@@ -122,6 +122,7 @@ SECTIONS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
             "method": "method",
             "who": "who",
             "ms": "ms",
+            "times fastest rival": "times fastest rival",
             "times published": "times published",
             "of copy": "of copy",
             "peak_extra_bytes": "peak extra bytes",
@@ -131,7 +132,7 @@ SECTIONS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     (
         "rivals",
         "Rivals of one perturbing sweep",
-        "The same fp16 weights.",
+        "The same fp16 weights, in turns. `compiled` and `foreach`: `bench/rivals.py`.",
         {
             "perturbation": "perturbation",
             "ms": "ms",

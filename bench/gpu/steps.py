@@ -1,4 +1,4 @@
-"""Whole steps: against the published code, in CUDA graphs, and what the host does in them."""
+"""Whole steps: against their rivals, in CUDA graphs, and what the host does in them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import zo_fused
 from bench.gpu.measure import LOZO_RANK, SMALL, Bench, Call, summary
+from bench.gpu.rivals import rivals_of
 from bench.models import opt_shapes
 from bench.published import EPS, LR, METHODS
 from zo_fused.noise import Purpose, derive_key
@@ -67,7 +68,7 @@ def fused_step(opt: Any, device: torch.device) -> Call:
 
 
 def steps(model: str) -> Callable[[Bench], None]:
-    """Section: steps of a model's shapes in fp16 against the published code."""
+    """Section: steps of a model's shapes in fp16 against the published code and its rivals."""
 
     def section(bench: Bench) -> None:
         shapes = [math.prod(shape) for shape in opt_shapes(model).values()]
@@ -81,12 +82,12 @@ def steps(model: str) -> Callable[[Bench], None]:
                 backend: fused_step(optimizer(method, params), bench.device)
                 for backend in bench.served(f"steps {model} {method}")
             }
-            published = METHODS[method](params.values()) if method in METHODS else None
+            rivals = rivals_of(bench, method, params.values(), f"steps {model} {method}")
             race_of_steps(
                 bench,
                 {"model": model, "dtype": "fp16", "method": method},
                 calls,
-                published and published.step_without_forward,
+                {name: rival.step_without_forward for name, rival in rivals.items()},
                 3 * 2 * weight_bytes(params) / bench.copy_rate(),
             )
 
@@ -97,10 +98,10 @@ def race_of_steps(
     bench: Bench,
     labels: dict[str, str],
     fused: Mapping[str, Call],
-    published: Call | None,
+    rivals: Mapping[str, Call],
     copy_seconds: float,
 ) -> None:
-    """Rounds of the published step once and every backend's step three times, untimed before.
+    """Rounds of every rival's step once and every backend's three times, untimed before.
 
     The published code puts the weights elsewhere in memory; the untimed step finds them again.
     """
@@ -108,24 +109,28 @@ def race_of_steps(
     for round_ in range(1 + bench.count(7, 1)):
         bench.check_time()
         kept = times if round_ else {}  # the first is the warm-up
-        if published is not None:
-            kept.setdefault("published", []).append(bench.wall(published))
+        for name, call in rivals.items():
+            kept.setdefault(name, []).append(bench.wall(call))
         for backend, call in fused.items():
             with bench.backend(backend):
                 call()
                 kept.setdefault(backend, []).extend(bench.wall(call) for _ in range(3))
-    slow = statistics.median(times["published"]) if published is not None else None
-    calls = {**fused, **({"published": published} if published is not None else {})}
-    for name, call in calls.items():
-        median = statistics.median(times[name])
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    for name, call in {**fused, **rivals}.items():
         with bench.backend(name if name in fused else None):
             extra = bench.peak_extra(call)
+        ratios = {}
+        if rivals and name != "published":
+            ratios["times published"] = medians["published"] / medians[name]
+        if rivals and name in fused:
+            ratios["times fastest rival"] = min(medians[r] for r in rivals) / medians[name]
         bench.record.row(
             "steps",
             **labels,
             who=name,
-            **({"times published": slow / median} if slow and name != "published" else {}),
-            **{"of copy": copy_seconds / median},  # of copying all weights three times
+            rival=name in rivals,
+            **ratios,
+            **{"of copy": copy_seconds / medians[name]},  # of copying all weights three times
             peak_extra_bytes=extra,
             **summary(times[name]),
         )

@@ -1,20 +1,15 @@
-"""Sweeps over the weights, and other ways to perturb the same weights."""
+"""Every sweep over the weights, of every backend."""
 
 from __future__ import annotations
 
-import functools
-import signal
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bench.gpu.measure import LOZO_RANK, SMALL, Bench, Call, summary
-from bench.published import EPS, METHODS
+from bench.gpu.measure import SMALL, Bench, Call, summary
 from zo_fused.noise import Purpose, derive_key
 from zo_fused.sweeps import dispatch, operators
 from zo_fused.sweeps.conversions import int64_tensor
@@ -165,77 +160,3 @@ def sweeps(dtype: str, backend: str) -> Callable[[Bench], None]:
                 )
 
     return section
-
-
-# ---- rivals of one sweep ------------------------------------------------------------------------
-
-
-def rivals(bench: Bench) -> None:
-    """Section: other ways to perturb the same fp16 weights, in turns with zo_fused."""
-    weights = Weights(bench, torch.float16)
-    contenders: dict[str, Call] = {}
-    for backend in bench.served("rivals"):
-        contenders[f"zo_fused MeZO, {backend}"] = bench.on(backend, dense(weights))
-        contenders[f"zo_fused LOZO, {backend}"] = bench.on(backend, lowrank(weights, LOZO_RANK))
-    for method, make in METHODS.items():
-        published = make([nn.Parameter(p.clone()) for p in weights.params])
-        contenders[f"published {method}"] = functools.partial(published.perturb, 1e-3)
-    if bench.on_gpu:
-        try:
-            from bench.gpu.rivals import perturb_
-        except ImportError as error:
-            bench.record.skip("rivals, tl.randn", str(error))
-        else:
-            contenders["tl.randn"] = lambda: perturb_(weights.params, 3, SMALL)
-    else:
-        bench.record.skip("rivals, tl.randn", "Triton compiles for GPUs")
-    race_of_rivals(bench, weights, contenders)
-
-
-def compiled(bench: Bench) -> None:
-    """Section: the published perturbation of MeZO through torch.compile."""
-    weights = Weights(bench, torch.float16)
-
-    @torch.compile(backend="inductor" if bench.on_gpu else "aot_eager", dynamic=False)
-    def perturb(p: Tensor) -> None:
-        p.copy_(p + 1e-3 * torch.randn_like(p) * EPS)
-
-    def everything() -> None:
-        for p in weights.params:
-            perturb(p)
-
-    left = bench.record.data["deadline"] - time.time()
-    with alarm(max(1, min(bench.count(45, 30), int(left)))):
-        everything()
-    race_of_rivals(bench, weights, {"torch.compile of published MeZO": everything})
-
-
-def race_of_rivals(bench: Bench, weights: Weights, contenders: Mapping[str, Call]) -> None:
-    for name, times in bench.race(contenders, bench.count(21, 3)).items():
-        seconds = statistics.median(times)
-        bench.record.row(
-            "rivals",
-            perturbation=name,
-            dtype="fp16",
-            **{
-                "of copy": weights.bytes / seconds / bench.copy_rate(),
-                "G elements/s": 1e-9 * weights.elements / seconds,
-            },
-            **summary(times),
-        )
-
-
-@contextmanager
-def alarm(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError in the block when the time is over."""
-
-    def ring(*_: object) -> None:
-        raise TimeoutError(f"took more than {seconds} s")
-
-    previous = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)

@@ -84,9 +84,18 @@ def test_make_bench_tabulates_every_sweep_and_step(tmp_path: Path) -> None:
     found = (tmp_path / "table.md").read_text()
     assert f"torch {torch.__version__}" in found
     header, _, *rows = [line[2:-2].split(" | ") for line in found.splitlines() if line[:1] == "|"]
-    assert {"what", "ms", "GB/s", "of copy", "published ms"} <= set(header)
-    assert len(rows) == 3 * (3 + 2 + 1 + 3)  # in every dtype
+    assert {"what", "ms", "GB/s", "of copy", "published ms", "against published"} <= set(header)
+    assert len(rows) == 3 * (4 + 2 + 1 + 3)  # in every dtype
     assert all(len(row) == len(header) for row in rows)
+    raced = [dict(zip(header, row, strict=True)) for row in rows]
+    raced = [row for row in raced if row["published ms"]]
+    assert len(raced) == 3 * (3 + 2)
+    for row in raced:  # the ratio is to the fastest of all
+        taken = {name: float(row[f"{name} ms"]) for name in ("published", "compiled", "foreach")}
+        assert row["fastest rival"] in taken
+        fastest = min(taken.values())
+        assert taken[row["fastest rival"]] == fastest
+        assert float(row["speed-up"]) == pytest.approx(fastest / float(row["ms"]), rel=0.02)
 
 
 def test_findings_train_and_tabulate() -> None:

@@ -20,7 +20,7 @@ import torch
 from support.gpu_script import RESULTS, ROOT, bare, native
 
 from bench import machine
-from bench.gpu import main, measure, report, sanitize, steps, sweeps
+from bench.gpu import main, measure, report, rivals, sanitize, steps
 from bench.gpu.sweep_cases import FAMILIES
 from zo_fused.sweeps.signatures import SWEEPS
 
@@ -79,10 +79,20 @@ def test_quick_run_measured_everything(data: dict[str, Any]) -> None:
     assert len(set(halves)) == len(halves)
     assert {"dense", "dense, 2 directions", "dense, stochastic", "low-rank r=64"} <= set(halves)
     assert {row["method"] for row in data["steps"]} == {"MeZO", "LOZO", "LOZO-M"}
+    others = {"published", "compiled", "foreach"}
+    for method in ("MeZO", "LOZO"):
+        mine = [row for row in data["steps"] if row["method"] == method]
+        assert {row["who"] for row in mine if row["rival"]} == others
+        fastest = min(row["ms"] for row in mine if row["rival"])
+        for row in mine:
+            if not row["rival"]:
+                assert row["times fastest rival"] == pytest.approx(fastest / row["ms"])
+        perturbations = {row["perturbation"] for row in data["rivals"]}
+        assert perturbations > {f"{name} {method}" for name in others}
     # What needs a GPU is named, with the reason.
     skipped = {row["what"]: row["reason"] for row in data["skipped"]}
     assert "GPU" in skipped["graphs"]
-    assert "rivals, tl.randn" in skipped
+    assert "GPU" in skipped["rivals, tl.randn"]
 
 
 @native
@@ -128,10 +138,10 @@ def test_goals_are_judged() -> None:
     for rank, fraction in zip(report.LOW_RANKS, (0.97, 0.96, 0.95, 0.92), strict=True):
         name = f"low-rank r={rank}"
         sweeps.append({**half, "sweep": name, "backend": "triton", "of copy": fraction})
-    step = {"model": "opt-13b", "method": "MeZO", "who": "triton"}
+    step = {"model": "opt-13b", "method": "MeZO", "who": "triton", "rival": False}
     steps = [
         {**step, "times published": 7.5, "peak_extra_bytes": 4096},
-        {**step, "who": "published", "peak_extra_bytes": 5e9},
+        {**step, "who": "published", "rival": True, "peak_extra_bytes": 100},
     ]
     found = report.goals({"sweeps": sweeps, "steps": steps})
     assert [goal["met"] for goal in found] == [True, None, False, True, True]
@@ -184,7 +194,6 @@ def bench_of_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> measure.Ben
         stand_ins[name] = lambda *_: None
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(main, "compiled", lambda bench: None)  # takes a while
     sass = tmp_path / "sass.json"
     sass.write_text('{"dense fp16": {"fast": {"mix": {"FFMA": 80.0}}, "bytes": 4}}')
     options = argparse.Namespace(
@@ -241,7 +250,7 @@ def test_a_broken_context_is_left_to_a_fresh_process(
 
 
 def test_an_alarm_rings() -> None:
-    with pytest.raises(TimeoutError, match="1 s"), sweeps.alarm(1):
+    with pytest.raises(TimeoutError, match="1 s"), rivals.alarm(1):
         time.sleep(3)
 
 
