@@ -150,7 +150,10 @@ def draw(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
     panels[0].set_ylabel("dev accuracy")
     panels[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    columns = max(1, min(4, 120 // (8 + max(map(len, labels)))))  # of as many letters as fit
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, format="png")
     os.replace(temporary, path)
