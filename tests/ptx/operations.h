@@ -111,6 +111,7 @@ inline uint32_t dot2(uint32_t a, uint32_t b, uint32_t c) {
   X("add.b" #W, u##W(a) + u##W(b))                     \
   X("sub.b" #W, u##W(a) - u##W(b))                     \
   X("neg.b" #W, 0 - u##W(a))                           \
+  X("not.b" #W, ~u##W(a))                              \
   X("xor.b" #W, u##W(a) ^ u##W(b))                     \
   X("mul.lo.b" #W, u##W(a) * u##W(b))                  \
   X("mad.lo.b" #W, u##W(a) * u##W(b) + u##W(c))        \

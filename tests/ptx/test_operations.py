@@ -162,6 +162,7 @@ for width in (32, 64):
     CASES[f"add.{b}"] = (b, (b, b), operator.add)
     CASES[f"sub.{b}"] = (b, (b, b), operator.sub)
     CASES[f"neg.{b}"] = (b, (b,), operator.neg)
+    CASES[f"not.{b}"] = (b, (b,), operator.invert)
     CASES[f"xor.{b}"] = (b, (b, b), operator.xor)
     CASES[f"mul.lo.{b}"] = (b, (b, b), operator.mul)
     CASES[f"mad.lo.{b}"] = (b, (b, b, b), lambda a, b, c: a * b + c)
