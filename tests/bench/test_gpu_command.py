@@ -190,7 +190,7 @@ def test_the_whole_run_on_a_pretended_gpu(tmp_path: Path) -> None:
         tmp_path,
         REAL_PYTHON=sys.executable,
         BUDGET="480",
-        PYTHONPATH=str(ROOT / "tests" / "support" / "pretend_gpu"),
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support" / "pretend_gpu")]),
         PYTEST_ADDOPTS="-p few_tests",
     )
     programs = tmp_path / "programs"

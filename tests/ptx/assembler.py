@@ -207,6 +207,11 @@ class _Assembler:
     # ---- instructions ---------------------------------------------------------------------------
 
     def _instruction(self, text: str) -> None:
+        extended = re.fullmatch(r"ld\.param\.s32 (%\S+), (.*)", text)
+        if extended is not None:  # into a register of 64 bits
+            self._instruction(f"ld.param.b32 {extended[1]}, {extended[2]}")
+            self._instruction(f"cvt.s64.s32 {extended[1]}, {extended[1]}")
+            return
         guarded = re.fullmatch(r"(?:@(!?)(\S+) )?(\S+)(?: (.*))?", text)
         assert guarded is not None, text
         negated, guard, op, rest = guarded.groups()

@@ -102,9 +102,17 @@ class Runner:
 
             return launch
 
+        def key(out: Tensor, counter: Tensor, *numbers: int) -> None:
+            self._memory, self._error = Memory(), None
+            self._memory.allow(out.data_ptr(), out.nbytes, writable=True)
+            self._memory.allow_tensor(counter)
+            self.kernels.key(out, counter, *numbers)
+            if self._error is not None:
+                raise self._error
+
         sweeps = [name.removesuffix("_") for name in SWEEPS]
         made = {name: watched(name) for name in sweeps if hasattr(self.kernels, name)}
-        return SimpleNamespace(chunk=self.kernels.chunk, TILE=self.kernels.TILE, **made)
+        return SimpleNamespace(chunk=self.kernels.chunk, TILE=self.kernels.TILE, key=key, **made)
 
 
 # ---- Triton -------------------------------------------------------------------------------------

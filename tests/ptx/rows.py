@@ -18,6 +18,7 @@ from support.calls import (
     Call,
     Place,
     Places,
+    check_keys,
     dense,
     factor_momentum,
     fill,
@@ -108,8 +109,14 @@ def _factors(served: Served, ranks: str) -> Iterator[Call]:
     yield factor_momentum(where, tuple(map(int, ranks.split())))
 
 
+def _keys(served: Served, seed: int) -> Iterator[Call]:
+    check_keys(served, seed)
+    return iter(())
+
+
 # Functions of calls, and what is combined.
 FAMILIES: dict[str, tuple[Callable[..., Iterator[Call]], dict[str, Iterable[Any]]]] = {
+    "keys": (_keys, {"seed": (5, 2**64 - 3)}),
     "fills": (_fills, {"transform": ("words", *TRANSFORMS)}),
     "dense": (
         _dense,

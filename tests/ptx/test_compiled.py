@@ -18,11 +18,11 @@ from tests.ptx.rows import CUDA_ONLY, FAMILIES, rows
 from tests.ptx.worker import Report, report
 
 COMPILERS = ("triton", "cuda")
-KERNELS = ("fill", "dense", "dense_steps", "moments", "lowrank", "momentum")  # of Triton
+KERNELS = ("key", "fill", "dense", "dense_steps", "moments", "lowrank", "momentum")  # of Triton
 
 # Every kernel, rule and transform, straight-line code and loops; the dtypes take turns.
 SLICE = (
-    *("fills: words", "fills: portable", "factors: 1 2 8"),
+    *("keys: 5", "fills: words", "fills: portable", "factors: 1 2 8"),
     *("dense: float32, 1, nearest, portable", "dense: float16, 1, stochastic, hadamard"),
     *("dense: bfloat16, 2, nearest, signs", "dense: float16, 3, nearest, fast"),
     "steps: bfloat16, portable, stochastic",
@@ -78,7 +78,7 @@ def test_every_kernel_of_cuda(run: Callable[..., Report]) -> None:
     wanted = [name for family in FAMILIES for name in rows(family, every=family == "dense")]
     found = run("cuda", "sm_90", [("", name) for name in wanted])
     assert not found.wrong
-    assert len(found.kernels) == 73
+    assert len(found.kernels) == 74
     assert found.kernels == found.entries
 
 

@@ -142,6 +142,15 @@ def test_special_registers(ptx: Machine) -> None:
     assert (out == 3000 + np.arange(3 * 64)).all()
 
 
+def test_parameters_keep_their_sign(ptx: Machine) -> None:
+    out, memory = np.zeros(2, np.int64), Memory()
+    memory.allow(out.ctypes.data, out.nbytes, writable=True)
+    body = "ld.param.s32 %d2, [n]; st.global.b64 [%d0], %d2; ret;"
+    arguments = [out.ctypes.data.to_bytes(8, "little"), (-7).to_bytes(4, "little", signed=True)]
+    ptx.launch(ptx.load(source(body, ", .param .u32 n")), arguments, 1, 1, memory)
+    assert out.tolist() == [-7, 0]
+
+
 def test_a_warp_exchanges(ptx: Machine) -> None:
     body = """
     mov.u32 %r1, 31; mov.u32 %r2, -1; add.s32 %r3, %r0, 33;

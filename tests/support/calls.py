@@ -19,7 +19,7 @@ from support.equality import Islands, assert_close, assert_same_bits
 from support.served import Served
 from torch import Tensor
 
-from zo_fused.noise.streams import as_int64
+from zo_fused.noise.streams import Purpose, as_int64, derive_key
 from zo_fused.sweeps import reference
 from zo_fused.sweeps.numbers import EXACT as EXACT
 
@@ -308,3 +308,18 @@ def factor_momentum(where: Places, ranks: tuple[int, ...]) -> Call:
     read = {"us": [random(*side, seed=100 + i) for i, side in enumerate(sides)]}
     rest = {"coeffs": random(len(where), seed=1), "decay": decays(len(where))}
     return Call("factor_momentum_", where, written, rest, read)
+
+
+def check_keys(served: Served, seed: int) -> None:
+    """Keys of streams whose step is on the device alone."""
+    made = torch.zeros(3, dtype=torch.int64, device=served.device)
+    for step, ahead, interval, query in (
+        (7, 0, 1, 0),
+        (2**40 - 1, 1, 1, 2**32 - 1),
+        (99, 1, 50, 3),
+    ):
+        counter = torch.full((), step, dtype=torch.int64, device=served.device)
+        name = as_int64(query | Purpose.V << 32)
+        served.sweeps.key_(made[1:2], counter, ahead, interval, name, as_int64(seed))
+        wanted = derive_key(seed, Purpose.V, (step + ahead) // interval, query)
+        assert made.tolist() == [0, as_int64(wanted), 0]

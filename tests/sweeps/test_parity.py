@@ -26,6 +26,7 @@ from support.calls import (
     Place,
     Places,
     check,
+    check_keys,
     dense,
     factor_momentum,
     fill,
@@ -44,7 +45,6 @@ from support.matrix import covering
 from support.served import NAMES, Served, long_in_triton, serve, too_long_in_triton
 from torch import Tensor
 
-from zo_fused.noise.streams import Purpose, as_int64, derive_key
 from zo_fused.sweeps import reference
 
 # Weights of all sizes overflow, and NumPy warns of it in Triton's interpreter.
@@ -194,17 +194,7 @@ def test_shards_get_the_noise_of_the_whole(served: Served, dtype: torch.dtype) -
 @pytest.mark.parametrize("seed", [5, 2**40 + 1, 2**64 - 3])
 def test_keys_of_a_counter_on_the_device(served: Served, seed: int) -> None:
     """Captured steps make their keys so."""
-    made = torch.zeros(3, dtype=torch.int64, device=served.device)
-    for step, ahead, interval, query in (
-        (7, 0, 1, 0),
-        (2**40 - 1, 1, 1, 2**32 - 1),
-        (99, 1, 50, 3),
-    ):
-        counter = torch.full((), step, dtype=torch.int64, device=served.device)
-        name = as_int64(query | Purpose.V << 32)
-        served.sweeps.key_(made[1:2], counter, ahead, interval, name, as_int64(seed))
-        wanted = derive_key(seed, Purpose.V, (step + ahead) // interval, query)
-        assert made.tolist() == [0, as_int64(wanted), 0]
+    check_keys(served, seed)
 
 
 @pytest.mark.parametrize("transform", EXACT)
