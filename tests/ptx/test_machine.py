@@ -147,7 +147,7 @@ def test_parameters_keep_their_sign(ptx: Machine) -> None:
     memory.allow(out.ctypes.data, out.nbytes, writable=True)
     body = "ld.param.s32 %d2, [n]; st.global.b64 [%d0], %d2; ret;"
     arguments = [out.ctypes.data.to_bytes(8, "little"), (-7).to_bytes(4, "little", signed=True)]
-    ptx.launch(ptx.load(source(body, ", .param .u32 n")), arguments, 1, 1, memory)
+    ptx.launch(ptx.load(source(body, ", .param .u32 n")), arguments, 1, 32, memory)
     assert out.tolist() == [-7, 0]
 
 
