@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .fma import fma
 from .launch import INTERPRETING, TILED
-from .philox import counters, counters_at, counters_from
+from .philox import chosen, counters, counters_at, counters_from
 
 PORTABLE = tl.constexpr("portable")
 SIGNS = tl.constexpr("signs")
@@ -300,12 +300,6 @@ def signs_tiles(first, key, id, COUNT: tl.constexpr, WIDTH: tl.constexpr):
     else:
         word = chosen(part // 2, w0, w1, w2, w3)
         return ones(two_bytes(tl.where(part % 2 == 0, word << 16, word)))
-
-
-@triton.jit
-def chosen(i, w0, w1, w2, w3):
-    """word i of four"""
-    return tl.where(i & 2 == 0, tl.where(i & 1 == 0, w0, w1), tl.where(i & 1 == 0, w2, w3))
 
 
 @triton.jit

@@ -59,10 +59,16 @@ def counters_at(n, key, id):
 
 
 @triton.jit
+def chosen(i, w0, w1, w2, w3):
+    """word i % 4 of four"""
+    return tl.where(i & 2 == 0, tl.where(i & 1 == 0, w0, w1), tl.where(i & 1 == 0, w2, w3))
+
+
+@triton.jit
 def word_at(e, key, id):
     """the words of elements e, a block"""
     w0, w1, w2, w3 = counters_at(e >> 2, key, id)
-    return tl.where(e & 2 == 0, tl.where(e & 1 == 0, w0, w1), tl.where(e & 1 == 0, w2, w3))
+    return chosen(e, w0, w1, w2, w3)
 
 
 @triton.jit
