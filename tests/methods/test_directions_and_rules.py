@@ -255,6 +255,10 @@ class Probing(ZerothOrderOptimizer):
             return []
         return [Position(sign, probe, True) for probe in range(2) for sign in (1.0, -1.0)]
 
+    def forwards_of(self, steps: int) -> int:
+        windows = -(-steps // self.param_groups[0]["interval"])
+        return 2 * steps + 4 * windows
+
 
 def test_probes_are_taken_logged_and_replayed(tmp_path: Path, monkeypatch: Any) -> None:
     model, copy = network(), network()
@@ -268,8 +272,10 @@ def test_probes_are_taken_logged_and_replayed(tmp_path: Path, monkeypatch: Any) 
         return loss_of(model)()
 
     for step in range(7):
+        before, next_step = calls, opt.forwards
         opt.step(closure)
-        assert calls == 2 * (step + 1) + 4 * (1 + step // 3)
+        assert calls == 2 * (step + 1) + 4 * (1 + step // 3) == opt.forwards_of(step + 1)
+        assert calls - before == next_step == (2 if step % 3 else 6)
     opt.flush()
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert sum('"probes":[' in line for line in lines) == 3
@@ -431,6 +437,39 @@ def test_a_stage_between_losses_and_rule() -> None:
     other.step(loss_of(model))  # and each counts for itself
     assert other.state["transform"] == {"seen": 4}
     assert opt.state["transform"] == {"seen": 3}
+
+
+def test_a_stage_sees_the_steps_that_are_taken() -> None:
+    """Not an estimate that another takes the place of, nor one that was dropped."""
+    model = network()
+    opt = Clipped(model, lr=1e-3)
+    opt.estimate(loss_of(model))
+    opt.estimate(loss_of(model))
+    assert "transform" not in opt.state_dict()["state"]
+    opt.step()
+    assert opt.state["transform"] == {"seen": 1}
+    opt.estimate(loss_of(model))
+    opt.step(loss_of(model))
+    assert opt.state["transform"] == {"seen": 2}
+
+
+class LeftOut(zo_fused.MeZO):
+    """Losses at theta + eps z alone."""
+
+    def positions(self) -> list[Position]:
+        return [Position(1.0, query) for query in range(self.schedule.queries)]
+
+
+def test_of_losses_on_one_side_each_is_compared_with_the_others() -> None:
+    model = network()
+    opt = LeftOut(model, lr=1e-2, queries=3)
+    losses = iter([1.0, 2.0, 6.0])
+    mean = opt.step(lambda: next(losses))
+    assert float(mean) == 3.0
+    expected = [1.0 - 4.0, 2.0 - 3.5, 6.0 - 1.5]
+    torch.testing.assert_close(opt.projected_grad, torch.tensor(expected) / 1e-3)
+    with pytest.raises(ValueError, match="or of another query if there are none"):
+        LeftOut(model).step(loss_of(model))
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])

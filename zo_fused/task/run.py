@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -321,14 +322,16 @@ def _plan(options: Options, optimizer: Any) -> Plan:
     plan = options.plan
     if options.forwards is None:
         return plan
-    each = optimizer.forwards
-    if options.forwards < each:
+    budget = options.forwards
+    # not more than a pass a step
+    steps = bisect_right(range(budget + 1), budget, key=optimizer.forwards_of) - 1
+    if steps < 1:
         raise UserError(
-            f"the budget of {options.forwards} forward passes is too small for a step, "
-            f"which takes {each}"
+            f"the budget of {budget} forward passes is too small for a step, "
+            f"which takes {optimizer.forwards_of(1)}"
         )
-    apart = max(1, round(2 * plan.eval_steps / each))
-    return replace(plan, steps=options.forwards // each, eval_steps=apart)
+    apart = max(1, round(2 * plan.eval_steps * steps / optimizer.forwards_of(steps)))
+    return replace(plan, steps=steps, eval_steps=apart)
 
 
 def _sizes(optimizer: Any) -> dict[str, int]:
