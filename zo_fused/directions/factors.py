@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo_fused.directions.products import small_product
 from zo_fused.noise.keys import DeviceStep, Step, Stream, on_device, stream_keys
 from zo_fused.noise.streams import Purpose
 from zo_fused.step.buckets import Bucket
@@ -207,12 +208,3 @@ class Factors:
             for side in (0, 1)
         ]
         return us, vs, halves
-
-
-def small_product(tall: Tensor, small: Tensor) -> Tensor:
-    """``tall @ small`` for a small square matrix, float32: bit for bit the same on every device, as
-    the sum runs in a fixed order in float64."""
-    total = torch.zeros(tall.shape, dtype=torch.float64, device=tall.device)
-    for column, row in zip(tall.unbind(1), small.double().unbind(), strict=True):
-        total += column[:, None].double() * row
-    return total.float()

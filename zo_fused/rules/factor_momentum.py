@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from zo_fused.directions.factors import Factors, small_product
+from zo_fused.directions.factors import Factors
 from zo_fused.directions.low_rank import LowRank
+from zo_fused.directions.products import gram, small_product
 from zo_fused.step.direction import Term
 from zo_fused.step.rule import Rule, Update, check_state
 from zo_fused.step.vectors import float32
@@ -84,20 +84,7 @@ def gathered(
     return flat, parts
 
 
-GRID = 2.0**40  # |v_old * v_new| < 44, so 2**17 rows sum below 2**63
-
-
 def project(moment: Tensor, v_old: Tensor, v_new: Tensor, square: float) -> Tensor:
-    """``moment @ (v_old.T @ v_new) / square`` through the r x r product, float32 (m, r).
-
-    Bit for bit the same on every device: the sum over n runs on a fixed-point grid (integers add
-    in any order).
-    """
-    n, rank = v_new.shape
-    parts = max(1, -(-n // (1 << 17)))
-    product = torch.zeros(rank, rank, dtype=torch.float64, device=v_new.device)
-    for old, new in zip(v_old.chunk(parts), v_new.chunk(parts), strict=True):
-        for q in range(rank):
-            terms = old[:, q, None].double() * new.double() * GRID
-            product[q] += terms.round().to(torch.int64).sum(0).double() / GRID
-    return small_product(moment, product / square)
+    """``moment @ (v_old.T @ v_new) / square`` through the r x r product, float32 (m, r), bit for
+    bit the same on every device."""
+    return small_product(moment, gram(v_old, v_new) / square)
