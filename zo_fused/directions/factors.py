@@ -48,7 +48,7 @@ class Factors:
     One-dimensional parameters get dense noise: U is the noise itself, V is 1.
 
     With a basis, U of a matrix is ``Q Z``: Q (m, rank) is made with V once a window, Z (rank, rank)
-    is fresh every step.
+    is fresh every step. Its rank is no more than the shorter side of the matrix.
 
     Args:
         basis: from a matrix and normals of the shapes of Q and V to Q and V; None: there is no Q.
@@ -68,6 +68,8 @@ class Factors:
             (*matrix_shape(p), bucket.fixed[g]["rank"]) if p.dim() >= 2 else (p.numel(), 1, 1)
             for p, g in zip(bucket.params, bucket.group_of, strict=True)
         ]
+        if basis is not None:
+            shapes = [(m, n, min(m, n, rank)) for m, n, rank in shapes]
         self.u_shapes = [(m, rank) for m, _, rank in shapes]
         self.v_shapes = [(n, rank) for _, n, rank in shapes]
         self._all = list(range(len(shapes)))
@@ -145,6 +147,7 @@ class Factors:
         self._bucket.fill(cores, self._matrices, "cores drawn")(
             keys[self._matrices], **self._options
         )
+        self.shape_cores(cores, seed, step, query)
         for i, q, core in zip(self._matrices, slot.qs, cores, strict=True):
             slot.us[i].copy_(small_product(q, core))
 
@@ -162,9 +165,17 @@ class Factors:
             return
         self._draw_for_window(slot.qs, slot.number, seed, step, Purpose.LEFT)
         for i, q, v in zip(self._matrices, slot.qs, vs, strict=True):
-            left, right = self._basis(self._bucket.params[i], q, v)
+            left, right = self.make_basis(i, seed, q, v)
             q.copy_(left)
             v.copy_(right)
+
+    def make_basis(self, row: int, seed: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Q and V of the matrix in a row of the bucket, from normals of their shapes."""
+        assert self._basis is not None
+        return self._basis(self._bucket.params[row], left, right)
+
+    def shape_cores(self, cores: list[Tensor], seed: int, step: Step, query: int) -> None:
+        """Change the Z of the matrices, which were drawn for a query, in place."""
 
     def _draw_for_window(
         self, outs: list[Tensor], number: int, seed: int, step: Step, purpose: Purpose
