@@ -84,6 +84,19 @@ METHODS = {
         ("queries",),
     ),
     "SVD-0": Method(zo_fused.PGAP, {**LOW_RANK, "delta": None, "probes": 1}, ()),
+    "ZOMuon": Method(
+        zo_fused.ZOMuon,
+        {**LOW_RANK, "queries": 2, "vector_lr": None},
+        ("deferred", "in turn", "at once"),
+    ),
+    "ZOMuon, momentum": Method(
+        zo_fused.ZOMuon,
+        {**LOW_RANK, "queries": 2, "vector_lr": None, "momentum": 0.9, "one_sided": False},
+        ("deferred",),
+    ),
+    "ZOMuon, no sign": Method(
+        zo_fused.ZOMuon, {**LOW_RANK, "queries": 1, "vector_lr": None, "sign": False}, ()
+    ),
     "ZOConservative": Method(zo_fused.ZOConservative, {}, ("in turn",)),
     "ForwardGrad": Method(zo_fused.ForwardGrad, {}, ("queries",)),
 }

@@ -55,6 +55,14 @@ class Factors:
         options: of the sweeps that draw, as `Direction.options`.
     """
 
+    purposes = (Purpose.U, Purpose.V)  # the streams of U and V of matrices
+    orthonormal = False  # whether V has orthonormal columns, so not more of them than rows
+
+    @staticmethod
+    def sides(p: Tensor) -> tuple[int, int]:
+        """The rows of U and V of a matrix."""
+        return matrix_shape(p)
+
     def __init__(
         self,
         bucket: Bucket,
@@ -65,10 +73,10 @@ class Factors:
         self._options = options
         self._basis = basis
         shapes = [
-            (*matrix_shape(p), bucket.fixed[g]["rank"]) if p.dim() >= 2 else (p.numel(), 1, 1)
+            (*self.sides(p), bucket.fixed[g]["rank"]) if p.dim() >= 2 else (p.numel(), 1, 1)
             for p, g in zip(bucket.params, bucket.group_of, strict=True)
         ]
-        if basis is not None:
+        if basis is not None or self.orthonormal:
             shapes = [(m, n, min(m, n, rank)) for m, n, rank in shapes]
         self.u_shapes = [(m, rank) for m, _, rank in shapes]
         self.v_shapes = [(n, rank) for _, n, rank in shapes]
@@ -133,7 +141,7 @@ class Factors:
         return (seed, *(step // interval for interval in self._intervals))
 
     def _draw_u(self, slot: StepFactors, seed: int, step: Step, query: int) -> None:
-        matrices = Purpose.U if self._basis is None else Purpose.CORE
+        matrices = self.purposes[0] if self._basis is None else Purpose.CORE
         streams = [Stream(purpose, step, query=query) for purpose in (matrices, Purpose.DENSE)]
         keys = stream_keys(seed, streams, self._bucket.device)[self._is_vector]
         if self._basis is None:
@@ -156,7 +164,8 @@ class Factors:
 
     def _draw_v(self, slot: StepFactors, seed: int, step: Step, windows: Any) -> None:
         vs = [slot.vs[i] for i in self._matrices]
-        self._draw_for_window(vs, slot.number, seed, step, Purpose.V)
+        self._draw_for_window(vs, slot.number, seed, step, self.purposes[1])
+        self.shape_window(vs)
         if self._basis is None or not vs:
             return
         other = self._slots[1 - slot.number]
@@ -173,6 +182,9 @@ class Factors:
         """Q and V of the matrix in a row of the bucket, from normals of their shapes."""
         assert self._basis is not None
         return self._basis(self._bucket.params[row], left, right)
+
+    def shape_window(self, vs: list[Tensor]) -> None:
+        """Change the V of the matrices, which were drawn for a window, in place."""
 
     def shape_cores(self, cores: list[Tensor], seed: int, step: Step, query: int) -> None:
         """Change the Z of the matrices, which were drawn for a query, in place."""
