@@ -67,6 +67,36 @@ METHODS = {
     "ZOSignSGD": Method(zo_fused.ZOSignSGD, {}),
     "ZOSignSGD scalar": Method(zo_fused.ZOSignSGD, {"sign": "scalar"}, ("deferred",)),
     "KerZOO": Method(zo_fused.KerZOO, {}),
+    "PGAP": Method(
+        zo_fused.PGAP,
+        {**LOW_RANK, "probes": 2, "total_steps": 20},
+        ("one-sided", "queries", "queries, one-sided"),
+    ),
+    "PGAP joint": Method(
+        zo_fused.PGAP,
+        {
+            **LOW_RANK,
+            "probes": 3,
+            "delta": (1.0, 1.0),
+            "align": "joint",
+            "probes_one_sided": True,
+        },
+        ("queries",),
+    ),
+    "SVD-0": Method(zo_fused.PGAP, {**LOW_RANK, "delta": None, "probes": 1}, ()),
+    "ZOMuon": Method(
+        zo_fused.ZOMuon,
+        {**LOW_RANK, "queries": 2, "vector_lr": None},
+        ("deferred", "in turn", "at once"),
+    ),
+    "ZOMuon, momentum": Method(
+        zo_fused.ZOMuon,
+        {**LOW_RANK, "queries": 2, "vector_lr": None, "momentum": 0.9, "one_sided": False},
+        ("deferred",),
+    ),
+    "ZOMuon, no sign": Method(
+        zo_fused.ZOMuon, {**LOW_RANK, "queries": 1, "vector_lr": None, "sign": False}, ()
+    ),
     "ZOConservative": Method(zo_fused.ZOConservative, {}, ("in turn",)),
     "ForwardGrad": Method(zo_fused.ForwardGrad, {}, ("queries",)),
 }

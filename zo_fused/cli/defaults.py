@@ -42,6 +42,9 @@ EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "zo-conservative": {"lr": 1e-4},
     "forward-grad": {"lr": 1e-5},
     "kerzoo": {"lr": 3e-5},
+    "zo-muon": {"lr": 1e-3},
+    "p-gap": {"lr": 3e-5},
+    "svd-0": {"lr": 3e-5},
 }
 
 # Adapters: MeZO's README; prompts: that of SubZero. Their matrices are too small for side paths

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo_fused.directions.products import small_product
 from zo_fused.noise.keys import DeviceStep, Step, Stream, on_device, stream_keys
 from zo_fused.noise.streams import Purpose
 from zo_fused.step.buckets import Bucket
@@ -47,12 +48,20 @@ class Factors:
     One-dimensional parameters get dense noise: U is the noise itself, V is 1.
 
     With a basis, U of a matrix is ``Q Z``: Q (m, rank) is made with V once a window, Z (rank, rank)
-    is fresh every step.
+    is fresh every step. Its rank is no more than the shorter side of the matrix.
 
     Args:
         basis: from a matrix and normals of the shapes of Q and V to Q and V; None: there is no Q.
         options: of the sweeps that draw, as `Direction.options`.
     """
+
+    purposes = (Purpose.U, Purpose.V)  # the streams of U and V of matrices
+    orthonormal = False  # whether V has orthonormal columns, so not more of them than rows
+
+    @staticmethod
+    def sides(p: Tensor) -> tuple[int, int]:
+        """The rows of U and V of a matrix."""
+        return matrix_shape(p)
 
     def __init__(
         self,
@@ -64,9 +73,11 @@ class Factors:
         self._options = options
         self._basis = basis
         shapes = [
-            (*matrix_shape(p), bucket.fixed[g]["rank"]) if p.dim() >= 2 else (p.numel(), 1, 1)
+            (*self.sides(p), bucket.fixed[g]["rank"]) if p.dim() >= 2 else (p.numel(), 1, 1)
             for p, g in zip(bucket.params, bucket.group_of, strict=True)
         ]
+        if basis is not None or self.orthonormal:
+            shapes = [(m, n, min(m, n, rank)) for m, n, rank in shapes]
         self.u_shapes = [(m, rank) for m, _, rank in shapes]
         self.v_shapes = [(n, rank) for _, n, rank in shapes]
         self._all = list(range(len(shapes)))
@@ -130,7 +141,7 @@ class Factors:
         return (seed, *(step // interval for interval in self._intervals))
 
     def _draw_u(self, slot: StepFactors, seed: int, step: Step, query: int) -> None:
-        matrices = Purpose.U if self._basis is None else Purpose.CORE
+        matrices = self.purposes[0] if self._basis is None else Purpose.CORE
         streams = [Stream(purpose, step, query=query) for purpose in (matrices, Purpose.DENSE)]
         keys = stream_keys(seed, streams, self._bucket.device)[self._is_vector]
         if self._basis is None:
@@ -144,6 +155,7 @@ class Factors:
         self._bucket.fill(cores, self._matrices, "cores drawn")(
             keys[self._matrices], **self._options
         )
+        self.shape_cores(cores, seed, step, query)
         for i, q, core in zip(self._matrices, slot.qs, cores, strict=True):
             slot.us[i].copy_(small_product(q, core))
 
@@ -152,7 +164,8 @@ class Factors:
 
     def _draw_v(self, slot: StepFactors, seed: int, step: Step, windows: Any) -> None:
         vs = [slot.vs[i] for i in self._matrices]
-        self._draw_for_window(vs, slot.number, seed, step, Purpose.V)
+        self._draw_for_window(vs, slot.number, seed, step, self.purposes[1])
+        self.shape_window(vs)
         if self._basis is None or not vs:
             return
         other = self._slots[1 - slot.number]
@@ -161,9 +174,20 @@ class Factors:
             return
         self._draw_for_window(slot.qs, slot.number, seed, step, Purpose.LEFT)
         for i, q, v in zip(self._matrices, slot.qs, vs, strict=True):
-            left, right = self._basis(self._bucket.params[i], q, v)
+            left, right = self.make_basis(i, seed, q, v)
             q.copy_(left)
             v.copy_(right)
+
+    def make_basis(self, row: int, seed: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Q and V of the matrix in a row of the bucket, from normals of their shapes."""
+        assert self._basis is not None
+        return self._basis(self._bucket.params[row], left, right)
+
+    def shape_window(self, vs: list[Tensor]) -> None:
+        """Change the V of the matrices, which were drawn for a window, in place."""
+
+    def shape_cores(self, cores: list[Tensor], seed: int, step: Step, query: int) -> None:
+        """Change the Z of the matrices, which were drawn for a query, in place."""
 
     def _draw_for_window(
         self, outs: list[Tensor], number: int, seed: int, step: Step, purpose: Purpose
@@ -207,12 +231,3 @@ class Factors:
             for side in (0, 1)
         ]
         return us, vs, halves
-
-
-def small_product(tall: Tensor, small: Tensor) -> Tensor:
-    """``tall @ small`` for a small square matrix, float32: bit for bit the same on every device, as
-    the sum runs in a fixed order in float64."""
-    total = torch.zeros(tall.shape, dtype=torch.float64, device=tall.device)
-    for column, row in zip(tall.unbind(1), small.double().unbind(), strict=True):
-        total += column[:, None].double() * row
-    return total.float()

@@ -115,7 +115,8 @@ class _Reader:
         _must(bool(self._owners), "parameters must not be empty")
         options = header["options"]
         for name, value in options.items():
-            _scalar(value, name)
+            for one in value if isinstance(value, list) else [value]:
+                _scalar(one, name)
         self._queries = _whole(options.get("queries", 1), "queries", _MOST_QUERIES)
         self._simultaneous = options.get("block_order") == "simultaneous"
         self.settings = self._changed({name: header[name] for name in SETTINGS}, {})

@@ -143,8 +143,12 @@ def finetune(options: Options) -> dict[str, Any]:
     encoder = make_encoder(options.task, tokenizer, max_length)
     data, cut = _encode(encoder, examples)
     print(sizes({split: len(encoded) for split, encoded in data.items()}, cut, max_length))
-    optimizer = make_optimizer(options.method, options.hyper, model, options.plan.seed)
+    plan = options.plan
+    optimizer = make_optimizer(options.method, options.hyper, model, plan.seed, plan.steps)
     options = replace(options, plan=_plan(options, optimizer))
+    if options.plan.steps != plan.steps:
+        plan = options.plan
+        optimizer = make_optimizer(options.method, options.hyper, model, plan.seed, plan.steps)
     settings = _settings(options, encoder, data["train"])
     if checkpoint is None:
         clear(options.output)
@@ -290,11 +294,14 @@ def _model(options: Options, checkpoint: Path | None, device: torch.device) -> A
     )
 
 
-def make_optimizer(method: str, hyper: dict[str, Any], model: Any, seed: int = 0) -> Any:
+def make_optimizer(
+    method: str, hyper: dict[str, Any], model: Any, seed: int = 0, steps: int = 1
+) -> Any:
     """The optimizer of a method.
 
     Args:
         method, hyper: as in `Options`.
+        steps: of the run, for methods with a schedule over all of it.
 
     Raises:
         UserError: the method has no such schedule, or refuses an argument.
@@ -305,6 +312,8 @@ def make_optimizer(method: str, hyper: dict[str, Any], model: Any, seed: int = 0
     arguments = SCHEDULES[schedule]
     if not arguments.keys() <= inspect.signature(made).parameters.keys():
         raise UserError(f"the schedule {schedule!r} is not for the method {method}")
+    if "total_steps" in inspect.signature(made).parameters:
+        hyper["total_steps"] = steps
     try:
         params = model
         if blocks is not None:
