@@ -83,7 +83,7 @@ class AlignedFactors(Factors):
     """The factors of a bucket, in the space of its window."""
 
     def __init__(self, bucket: Bucket, direction: Aligned) -> None:
-        super().__init__(bucket, direction.basis, direction.options)
+        super().__init__(bucket, direction.form, direction.basis, direction.options)
         self._slots[1] = self._slots[0]  # no sweep has the z of two steps
         self._direction = direction
         ranks = [self.u_shapes[i][1] for i in self._matrices]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from zo_fused.directions.factors import Factors
+from zo_fused.directions.forms import Form
 from zo_fused.directions.low_rank import LowRank
 from zo_fused.directions.orthonormal import orthonormal
 from zo_fused.noise.streams import Purpose
@@ -15,6 +17,8 @@ from zo_fused.step.buckets import Bucket
 from zo_fused.step.direction import Term
 from zo_fused.step.vectors import Vector
 from zo_fused.sweeps.arguments import matrix_shape
+
+PSI = Form(Purpose.RIGHT, lambda n, rank: (n, rank), clipped=True, right=Purpose.LEFT)
 
 
 class LeftBasis(LowRank):
@@ -26,7 +30,12 @@ class LeftBasis(LowRank):
     """
 
     def factors(self, bucket: Bucket) -> Factors:
-        return bucket.once("factors", lambda: LeftFactors(bucket, options=self.options))
+        make = partial(LeftFactors, bucket, self.form, self.basis, self.options)
+        return bucket.once("factors", make)
+
+    @property
+    def form(self) -> Form:
+        return PSI
 
     def square(self, n: int) -> float:
         return 1.0
@@ -43,9 +52,6 @@ class LeftBasis(LowRank):
 
 class LeftFactors(Factors):
     """U = Psi^T of a query and V = P of a window."""
-
-    purposes = (Purpose.RIGHT, Purpose.LEFT)
-    orthonormal = True
 
     @staticmethod
     def sides(p: Tensor) -> tuple[int, int]:

@@ -6,9 +6,10 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
-from zo_fused.checks import choice, switch
+from zo_fused.checks import switch
 from zo_fused.directions.factored.direction import Factored
 from zo_fused.directions.low_rank import LowRank
+from zo_fused.methods.beside import evaluated_module, rounding_of
 from zo_fused.methods.table import Recipe, method
 from zo_fused.rules.factor_momentum import FactorMomentum
 from zo_fused.rules.sgd import SGD
@@ -59,8 +60,8 @@ class LOZO(ZerothOrderOptimizer):
             weights are read once: faster where a batch has few tokens. The closure must be one that
             `torch.vmap` can batch.
         module: the model that the closure evaluates, for mode "factored" where `params` is not it.
-        common: eps, weight_decay, seed, queries (with the same V), and for mode "inplace" deferred,
-            one_sided, block_order ("sequential" without momentum only): see
+        common: eps, weight_decay, seed, one_sided (not paired), queries (with the same V), and for
+            mode "inplace" deferred, block_order ("sequential" without momentum only): see
             `ZerothOrderOptimizer`.
     """
 
@@ -79,24 +80,16 @@ class LOZO(ZerothOrderOptimizer):
         module: nn.Module | None = None,
         **common: Unpack[StepOptions],
     ) -> None:
-        choice("mode", mode, ("inplace", "factored"))
-        paired, divide_by_rank = switch("paired", paired), switch("divide_by_rank", divide_by_rank)
+        evaluated = evaluated_module("LOZO", params, module, mode, paired, common)
+        divide_by_rank = switch("divide_by_rank", divide_by_rank)
         momentum = hyper("momentum", momentum)
-        if mode == "factored":
-            for name in ("deferred", "one_sided", "block_order"):
-                if common.get(name):
-                    raise ValueError(f'{name} is for mode="inplace": factored steps make no sweeps')
         if momentum and common.get("block_order") == "sequential":
             raise ValueError("a block would miss the steps at which its momentum moves to a new V")
-        if mode != "factored" and paired:
-            raise ValueError('paired needs mode="factored": weights have one sign at a time')
-        if rounding is None:
-            rounding = "stochastic" if mode == "factored" else "nearest"
         defaults = {
             "lr": lr,
             "rank": rank,
             "interval": interval,
-            "rounding": rounding,
+            "rounding": rounding_of(rounding, mode),
         }
         if momentum:
             defaults["momentum"] = momentum
@@ -109,12 +102,8 @@ class LOZO(ZerothOrderOptimizer):
             "distribution": distribution,
         }
         direction = LowRank(divide_by_rank, distribution)
-        if mode == "factored":
-            evaluated = params if isinstance(params, nn.Module) else module
-            if evaluated is None:
-                raise ValueError(
-                    'mode="factored" needs the module whose forward pass takes part: '
-                    "LOZO(model, ...), or module=model beside param groups"
-                )
-            direction = Factored(evaluated, paired, divide_by_rank, distribution)
+        if evaluated is not None:
+            direction = Factored(
+                evaluated, paired, divide_by_rank=divide_by_rank, distribution=distribution
+            )
         super().__init__(params, direction, rule, defaults, options, **common)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zo_fused.directions.exact import exact_product
-from zo_fused.directions.factors import Factors
+from zo_fused.directions.factors import Factors, Flat
 from zo_fused.directions.left_basis import LeftBasis
 from zo_fused.directions.low_rank import LowRank
 from zo_fused.rules.factor_momentum import FactorMomentum
@@ -39,12 +39,10 @@ class Muon(FactorMomentum):
         self.momentum = momentum
         self.sign = sign
 
-    def averages(
-        self, update: Update, factors: Factors, state: dict[Any, Any]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def averages(self, update: Update, factors: Factors, state: dict[Any, Any]) -> Flat:
         if self.momentum:
             return super().averages(update, factors, state)
-        return update.bucket.once("mean", lambda: factors.buffer(factors.u_shapes))
+        return update.bucket.once("mean", lambda: factors.buffer(factors.shapes))
 
     def to_window(
         self, update: Update, direction: LowRank, moments: list[Tensor], state: dict[Any, Any]
@@ -57,7 +55,7 @@ class Muon(FactorMomentum):
         if not self.sign:
             return mean
         bucket, factors = update.bucket, direction.factors(update.bucket)
-        flat, signs = bucket.once("signs", lambda: factors.buffer(factors.u_shapes))
+        flat, signs = bucket.once("signs", lambda: factors.buffer(factors.shapes))
         flat.copy_(mean)
         matrices = [part for p, part in zip(bucket.params, signs, strict=True) if p.dim() >= 2]
         same: defaultdict[int, list[Tensor]] = defaultdict(list)
