@@ -25,6 +25,7 @@ from zo_fused.sweeps.conversions import int64_tensor
 
 Pair = tuple[list[Tensor], list[Tensor]]
 Basis = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Right = Callable[[Tensor, int], Tensor | None]
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Factors:
 
     Args:
         basis: from a matrix and normals of the shapes of Q and V to Q and V; None: there is no Q.
+        right: from a matrix and a step to V, or to None where V is drawn.
         options: of the sweeps that draw, as `Direction.options`.
     """
 
@@ -58,11 +60,14 @@ class Factors:
         self,
         bucket: Bucket,
         basis: Basis | None = None,
+        right: Right | None = None,
         options: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._bucket = bucket
         self._options = options
         self._basis = basis
+        self._right = right
+        self._forgotten = 0
         shapes = [
             (*matrix_shape(p), bucket.fixed[g]["rank"]) if p.dim() >= 2 else (p.numel(), 1, 1)
             for p, g in zip(bucket.params, bucket.group_of, strict=True)
@@ -120,6 +125,7 @@ class Factors:
 
     def forget(self) -> None:
         """What a direction has learnt changes the basis: it is made anew."""
+        self._forgotten += 1
         for slot in self._slots:
             slot.step = slot.windows = None
 
@@ -127,7 +133,7 @@ class Factors:
         """What tells whose V a step has."""
         if isinstance(step, DeviceStep):  # only the device knows which window it is
             return (seed, step)
-        return (seed, *(step // interval for interval in self._intervals))
+        return (seed, self._forgotten, *(step // interval for interval in self._intervals))
 
     def _draw_u(self, slot: StepFactors, seed: int, step: Step, query: int) -> None:
         matrices = Purpose.U if self._basis is None else Purpose.CORE
@@ -153,6 +159,11 @@ class Factors:
     def _draw_v(self, slot: StepFactors, seed: int, step: Step, windows: Any) -> None:
         vs = [slot.vs[i] for i in self._matrices]
         self._draw_for_window(vs, slot.number, seed, step, Purpose.V)
+        if self._right is not None:
+            assert isinstance(step, int)
+            for i, v in zip(self._matrices, vs, strict=True):
+                if (found := self._right(self._bucket.params[i], step)) is not None:
+                    v.copy_(found)
         if self._basis is None or not vs:
             return
         other = self._slots[1 - slot.number]

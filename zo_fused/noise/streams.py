@@ -31,6 +31,7 @@ class Purpose(enum.IntEnum):
     LEFT = 5  # low rank: the left basis of a window
     CORE = 6  # coordinates in a basis
     PROBE = 8  # dense directions that a direction learns from
+    TEST = 9  # where the search for a space begins
     SCALAR = 10  # a number of a step's query, for all parameters: id 0
 
 

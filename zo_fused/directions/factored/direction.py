@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_fused.directions.activations import Activations
 from zo_fused.directions.factored.side_paths import SidePaths
 from zo_fused.directions.factors import Factors, StepFactors
 from zo_fused.directions.low_rank import LowRank
@@ -109,7 +110,7 @@ class Factored(LowRank, Beside):
     Args:
         module: the model that the closure evaluates; None: nothing can be evaluated (replay).
         paired: evaluate both signs in one forward pass.
-        divide_by_rank, distribution: as in `LowRank`.
+        divide_by_rank, distribution, activations: as in `LowRank`.
     """
 
     fixed: tuple[str, ...] = (*LowRank.fixed, "weight_decay")
@@ -120,8 +121,9 @@ class Factored(LowRank, Beside):
         paired: bool = False,
         divide_by_rank: bool = False,
         distribution: str = "gaussian",
+        activations: Activations | None = None,
     ) -> None:
-        super().__init__(divide_by_rank, distribution)
+        super().__init__(divide_by_rank, distribution, activations)
         self.module = module
         self.paired = paired
         self._reset()
@@ -134,7 +136,7 @@ class Factored(LowRank, Beside):
         self._attached_to: Sequence[Bucket] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("divide_by_rank", "module", "paired", "transform")
+        own = ("activations", "divide_by_rank", "module", "paired", "transform")
         return {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
