@@ -24,6 +24,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "at once": {"block_order": "simultaneous"},
     "history": {"history": 4},
     "factored": {"mode": "factored"},
+    "refresh": {"refresh": 3, "interval": 3},
+    "frozen": {"others": "frozen"},
     "paired": {"mode": "factored", "paired": True},
 }
 USUAL = ("deferred", "one-sided", "queries", "queries, deferred")
@@ -58,6 +60,19 @@ METHODS = {
         zo_fused.LOZO,
         {**LOW_RANK, "momentum": 0.9},
         ("deferred", "queries", "factored", "queries, paired"),
+    ),
+    "LOZO of activations": Method(
+        zo_fused.LOZO,
+        {**LOW_RANK, "basis": "activations"},
+        (
+            *("deferred", "one-sided, refresh", "queries, refresh", "refresh, deferred", "frozen"),
+            *("factored, frozen", "refresh, factored", "queries, paired", "in turn", "hadamard"),
+        ),
+    ),
+    "LOZO-M of activations": Method(
+        zo_fused.LOZO,
+        {**LOW_RANK, "basis": "activations", "momentum": 0.9},
+        ("refresh, deferred", "refresh, factored"),
     ),
     "ZOAdam": Method(
         zo_fused.ZOAdam,
@@ -115,11 +130,12 @@ class Case:
 
     def __call__(self, params: Any, **options: Any) -> ZerothOrderOptimizer:
         given = {"lr": 1e-3, "seed": 3, **self.options, **options}
-        if isinstance(params, nn.Module):
-            if "block_order" in given:
-                params = blocks(params)
-        elif "mode" in given:  # a list of parameters belongs to no module: all are written
-            given["module"] = nn.Module()
+        module = params if isinstance(params, nn.Module) else None
+        if module is not None and "block_order" in given:
+            params = blocks(module)
+        if params is not module and {"mode", "basis"} & given.keys():
+            # a list of parameters belongs to no module: all are written, every V is random
+            given.setdefault("module", module or nn.Module())
         return self.optimizer(params, **given)
 
     def has(self, *names: str) -> bool:
@@ -152,6 +168,5 @@ def rounds(case: Case) -> bool:
 
 def evaluates_both_sides(case: Case) -> bool:
     """All weights at theta + eps z, then at theta - eps z, and nothing else."""
-    return not (
-        case.has("one_sided", "queries", "block_order", "paired") or case.optimizer.needs_closure  # type: ignore[attr-defined]
-    )
+    several = case.has("one_sided", "queries", "block_order", "paired", "basis")
+    return not (several or case.optimizer.needs_closure)  # type: ignore[attr-defined]

@@ -37,6 +37,8 @@ EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "mezo-m": {"lr": 1e-5},
     "lozo": {"lr": 3e-5, "schedule": "deferred"},
     "lozo-m": {"lr": 3e-5, "schedule": "deferred"},
+    "agzo": {"lr": 3e-5, "schedule": "deferred"},
+    "zo-act": {"lr": 3e-5, "schedule": "deferred"},
     "zo-adam": {"lr": 1e-4},
     "zo-sign": {"lr": 3e-4},
     "zo-conservative": {"lr": 1e-4},

@@ -24,6 +24,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "rank": {"type": whole, "help": "{methods}: columns of U and V ({default})"},
     "interval": {"type": whole, "help": "{methods}: steps for which V stays ({default})"},
+    "basis": {
+        **choice(("random", "activations")),
+        "help": "{methods}: V at random, or the main directions of what linear layers are given "
+        "({default})",
+    },
+    "refresh": {
+        "metavar": "STEPS",
+        "type": whole,
+        "help": "{methods}: with --basis activations, look at activations again every so many "
+        "steps, which takes a forward pass and the place of --interval (default: once; agzo: 50)",
+    },
+    "others": {
+        **choice(("random", "frozen")),
+        "help": "{methods}: with --basis activations, what is no matrix of a linear layer alone "
+        "({default})",
+    },
     "momentum": {"type": float, "help": "{methods}: in [0, 1) (default: 0, with -m 0.9)"},
     "history": {
         "metavar": "STEPS",

@@ -28,6 +28,7 @@ from zo_fused.sweeps.conversions import int64_tensor
 Pair = tuple[list[Tensor], list[Tensor]]
 Flat = tuple[Tensor, list[Tensor]]  # one tensor, and its parts
 Basis = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Right = Callable[[Tensor, int], Tensor | None]
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Factors:
         form: what the coordinates of a matrix are.
         basis: from a matrix and normals of the shapes of Q and V to Q and V.
         options: of the sweeps that draw, as `Direction.options`.
+        right: from a matrix and a step to V, or to None where V is drawn.
 
     Attributes:
         shapes: of the coordinates of each parameter.
@@ -66,10 +68,12 @@ class Factors:
         form: Form,
         basis: Basis,
         options: Mapping[str, Any] = MappingProxyType({}),
+        right: Right | None = None,
     ) -> None:
         self._bucket = bucket
         self._options = options
-        self._form, self._basis = form, basis
+        self._form, self._basis, self._right = form, basis, right
+        self._forgotten = 0
         sizes = [self._size(*pair) for pair in zip(bucket.params, bucket.group_of, strict=True)]
         self.u_shapes = [(m, rank) for m, _, rank in sizes]
         self.v_shapes = [(n, rank) for _, n, rank in sizes]
@@ -135,6 +139,7 @@ class Factors:
 
     def forget(self) -> None:
         """What a direction has learnt changes the basis: it is made anew."""
+        self._forgotten += 1
         for slot in self._slots:
             slot.step = slot.windows = None
 
@@ -142,7 +147,7 @@ class Factors:
         """What tells whose V a step has."""
         if isinstance(step, DeviceStep):  # only the device knows which window it is
             return (seed, step)
-        return (seed, *(step // interval for interval in self._intervals))
+        return (seed, self._forgotten, *(step // interval for interval in self._intervals))
 
     def _draw(self, slot: StepFactors, seed: int, step: Step, query: int) -> None:
         purposes = self._form.purpose, Purpose.DENSE
@@ -157,6 +162,11 @@ class Factors:
         vs = [slot.vs[i] for i in self._matrices]
         self._draw_for_window(vs, slot.number, seed, step, self._form.right)
         self.shape_window(vs)
+        if self._right is not None:
+            assert isinstance(step, int)
+            for i, v in zip(self._matrices, vs, strict=True):
+                if (found := self._right(self._bucket.params[i], step)) is not None:
+                    v.copy_(found)
         if not slot.qs:
             return
         other = self._slots[1 - slot.number]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from zo_fused.directions.activations import Activations
 from zo_fused.directions.dense import Dense
 from zo_fused.directions.factors import Factors, Flat, StepFactors
 from zo_fused.directions.forms import CORE, FACTOR, Form
@@ -23,15 +24,26 @@ class LowRank(Direction):
     stream (V, step // interval), both N(0, 1), each from its own stream, so the U of the query is
     the U of the update (the released LOZO code loses that at every new V). One-dimensional
     parameters get dense noise from stream (dense, step, query): U is the noise itself, V is 1.
+
+    Args:
+        activations: where V comes from instead; None: it is drawn.
     """
 
     fixed: tuple[str, ...] = ("rank", "interval")
 
-    def __init__(self, divide_by_rank: bool = False, distribution: str = "gaussian") -> None:
+    def __init__(
+        self,
+        divide_by_rank: bool = False,
+        distribution: str = "gaussian",
+        activations: Activations | None = None,
+    ) -> None:
         super().__init__(distribution)
         self.divide_by_rank = divide_by_rank
+        self.activations = activations
 
     def not_capturable(self, deferred: bool) -> str:
+        if self.activations is not None:
+            return "whether V is to be made from activations is for the host to say"
         if deferred:
             return "whether the next step has the same V is for the host to say; deferred=False"
         return ""
@@ -60,8 +72,36 @@ class LowRank(Direction):
 
     def factors(self, bucket: Bucket) -> Factors:
         """The factors of a bucket."""
-        make = partial(Factors, bucket, self.form, self.basis, self.options)
+        right = None if self.activations is None else self._right
+        make = partial(Factors, bucket, self.form, self.basis, self.options, right)
         return bucket.once("factors", make)
+
+    def _right(self, p: Tensor, step: int) -> Tensor | None:
+        assert self.activations is not None
+        return self.activations.right(self.state.get(p, {}), step)
+
+    def bases(self, params: Sequence[Tensor]) -> list[Any]:
+        return [] if self.activations is None else self.activations.to_json(params, self.state)
+
+    def take_bases(
+        self,
+        bases: list[Any],
+        groups: Sequence[dict[str, Any]],
+        buckets: Sequence[Bucket],
+        step: int,
+    ) -> None:
+        if self.activations is None:
+            super().take_bases(bases, groups, buckets, step)
+            return
+        rows = [(p, group["rank"]) for group in groups for p in group["params"]]
+        params, ranks = zip(*rows, strict=True)
+        if self.activations.from_json(bases, params, ranks, self.state, step):
+            self.forget(buckets)
+
+    def forget(self, buckets: Sequence[Bucket]) -> None:
+        """Bases have changed."""
+        for bucket in buckets:
+            self.factors(bucket).forget()
 
     def sweep(self, sweep: Sweep) -> None:
         if probes := [term for term in sweep.terms if term.probe]:  # the z of probes are dense

@@ -59,7 +59,7 @@ class Weights:
         self.direction = direction
         self.schedule = schedule
         self.parameters = parameters
-        self.log = StepLog(groups)
+        self.log = StepLog(groups, direction)
         self.place = THETA
         self.ahead = False
         self.moved = False
