@@ -42,7 +42,8 @@ def gathered(
 
 def entered(update: Update, state: dict[Any, Any], window: str) -> list[int]:
     """Rows of the matrices that enter a window with this step; the state has its number then."""
-    bucket, rows = update.bucket, []
+    bucket = update.bucket
+    rows: list[int] = []
     windows = [update.number // group["interval"] for group in bucket.fixed]
     seen: list[list[int]] = bucket.once(("windows", window), list)
     if seen == [windows]:  # so most steps look at no parameter
