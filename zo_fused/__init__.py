@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from zo_fused.methods.mezo import MeZO as MeZO
     from zo_fused.methods.pgap import PGAP as PGAP
     from zo_fused.methods.sign import ZOSignSGD as ZOSignSGD
+    from zo_fused.methods.subzero import SubZero as SubZero
+    from zo_fused.methods.tezo import TeZO as TeZO
     from zo_fused.methods.zo_muon import ZOMuon as ZOMuon
     from zo_fused.replaying.rebuild import replay as replay
     from zo_fused.sweeps.dispatch import backend_of as backend_of
