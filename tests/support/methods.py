@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "factored": {"mode": "factored"},
     "refresh": {"refresh": 3, "interval": 3},
     "frozen": {"others": "frozen"},
+    "adam": {"moments": "adam"},
     "paired": {"mode": "factored", "paired": True},
 }
 USUAL = ("deferred", "one-sided", "queries", "queries, deferred")
@@ -67,6 +68,7 @@ METHODS = {
         (
             *("deferred", "one-sided, refresh", "queries, refresh", "refresh, deferred", "frozen"),
             *("factored, frozen", "refresh, factored", "queries, paired", "in turn", "hadamard"),
+            *("adam", "adam, refresh, factored"),
         ),
     ),
     "LOZO-M of activations": Method(
@@ -138,6 +140,5 @@ def rounds(case: Case) -> bool:
 
 def evaluates_both_sides(case: Case) -> bool:
     """All weights at theta + eps z, then at theta - eps z, and nothing else."""
-    return not (
-        case.has("one_sided", "queries", "block_order", "paired", "basis") or case.optimizer.needs_closure  # type: ignore[attr-defined]
-    )
+    takes_both = not case.has("one_sided", "queries", "block_order", "paired", "basis")
+    return takes_both and not case.optimizer.needs_closure  # type: ignore[attr-defined]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from zo_fused.directions.activations import Activations
 from zo_fused.directions.dense import Dense
-from zo_fused.directions.factors import Factors, StepFactors
+from zo_fused.directions.factors import Factors, Flat, StepFactors
+from zo_fused.directions.forms import CORE, FACTOR, Form
 from zo_fused.step.buckets import Bucket
 from zo_fused.step.direction import Direction, Sweep, Term
 from zo_fused.step.vectors import Vector, float32, vector
@@ -46,8 +48,13 @@ class LowRank(Direction):
             return "whether the next step has the same V is for the host to say; deferred=False"
         return ""
 
-    # Whether U is Q Z with a basis Q of the window: see `Factors` and `basis`.
+    # Whether U is Q Z with a basis Q of the window (see `basis`) and Z (rank, rank) of the query.
     has_basis = False
+
+    @property
+    def form(self) -> Form:
+        """What is drawn for every query."""
+        return CORE if self.has_basis else FACTOR
 
     def basis(self, p: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Q (m, rank) and V (n, rank) of a matrix for a window. What was learnt is in `state`
@@ -65,9 +72,9 @@ class LowRank(Direction):
 
     def factors(self, bucket: Bucket) -> Factors:
         """The factors of a bucket."""
-        basis = self.basis if self.has_basis else None
         right = None if self.activations is None else self._right
-        return bucket.once("factors", lambda: Factors(bucket, basis, right, self.options))
+        make = partial(Factors, bucket, self.form, self.basis, right, self.options)
+        return bucket.once("factors", make)
 
     def _right(self, p: Tensor, step: int) -> Tensor | None:
         assert self.activations is not None
@@ -110,7 +117,8 @@ class LowRank(Direction):
     def product(
         self, bucket: Bucket, seed: int, terms: Sequence[Term]
     ) -> tuple[tuple[list[Tensor], list[Tensor], Any], Vector]:
-        """The terms as ``coeff * U V^T``: U's add up where V is the same, else the ranks do.
+        """The terms as ``coeff * U V^T``: coordinates add up where V is the same, else the ranks
+        do.
 
         Returns:
             U's and V's, a name for where they lie, and the coefficients.
@@ -118,19 +126,23 @@ class LowRank(Direction):
         factors = self.factors(bucket)
         if len(terms) == 1 and terms[0].factor is None:
             step = factors.of(seed, terms[0].step, terms[0].query)
-            return (step.us, step.vs, ("step", step.number)), terms[0].coeffs
-        sums: dict[Any, tuple[list[Tensor], StepFactors]] = {}
+            _, us = factors.lifted((step.flat, step.parts), step)
+            return (us, step.vs, ("step", step.number)), terms[0].coeffs
+        sums: dict[Any, tuple[Flat, StepFactors]] = {}
         for term in terms:
-            step = factors.of(seed, term.step, term.query)  # its U until the next query is asked
-            flat = step.flat_u if term.factor is None else term.factor
+            step = factors.of(seed, term.step, term.query)  # it holds until the next query is asked
+            flat = step.flat if term.factor is None else term.factor
             first = step.windows not in sums
             number = len(sums) if first else list(sums).index(step.windows)
-            parts = factors.add(number, term.coeffs, flat, first)
-            sums.setdefault(step.windows, (parts, step))
-        if len(sums) == 1:
-            ((us, step),) = sums.values()
-            return (us, step.vs, ("sum", step.number)), bucket.ones
-        pairs = [(us, step.vs) for us, step in sums.values()]
+            total = factors.add(number, term.coeffs, flat, first)
+            sums.setdefault(step.windows, (total, step))
+        pairs = [
+            (factors.lifted(total, step, number)[1], step.vs)
+            for number, (total, step) in enumerate(sums.values())
+        ]
+        if len(pairs) == 1:
+            ((_, step),) = sums.values()
+            return (*pairs[0], ("sum", step.number)), bucket.ones
         return (*factors.joined(pairs), "joined"), bucket.ones
 
     def update_scale(self, bucket: Bucket) -> Vector | None:

@@ -96,6 +96,7 @@ class Weights:
     def look(self) -> None:
         """Look at the groups before a step: what requires gradients, and where it lies."""
         self.groups.check_changes()
+        self.beside.attach([])  # after a loss at theta it still is
         self.parameters.check_module()
         if self.parameters.changed(self.direction):
             self.flush()  # over the parameters and in the windows that it began with
@@ -156,10 +157,15 @@ class Weights:
             self.log.path.append({"at": at, **along} if entry is None else entry)
         self.ahead = False
 
+    def attach(self) -> None:
+        """The model is to be evaluated here: also at theta, of which a part may be kept beside."""
+        self.beside.attach(self.buckets)
+
     def flush(self) -> None:
         """Put them at theta, with all that is kept beside them."""
         self.look_again()
         moved = self._move(THETA)
+        self.beside.attach([])
         settled = self._settle(self.groups.restores + 1)
         (path, probes), self.ahead = self.log.begin(), False
         if moved or settled or path:
