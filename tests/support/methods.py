@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "factored": {"mode": "factored"},
     "refresh": {"refresh": 3, "interval": 3},
     "frozen": {"others": "frozen"},
+    "adam": {"moments": "adam"},
     "paired": {"mode": "factored", "paired": True},
 }
 USUAL = ("deferred", "one-sided", "queries", "queries, deferred")
@@ -67,6 +68,7 @@ METHODS = {
         (
             *("deferred", "one-sided, refresh", "queries, refresh", "refresh, deferred", "frozen"),
             *("factored, frozen", "refresh, factored", "queries, paired", "in turn", "hadamard"),
+            *("adam", "adam, refresh, factored"),
         ),
     ),
     "LOZO-M of activations": Method(

@@ -40,6 +40,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "{methods}: with --basis activations, what is no matrix of a linear layer alone "
         "({default})",
     },
+    "moments": {
+        **choice(("adam",)),
+        "help": "{methods}: Adam on the estimate in the factor (default: none, with zo-act adam)",
+    },
     "momentum": {"type": float, "help": "{methods}: in [0, 1) (default: 0, with -m 0.9)"},
     "moments": {
         **choice(("adam",)),

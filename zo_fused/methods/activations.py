@@ -48,7 +48,7 @@ class SeesActivations(ZerothOrderOptimizer):
         """
         if self._activations is None:
             return
-        with self._access.alone():
+        with self._access.going_away():  # which lifts the guard
             wanting = self._wanting()
         if wanting:
             raise RuntimeError(
@@ -85,19 +85,16 @@ class SeesActivations(ZerothOrderOptimizer):
 
         def evaluate(watched: AbstractContextManager[None]) -> None:
             def watching() -> Any:
-                weights.beside.attach(weights.buckets)  # factored mode allows no other use
                 with watched:
                     return closure()
 
-            try:
-                losses.update(self.losses_at([Position(0.0)], watching, again=bool(losses)))
-            finally:
-                weights.beside.attach([])
+            losses.update(self.losses_at([Position(0.0)], watching, again=bool(losses)))
 
         if not self._activations.find(wanting, self.state, self.seed, step, evaluate):
             return self.difference(dict.fromkeys(self.positions(), math.nan))
         assert isinstance(self.direction, LowRank)
         self.direction.forget(weights.buckets)
+        weights.beside.attach([])  # `_tell` looks at the module itself
         self._tell()
         if weights.beside.paired:
             return super().measure(closure)

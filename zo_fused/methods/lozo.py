@@ -14,19 +14,31 @@ from zo_fused.directions.low_rank import LowRank
 from zo_fused.methods.activations import SeesActivations
 from zo_fused.methods.beside import evaluated_module, rounding_of
 from zo_fused.methods.table import Recipe, method
+from zo_fused.rules.core_adam import CoreAdam
 from zo_fused.rules.factor_momentum import FactorMomentum
 from zo_fused.rules.sgd import SGD
 from zo_fused.step.hyper import hyper
 from zo_fused.step.schedule import StepOptions
 
 INTERVAL = 50
+WHOLE_RUN = 1_000_000_000
 
 
 @method(
     Recipe("lozo", "LOZO"),
     Recipe("lozo-m", "LOZO-M", {"momentum": 0.9}),
     Recipe("agzo", "AGZO", {"basis": "activations", "refresh": INTERVAL}),
-    Recipe("zo-act", "ZO-Act", {"basis": "activations", "others": "frozen", "rank": 1}),
+    Recipe(
+        "zo-act",
+        "ZO-Act",
+        {
+            "basis": "activations",
+            "others": "frozen",
+            "rank": 1,
+            "moments": "adam",
+            "interval": WHOLE_RUN,
+        },
+    ),
 )
 class LOZO(SeesActivations):
     """Low-rank zeroth-order SGD (Chen et al. 2024, arXiv 2410.07698); with momentum, LOZO-M; with
@@ -44,10 +56,9 @@ class LOZO(SeesActivations):
 
     With ``basis="activations"``, V of the matrix of a linear layer is ``sqrt(n) A``, A (n, rank)
     the top right singular vectors of the layer's inputs, in whose span the rows of the gradient
-    lie; V^T V = n I, as of the random V in the mean, so lr and eps mean the same. It takes 3
-    evaluations at theta before the first step, with `refresh` one more a window (none with
-    ``one_sided``, whose baseline it is), and V as state and in the replay log. Steps are
-    `step(closure)`.
+    lie; V^T V = n I, as of the random V in the mean, so eps means the same. It takes 3 evaluations
+    at theta before the first step, with `refresh` one more a window (one less with ``one_sided``,
+    as it is the baseline), and V as state and in the replay log. Such a step needs a closure.
 
     Paper and released code differ: the paper divides the estimate of a matrix by the rank, the code
     does not, so ``lr_code = lr_paper / rank``. The default is the code's.
@@ -83,6 +94,10 @@ class LOZO(SeesActivations):
             factored mode.
         others: (activations) all parameters but the matrices of linear layers: "random" as in LOZO,
             or "frozen".
+        moments: "adam": Adam on the estimate ``g U`` (ZO-Act), element by element in the factor,
+            with moments of shape (m, rank) that begin again with a new window of `interval` steps;
+            None: SGD.
+        betas, adam_eps: of moments "adam".
         common: eps, weight_decay, seed, one_sided (not paired), queries (with the same V), and for
             mode "inplace" deferred, block_order ("sequential" without momentum only): see
             `ZerothOrderOptimizer`.
@@ -104,6 +119,9 @@ class LOZO(SeesActivations):
         basis: str = "random",
         refresh: int | None = None,
         others: str = "random",
+        moments: str | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        adam_eps: float = 1e-8,
         **common: Unpack[StepOptions],
     ) -> None:
         evaluated = evaluated_module("LOZO", params, module, mode, paired, common)
@@ -118,9 +136,13 @@ class LOZO(SeesActivations):
             if interval not in (INTERVAL, refresh):
                 raise ValueError(f"refresh={refresh} is the interval, too: leave interval out")
             interval = refresh
-        if momentum and common.get("block_order") == "sequential":
+        if moments is not None:
+            choice("moments", moments, ("adam",))
+        if moments and momentum:
+            raise ValueError('moments="adam" has a momentum of its own, betas[0]: momentum=0')
+        if (momentum or moments) and common.get("block_order") == "sequential":
             raise ValueError("a block would miss the steps at which its momentum moves to a new V")
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
             "rank": rank,
             "interval": interval,
@@ -128,7 +150,9 @@ class LOZO(SeesActivations):
         }
         if momentum:
             defaults["momentum"] = momentum
-        rule = FactorMomentum() if momentum else SGD()
+        if moments:
+            defaults |= {"betas": betas, "adam_eps": adam_eps}
+        rule = CoreAdam() if moments else FactorMomentum() if momentum else SGD()
         # Groups may set their own momentum; this one chose the rule, so a replay needs it.
         options = {
             "divide_by_rank": divide_by_rank,
@@ -136,25 +160,27 @@ class LOZO(SeesActivations):
             "mode": mode,
             "distribution": distribution,
         }
+        if moments:
+            options["moments"] = moments
         activations = None
-        seen = params if isinstance(params, nn.Module) else module
         if basis == "activations":
-            if seen is None:
+            model = params if isinstance(params, nn.Module) else module
+            if model is None:
                 raise ValueError(
-                    'basis="activations" needs the module whose forward pass takes part: '
+                    'basis="activations" needs the module whose layers are looked at: '
                     "LOZO(model, ...), or module=model beside param groups"
                 )
             options |= {"basis": basis, "refresh": refresh}  # states of "random" have neither
-            activations = Activations(seen, refresh, still=others == "frozen")
-        made: dict[str, Any] = {
+            activations = Activations(model, refresh, still=others == "frozen")
+        of_z: dict[str, Any] = {
             "divide_by_rank": divide_by_rank,
             "distribution": distribution,
             "activations": activations,
         }
-        direction = LowRank(**made) if evaluated is None else Factored(evaluated, paired, **made)
+        direction = LowRank(**of_z) if evaluated is None else Factored(evaluated, paired, **of_z)
         super().__init__(params, direction, rule, defaults, options, **common)
         if others == "frozen":
-            self._leave_all_but(set(linear_layers(seen)))
+            self._leave_all_but(set(linear_layers(model)))
 
     def _leave_all_but(self, those: set[int]) -> None:
         """The other parameters are no business of this optimizer."""
