@@ -42,13 +42,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "moments": {
         **choice(("adam",)),
-        "help": "{methods}: Adam on the estimate in the factor (default: none, with zo-act adam)",
+        "help": "{methods}: Adam on the estimate in the factor or core (default: none, with zo-act "
+        "and subzero-adam adam)",
     },
     "momentum": {"type": float, "help": "{methods}: in [0, 1) (default: 0, with -m 0.9)"},
-    "moments": {
-        **choice(("adam",)),
-        "help": "{methods}: in the core (default: none, with -adam adam)",
-    },
     "history": {
         "metavar": "STEPS",
         "type": whole,
