@@ -47,10 +47,10 @@ EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "zo-muon": {"lr": 1e-3},
     "p-gap": {"lr": 3e-5},
     "svd-0": {"lr": 3e-5},
-    "tezo": {"lr": 3e-5, "schedule": "deferred"},
-    "tezo-m": {"lr": 3e-5, "schedule": "deferred"},
+    "tezo": {"lr": 3e-6, "schedule": "deferred"},
+    "tezo-m": {"lr": 3e-6, "schedule": "deferred"},
     "subzero": {"lr": 3e-5, "schedule": "deferred", "interval": 50},
-    "subzero-adam": {"lr": 1e-3, "schedule": "deferred", "interval": 50},
+    "subzero-adam": {"lr": 3e-4, "schedule": "deferred", "interval": 50},
 }
 
 # Adapters: MeZO's README; prompts: that of SubZero. Their matrices are too small for side paths
