@@ -82,9 +82,13 @@ class ZerothOrderOptimizer(BetweenSteps):
     @property
     def forwards(self) -> int:
         """Forward passes over a batch that an ordinary step takes."""
-        with self._access.going_away():  # which lifts the guard of deferred steps
-            self.weights.look()
+        self.look()
         return len(self.positions())
+
+    def look(self) -> None:
+        """Look at what there is to tune, between steps."""
+        with self._access.going_away():  # which lifts the guard
+            self.weights.look()
 
     def probes(self) -> list[Position]:
         """Where this step takes losses beforehand, for the direction to learn from."""
