@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from zo_fused.methods.lozo import LOZO as LOZO
     from zo_fused.methods.mezo import MeZO as MeZO
     from zo_fused.methods.sign import ZOSignSGD as ZOSignSGD
+    from zo_fused.methods.subzero import SubZero as SubZero
+    from zo_fused.methods.tezo import TeZO as TeZO
     from zo_fused.replaying.rebuild import replay as replay
     from zo_fused.sweeps.dispatch import backend_of as backend_of
     from zo_fused.sweeps.dispatch import set_backend as set_backend

@@ -105,7 +105,7 @@ def test_both_evaluations_see_plus_and_minus_eps(make: Case) -> None:
     for theta, plus, minus in zip(start, *seen, strict=True):
         z = (plus.double() - theta.double()) / 1e-2
         torch.testing.assert_close((theta.double() - minus.double()) / 1e-2, z, rtol=0, atol=1e-4)
-        assert z.std() > 0.3 or z.numel() < 4
+        assert z.std() > 0.2 or z.numel() < 4  # of rank 2, with little luck
 
 
 def test_weights_and_state_are_never_half_moved_when_lr_is_zero(make: Case) -> None:

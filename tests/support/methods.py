@@ -76,6 +76,29 @@ METHODS = {
         {**LOW_RANK, "basis": "activations", "momentum": 0.9},
         ("refresh, deferred", "refresh, factored"),
     ),
+    "SubZero": Method(
+        zo_fused.SubZero,
+        {**LOW_RANK, "interval": 4},
+        (
+            *(*USUAL, "one-sided, deferred", "queries, one-sided", "in turn", "at once"),
+            *("factored", "queries, one-sided, factored", "queries, paired"),
+        ),
+    ),
+    "SubZero+": Method(
+        zo_fused.SubZero,
+        {**LOW_RANK, "moments": "adam"},
+        ("deferred", "queries, one-sided", "at once", "queries, one-sided, factored", "paired"),
+    ),
+    "TeZO": Method(
+        zo_fused.TeZO,
+        {"rank": 3, "scale": True},
+        (*USUAL, "queries, one-sided", "in turn", "factored", "queries, paired"),
+    ),
+    "TeZO-m": Method(
+        zo_fused.TeZO,
+        {**LOW_RANK, "momentum": 0.9},
+        ("deferred", "queries", "at once", "queries, one-sided, factored"),
+    ),
     "ZOAdam": Method(
         zo_fused.ZOAdam,
         {},

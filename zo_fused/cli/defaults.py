@@ -44,6 +44,10 @@ EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "zo-conservative": {"lr": 1e-4},
     "forward-grad": {"lr": 1e-5},
     "kerzoo": {"lr": 3e-5},
+    "tezo": {"lr": 3e-5, "schedule": "deferred"},
+    "tezo-m": {"lr": 3e-5, "schedule": "deferred"},
+    "subzero": {"lr": 3e-5, "schedule": "deferred", "interval": 50},
+    "subzero-adam": {"lr": 1e-3, "schedule": "deferred", "interval": 50},
 }
 
 # Adapters: MeZO's README; prompts: that of SubZero. Their matrices are too small for side paths

@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "moments": {
         **choice(("adam",)),
-        "help": "{methods}: Adam on the estimate in the factor (default: none, with zo-act adam)",
+        "help": "{methods}: in the core or factor (default: none, with -adam and zo-act adam)",
     },
     "momentum": {"type": float, "help": "{methods}: in [0, 1) (default: 0, with -m 0.9)"},
     "history": {
@@ -63,9 +63,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "schedule": {
         **choice(("plain", "deferred", "factored", "paired")),
-        "help": "sweeps over the weights a step: 3, 2, or (lozo) one a window; paired: the same, "
-        "with both signs in one forward pass, for batches of few tokens (default: factored for "
-        "lozo and lozo-m, deferred for the others that have it)",
+        "help": "sweeps over the weights a step: 3, 2, or (low rank) one a window; paired: the "
+        "same, with both signs in one forward pass, for batches of few tokens (default: factored "
+        "for methods of low rank, deferred for the others that have it)",
     },
 }
 

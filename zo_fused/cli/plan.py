@@ -64,7 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length", type=whole, default=256, help="tokens of an example (default: 256)"
     )
-    parser.add_argument("--rank", type=whole, help="of lozo and lozo-m (default: 2)")
+    parser.add_argument("--rank", type=whole, help="of methods of low rank (default: their own)")
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 

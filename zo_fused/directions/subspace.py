@@ -43,6 +43,3 @@ class Subspace(LowRank):
 
 class BesideSubspace(Factored, Subspace):
     """`Subspace` with cores that are kept beside the weights."""
-
-    def not_capturable(self, deferred: bool) -> str:
-        return Factored.not_capturable(self, deferred)

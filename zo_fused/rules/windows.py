@@ -42,10 +42,15 @@ def gathered(
 
 def entered(update: Update, state: dict[Any, Any], window: str) -> list[int]:
     """Rows of the matrices that enter a window with this step; the state has its number then."""
-    bucket, rows = update.bucket, []
+    bucket = update.bucket
+    rows: list[int] = []
+    windows = [update.number // group["interval"] for group in bucket.fixed]
+    seen: list[list[int]] = bucket.once(("windows", window), list)
+    if seen == [windows]:  # so most steps look at no parameter
+        return rows
+    seen[:] = [windows]
     for row, (p, g) in enumerate(zip(bucket.params, bucket.group_of, strict=True)):
-        now = update.number // bucket.fixed[g]["interval"]
-        if p.dim() >= 2 and int(state[p][window]) != now:
-            state[p][window].fill_(now)
+        if p.dim() >= 2 and int(state[p][window]) != windows[g]:
+            state[p][window].fill_(windows[g])
             rows.append(row)
     return rows

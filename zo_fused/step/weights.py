@@ -157,10 +157,6 @@ class Weights:
             self.log.path.append({"at": at, **along} if entry is None else entry)
         self.ahead = False
 
-    def attach(self) -> None:
-        """The model is to be evaluated here: also at theta, of which a part may be kept beside."""
-        self.beside.attach(self.buckets)
-
     def flush(self) -> None:
         """Put them at theta, with all that is kept beside them."""
         self.look_again()

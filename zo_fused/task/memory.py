@@ -2,8 +2,9 @@
 
 Weights are counted as tensors without data. What an optimizer keeps beside them is asked of the
 optimizer itself: it takes steps on small matrices, and as its bytes are ``a + b m + c n + d m n``
-for a matrix (m, n), four of them give those of any. Activations are an estimate: the model's own
-forward pass runs on tensors without data, and what would be alive at a time is added up.
+for a matrix (m, n) that has the rank of the method, four of them give those of any. Activations are
+an estimate: the model's own forward pass runs on tensors without data, and what would be alive at a
+time is added up.
 """
 
 from __future__ import annotations
@@ -231,9 +232,6 @@ def _one_more(make: Make, shape: tuple[int, ...], dtype: torch.dtype, linear: bo
     return Kept(*(b - a for a, b in zip(few, more, strict=True)))
 
 
-_M, _N = 16, 32  # of the smallest of the matrices that are tried
-
-
 def kept(make: Make, model_shapes: Shapes, dtype: torch.dtype, linear: Shapes) -> Kept:
     """The bytes that an optimizer holds beside weights of these shapes.
 
@@ -243,21 +241,28 @@ def kept(make: Make, model_shapes: Shapes, dtype: torch.dtype, linear: Shapes) -
     """
     kinds = [(shape, True, count) for shape, count in linear.items()]
     kinds += [(shape, False, count) for shape, count in (model_shapes - linear).items()]
+    _held(make, (2, 2), 1, dtype, linear=True)  # keys of streams, which later trials find
+    rank = make(_Small((2, 2), 1, dtype, linear=True)).defaults.get("rank", 1)
+    least = max(16, rank)
     gc.freeze()  # what was there before is not looked through for what the trials leave
     try:
-        adds = {
-            kind: _adds(make, *kind, dtype)
-            for kind in {(_dims(shape), alone) for shape, alone, _ in kinds}
-        }
+        adds: dict[tuple[int, bool], list[list[Kept]]] = {}
+        totals = [0, 0, 0]
+        for shape, alone, count in kinds:
+            dims = _dims(shape)
+            rows = shape[0] if shape else 1
+            columns = torch.Size(shape[1:]).numel() if len(shape) > 1 else 2 * least
+            if dims > 1 and min(rows, columns) < rank:  # its rank is another
+                own = _one_more(make, shape, dtype, alone)
+                totals = [total + count * size for total, size in zip(totals, own, strict=True)]
+                continue
+            if (dims, alone) not in adds:
+                adds[dims, alone] = _adds(make, dims, alone, dtype, least)
+            for index in range(3):
+                corners = [[kept[index] for kept in row] for row in adds[dims, alone]]
+                totals[index] += count * _bilinear(corners, rows, columns, least)
     finally:
         gc.unfreeze()
-    totals = [0, 0, 0]
-    for shape, alone, count in kinds:
-        rows = shape[0] if shape else 1
-        columns = torch.Size(shape[1:]).numel() if len(shape) > 1 else _N
-        for index in range(3):
-            corners = [[kept[index] for kept in row] for row in adds[_dims(shape), alone]]
-            totals[index] += count * _bilinear(corners, rows - _M, columns - _N)
     return Kept(*totals)
 
 
@@ -266,10 +271,11 @@ def _dims(shape: tuple[int, ...]) -> int:
     return min(max(len(shape), 1), 3)
 
 
-def _adds(make: Make, dims: int, linear: bool, dtype: torch.dtype) -> list[list[Kept]]:
-    """What parameters add with _M or twice as many rows, and _N or twice as many columns."""
+def _adds(make: Make, dims: int, linear: bool, dtype: torch.dtype, least: int) -> list[list[Kept]]:
+    """What parameters add with so many rows and twice as many columns, or twice as many of these or
+    those."""
     made = []
-    for rows in (_M, 2 * _M):
+    for rows in (least, 2 * least):
         if dims == 1:
             one = _one_more(make, (rows,), dtype, linear)
             made.append([one, one])
@@ -278,14 +284,16 @@ def _adds(make: Make, dims: int, linear: bool, dtype: torch.dtype) -> list[list[
         made.append(
             [
                 _one_more(make, (rows, columns // (2 if deep else 1), *deep), dtype, linear)
-                for columns in (_N, 2 * _N)
+                for columns in (2 * least, 4 * least)
             ]
         )
     return made
 
 
-def _bilinear(corners: list[list[int]], down: int, right: int) -> int:
-    """a + b x + c y + d x y through four points, at `down` and `right` of the first of them."""
+def _bilinear(corners: list[list[int]], rows: int, columns: int, least: int) -> int:
+    """a + b x + c y + d x y through the four points of `_adds`, in whole numbers."""
     (first, across), (below, both) = corners
-    scaled = first * _M * _N + (below - first) * down * _N + (across - first) * _M * right
-    return (scaled + (both - below - across + first) * down * right) // (_M * _N)
+    m, n = least, 2 * least
+    down, right = rows - m, columns - n
+    scaled = first * m * n + (below - first) * down * n + (across - first) * m * right
+    return (scaled + (both - below - across + first) * down * right) // (m * n)

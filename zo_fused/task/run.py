@@ -301,8 +301,11 @@ def make_optimizer(method: str, hyper: dict[str, Any], model: Any, seed: int = 0
     made, _ = recipes()[method]
     hyper = dict(hyper)
     schedule, blocks = hyper.pop("schedule"), hyper.pop("blocks", None)
+    takes = inspect.signature(made).parameters.keys()
     arguments = SCHEDULES[schedule]
-    if not arguments.keys() <= inspect.signature(made).parameters.keys():
+    if "mode" in takes:  # some choose it themselves, if it is not said
+        arguments = {"mode": "inplace", **arguments}
+    if not arguments.keys() <= takes:
         raise UserError(f"the schedule {schedule!r} is not for the method {method}")
     try:
         params = model
