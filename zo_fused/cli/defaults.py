@@ -38,7 +38,7 @@ EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "lozo": {"lr": 3e-5, "schedule": "deferred"},
     "lozo-m": {"lr": 3e-5, "schedule": "deferred"},
     "agzo": {"lr": 3e-5, "rank": 1, "schedule": "deferred"},
-    "zo-act": {"lr": 3e-4, "schedule": "deferred"},
+    "zo-act": {"lr": 1e-4, "rank": 8, "schedule": "deferred"},
     "zo-adam": {"lr": 1e-4},
     "zo-sign": {"lr": 3e-4},
     "zo-conservative": {"lr": 1e-4},
