@@ -131,7 +131,9 @@ def test_options_not_given_get_the_defaults(tmp_path):
     options = finetune.options(parse("--model", "m", "--train", str(tmp_path), "--dev", "d"))
     assert options.sources == {"train": str(tmp_path), "dev": "d", "test": str(tmp_path)}
     common = {"lr", "eps", "weight_decay", "rounding", "schedule", "queries", "one_sided", "blocks"}
-    assert options.hyper.keys() == common | {"rank", "interval", "momentum", "distribution"}
+    of_lozo = {"rank", "interval", "momentum", "distribution"}
+    of_lozo |= {"basis", "refresh", "others", "moments"}
+    assert options.hyper.keys() == common | of_lozo
     assert options.task.answers == ("x", "y")
 
 

@@ -61,10 +61,12 @@ def test_state_and_what_is_kept_beside_the_weights(kind, dtype, case):
     if kind == "mixtral":
         model.set_experts_implementation("batched_mm" if "paired" in case[0] else "eager")
     settings = hyper(method, more)
+    outline = Outline(model.config, dtype)
     want = kept(
         lambda module: make_optimizer(method, settings, module),
-        Outline(model.config, dtype).shapes(),
+        outline.shapes(),
         dtype,
+        outline.linear(),
     )
     state, beside, _ = measured(model, method, settings, batch=2, length=4)
     assert want.state == state

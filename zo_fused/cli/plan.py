@@ -126,7 +126,12 @@ def _row(
     if args.rank is not None and "rank" in own:
         own["rank"] = args.rank
     dtype = getattr(torch, args.dtype)
-    held = kept(lambda module: make_optimizer(method, own, module), outline.shapes(), dtype)
+    held = kept(
+        lambda module: make_optimizer(method, own, module),
+        outline.shapes(),
+        dtype,
+        outline.linear(),
+    )
     needed = forward
     if own["schedule"] == "paired" and forward is not None:
         needed = 2 * forward

@@ -48,9 +48,8 @@ class SeesActivations(ZerothOrderOptimizer):
         """
         if self._activations is None:
             return
-        with self._access.going_away():  # which lifts the guard
-            wanting = self._wanting()
-        if wanting:
+        self.look()
+        if self._activations.wanting(self.weights.buckets, self.state, self.step_count):
             raise RuntimeError(
                 'basis="activations" makes V from what layers are given, so the first step '
                 "(with refresh: the first of each window) must be step(closure)"

@@ -192,7 +192,7 @@ class LOZO(SeesActivations):
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        refresh = self._options.get("refresh")
+        refresh = None if self._activations is None else self._activations.refresh
         if refresh is not None and group["interval"] != refresh:
             raise ValueError(
                 f"V is made anew every refresh={refresh} steps: a group can't have "

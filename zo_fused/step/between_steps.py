@@ -27,9 +27,13 @@ class BetweenSteps(Base):
     @property
     def forwards(self) -> int:
         """Forward passes over a batch that the next step takes, probes included."""
-        with self._access.going_away():  # which lifts the guard of deferred steps
-            self.weights.look()
+        self.look()
         return len(self.positions()) + len(self.probes())
+
+    def look(self) -> None:
+        """Look at what there is to tune, between steps."""
+        with self._access.going_away():  # which lifts the guard
+            self.weights.look()
 
     def forwards_of(self, steps: int) -> int:
         """Forward passes of the first steps of a run. A method whose steps differ, as where some
