@@ -165,57 +165,6 @@ def test_a_uniform_number_of_a_query() -> None:
     assert abs(float(drawn.square().mean()) - 1 / 3) < 0.02
 
 
-def test_the_kernel_of_kerzoo() -> None:
-    """Its moments over U(-1, 1) are 0, 1, 0, 0 (orders 0 to 3), by exact quadrature."""
-    import numpy as np
-
-    r, weights = np.polynomial.legendre.leggauss(8)
-    kernel = 15 / 4 * r * (5 - 7 * r**2)
-    moments = [float((weights / 2 * kernel * r**k).sum()) for k in range(4)]
-    assert np.allclose(moments, [0, 1, 0, 0], atol=1e-12)
-    assert np.isclose((weights / 2 * (kernel * r) ** 2).sum(), 6.25)
-
-
-@pytest.mark.parametrize("kw", [{}, {"deferred": True}, {"one_sided": True, "queries": 2}], ids=str)
-def test_kerzoo_follows_its_textbook(kw: dict[str, Any]) -> None:
-    model, eps, lr, decay, seed = network(), 1e-2, 1e-2, 0.1, 11
-    opt = zo_fused.KerZOO(model, lr=lr, eps=eps, weight_decay=decay, seed=seed, **kw)
-    theta = {name: p.detach().double().clone() for name, p in model.named_parameters()}
-    x = INPUT.double()
-
-    def loss(weights: dict[str, Tensor]) -> float:
-        return float(torch.func.functional_call(network().double(), weights, (x,)).square().mean())
-
-    start = vector_of(model)
-    queries, one_sided = kw.get("queries", 1), kw.get("one_sided", False)
-    for step in range(12):
-        opt.step(loss_of(model))
-        steps = {name: torch.zeros_like(w) for name, w in theta.items()}
-        for query in range(queries):
-            r = uniform(seed, step, query)
-            u = {
-                name: normal(
-                    w.numel(), derive_key(seed, Purpose.DENSE, step, query), parameter_id(name)
-                )
-                .double()
-                .view(w.shape)
-                for name, w in theta.items()
-            }
-            plus = loss({name: w + eps * r * u[name] for name, w in theta.items()})
-            away = 0.0 if one_sided else -1.0
-            minus = loss({name: w + away * eps * r * u[name] for name, w in theta.items()})
-            c = (plus - minus) / (eps * (1 if one_sided else 2))
-            for name in theta:
-                steps[name] += 15 / 4 * r * (5 - 7 * r * r) * c * u[name] / queries
-        theta = {name: w - lr * (steps[name] + decay * w) for name, w in theta.items()}
-    got = vector_of(model).double()
-    expected = torch.cat([w.flatten() for w in theta.values()])
-    moved = float((expected - start.double()).abs().max())
-    # losses near 0.3 are rounded to 2^-25, so estimates to 2^-25 / eps, times lr K |u|, 12 steps
-    assert float((got - expected).abs().max()) < 2e-5
-    assert moved > 1e-3
-
-
 # ---- what a direction learns: state, probes ------------------------------------------------------
 
 
