@@ -78,6 +78,7 @@ def test_purposes_are_fixed() -> None:
         "CORE": 6,
         "RIGHT": 7,
         "PROBE": 8,
+        "TEST": 9,
         "SCALAR": 10,
     }
 
