@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 from support.equality import in_memory
-from support.textbook import EPS, SEED, STEPS, dense, model_and_tokens
+from support.textbook import EPS, SEED, STEPS, dense, follow, model_and_tokens
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import zo_fused
 from zo_fused.noise import Purpose, derive_key, normal, parameter_id
@@ -108,26 +107,14 @@ def test_fifty_steps_follow_the_textbook(case: str) -> None:
     sqrt(v), which no rounding moves by more than its own share of g: a few 2^-24 / eps = 1e-5 of
     |g| about 1 at one-sided estimates of lr = 1e-3."""
     kw = {**BASE, **CASES[case]}
-    model, tokens = model_and_tokens()
-
-    def loss(weights: dict[str, Tensor]) -> Tensor:
-        doubles = {name: w.detach().double() for name, w in weights.items()}
-        return functional_call(model, doubles, (tokens,))
-
-    theta = {k: p.detach().double() for k, p in model.named_parameters()}
-    start = {k: w.clone() for k, w in theta.items()}
-    expected = textbook(loss, theta, kw["lr"], kw.get("weight_decay", 0.0), kw)
-    opt = zo_fused.SubZero(model.named_parameters(), eps=EPS, seed=SEED, **kw)
-    grads: list[float] = []
-    for _ in range(STEPS):
-        opt.step(lambda: loss(dict(model.named_parameters())))
-        grads += opt.projected_grad.reshape(-1).tolist()
-    opt.flush()
-    torch.testing.assert_close(torch.tensor(grads), torch.tensor(expected), rtol=0, atol=1e-3)
-    moved = max(float((theta[k] - w).abs().max()) for k, w in start.items())
-    off = {k: float((p.detach() - theta[k]).abs().max()) for k, p in model.named_parameters()}
+    run = follow(
+        lambda model: zo_fused.SubZero(model.named_parameters(), eps=EPS, seed=SEED, **kw),
+        lambda loss, theta: textbook(loss, theta, kw["lr"], kw.get("weight_decay", 0.0), kw),
+    )
+    torch.testing.assert_close(run.grads, run.expected, rtol=0, atol=1e-3)
+    moved, off = run.largest
     assert moved > 0.01
-    assert max(off.values()) < 2e-5, off
+    assert off < 2e-5
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,14 @@ from support.textbook import (
     Loss,
     Weights,
     dense,
-    float64_loss,
-    model_and_tokens,
+    follow,
     rademacher,
 )
 from torch import Tensor, nn
 
 import zo_fused
 from zo_fused.noise import Purpose, derive_key, normal, parameter_id
+from zo_fused.step.optimizer import ZerothOrderOptimizer
 
 Draw = Callable[[str, Tensor, int, int], Tensor]  # z of a parameter, by its name, step and query
 
@@ -329,30 +329,18 @@ def test_fifty_float32_steps_follow_the_float64_textbook(case: str) -> None:
     through g the weights again, times lr = 3e-4.
     """
     method, textbook, common, extra = CASES[case]
-    model, tokens = model_and_tokens()
-    loss = float64_loss(model, tokens)
-    theta = {k: p.detach().double() for k, p in model.named_parameters()}
-    start = {k: w.clone() for k, w in theta.items()}
-    expected = textbook(loss, theta, common["lr"], common.get("weight_decay", 0.0), **extra)
-
     options = {NAMES.get(k, k): v for k, v in extra.items()}
-    if "order" in extra:
-        options["model"] = model
-    opt = method(model.named_parameters(), eps=EPS, seed=SEED, **common, **options)
-    grads: list[float] = []
-    for _ in range(STEPS):
-        opt.step(lambda: loss(dict(model.named_parameters())))
-        grads += opt.projected_grad.reshape(-1).tolist()
 
-    opt.flush()
-    torch.testing.assert_close(torch.tensor(grads), torch.tensor(expected), rtol=0, atol=2e-4)
-    moved = math.sqrt(sum((theta[k] - w).square().sum() for k, w in start.items()))
-    off = math.sqrt(
-        sum((p.detach() - theta[k]).square().sum() for k, p in model.named_parameters())
-    )
-    elements = sum(w.numel() for w in start.values())
-    assert moved > 0.05
-    assert off < 1e-6 * math.sqrt(elements)
+    def make(model: nn.Module) -> ZerothOrderOptimizer:
+        of_blocks = {"model": model} if "order" in extra else {}
+        params = model.named_parameters()
+        return method(params, eps=EPS, seed=SEED, **common, **options, **of_blocks)
+
+    lr, decay = common["lr"], common.get("weight_decay", 0.0)
+    run = follow(make, lambda loss, theta: textbook(loss, theta, lr, decay, **extra))
+    torch.testing.assert_close(run.grads, run.expected, rtol=0, atol=2e-4)
+    assert run.moved > 0.05
+    assert run.off < 1e-6
 
 
 def test_estimate_is_unbiased() -> None:

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.textbook import EPS, SEED, STEPS, dense, model_and_tokens
+from support.textbook import EPS, SEED, STEPS, dense, follow, model_and_tokens
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import zo_fused
 from zo_fused.noise import Purpose, derive_key, normal, parameter_id
@@ -77,24 +76,12 @@ def test_fifty_steps_follow_the_textbook(case: str) -> None:
     """Tolerances as in test_textbook.py: rounding of weights, 2^-24 a sweep, which enters g divided
     by 2 eps, with the gradient along a z three times as long as there."""
     kw = CASES[case]
-    model, tokens = model_and_tokens()
-
-    def loss(weights: dict[str, Tensor]) -> Tensor:
-        doubles = {name: w.detach().double() for name, w in weights.items()}
-        return functional_call(model, doubles, (tokens,))
-
-    theta = {k: p.detach().double() for k, p in model.named_parameters()}
-    start = {k: w.clone() for k, w in theta.items()}
-    expected = textbook(loss, theta, kw["lr"], kw.get("weight_decay", 0.0), kw)
-    opt = zo_fused.TeZO(model.named_parameters(), rank=RANK, eps=EPS, seed=SEED, **kw)
-    grads: list[float] = []
-    for _ in range(STEPS):
-        opt.step(lambda: loss(dict(model.named_parameters())))
-        grads += opt.projected_grad.reshape(-1).tolist()
-    opt.flush()
-    torch.testing.assert_close(torch.tensor(grads), torch.tensor(expected), rtol=0, atol=1e-3)
-    moved = max(float((theta[k] - w).abs().max()) for k, w in start.items())
-    off = max(float((p.detach() - theta[k]).abs().max()) for k, p in model.named_parameters())
+    run = follow(
+        lambda model: zo_fused.TeZO(model.named_parameters(), rank=RANK, eps=EPS, seed=SEED, **kw),
+        lambda loss, theta: textbook(loss, theta, kw["lr"], kw.get("weight_decay", 0.0), kw),
+    )
+    torch.testing.assert_close(run.grads, run.expected, rtol=0, atol=1e-3)
+    moved, off = run.largest
     assert moved > 0.01
     assert off < 2e-5
 

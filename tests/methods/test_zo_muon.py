@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.models import loss_of, network
-from support.textbook import EPS, SEED, STEPS, Weights, dense, model_and_tokens
+from support.textbook import EPS, SEED, STEPS, Weights, dense, follow
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import zo_fused
 from zo_fused.noise import Purpose, derive_key, normal, parameter_id
@@ -143,42 +141,27 @@ def test_fifty_float32_steps_follow_the_float64_textbook(
     1e-4 (one-sided, so relative to eps: 2e-4). The sign divides M by its size, which is about
     1 / 10 in norm here, so a step is off by a few thousandths of itself at the worst.
     """
-    model, tokens = model_and_tokens()
-
-    def loss(weights: Weights) -> Tensor:
-        doubles = {name: w.detach().double() for name, w in weights.items()}
-        return functional_call(model, doubles, (tokens,))  # type: ignore[no-any-return]
-
-    theta = {k: p.detach().double() for k, p in model.named_parameters()}
-    start = {k: w.clone() for k, w in theta.items()}
     lr, vector_lr, decay = (3e-3 if sign else 1e-2), 3e-4, 0.1
-    expected = textbook(loss, theta, lr, vector_lr, decay, momentum, sign)
-    opt = zo_fused.ZOMuon(
-        model.named_parameters(),
-        lr=lr,
-        rank=RANK,
-        interval=INTERVAL,
-        queries=QUERIES,
-        momentum=momentum,
-        sign=sign,
-        vector_lr=vector_lr,
-        weight_decay=decay,
-        deferred=deferred,
-        eps=EPS,
-        seed=SEED,
+    run = follow(
+        lambda model: zo_fused.ZOMuon(
+            model.named_parameters(),
+            lr=lr,
+            rank=RANK,
+            interval=INTERVAL,
+            queries=QUERIES,
+            momentum=momentum,
+            sign=sign,
+            vector_lr=vector_lr,
+            weight_decay=decay,
+            deferred=deferred,
+            eps=EPS,
+            seed=SEED,
+        ),
+        lambda loss, theta: textbook(loss, theta, lr, vector_lr, decay, momentum, sign),
     )
-    grads: list[float] = []
-    for _ in range(STEPS):
-        opt.step(lambda: loss(dict(model.named_parameters())))
-        grads += opt.projected_grad.reshape(-1).tolist()
-    opt.flush()
-    torch.testing.assert_close(torch.tensor(grads), torch.tensor(expected), rtol=0, atol=2e-3)
-    moved = math.sqrt(sum((theta[k] - w).square().sum() for k, w in start.items()))
-    off = math.sqrt(
-        sum((p.detach() - theta[k]).square().sum() for k, p in model.named_parameters())
-    )
-    assert moved > 0.05
-    assert off < 3e-3 * moved
+    torch.testing.assert_close(run.grads, run.expected, rtol=0, atol=2e-3)
+    assert run.moved > 0.05
+    assert run.distance < 3e-3 * run.moved
 
 
 # ---- the rest -----------------------------------------------------------------------------------

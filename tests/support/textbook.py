@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -83,21 +83,53 @@ def moved_by(theta: Weights, a: float, z: Weights) -> Weights:
     return {name: w + a * z[name] for name, w in theta.items()}
 
 
-class Followed(NamedTuple):
+@dataclass(frozen=True)
+class Followed:
     """A float32 run beside its textbook."""
 
-    off: float  # rms difference of a weight at the end
-    moved: float  # how far all weights went, in norm
+    start: Weights
+    end: Weights  # of the run
+    theta: Weights  # of the textbook
     grads: Tensor  # what `projected_grad` was, steps and queries
     expected: Tensor
+
+    @property
+    def moved(self) -> float:
+        """How far all weights went, in norm."""
+        return _norm(self.theta, self.start)
+
+    @property
+    def distance(self) -> float:
+        """Of all weights from the textbook's at the end, in norm."""
+        return _norm(self.end, self.theta)
+
+    @property
+    def off(self) -> float:
+        """The same of a weight, root mean square."""
+        return self.distance / math.sqrt(sum(w.numel() for w in self.start.values()))
+
+    @property
+    def largest(self) -> tuple[float, float]:
+        """How far one weight went, and how far one is off, at the most."""
+        moved = max(float((self.theta[k] - w).abs().max()) for k, w in self.start.items())
+        return moved, max(float((self.end[k] - w).abs().max()) for k, w in self.theta.items())
+
+
+def _norm(one: Weights, other: Weights) -> float:
+    return math.sqrt(sum(float((one[k] - w).square().sum()) for k, w in other.items()))
 
 
 def follow(
     make: Callable[[nn.Module], ZerothOrderOptimizer],
     textbook: Callable[[Loss, Weights], list[float]],
+    after: Callable[[ZerothOrderOptimizer, int], None] = lambda opt, step: None,
 ) -> Followed:
     """50 steps of an optimizer in float32 with losses in float64, and of a textbook, which moves
-    the weights that it is given and returns what `projected_grad` should be."""
+    the weights that it is given and returns what `projected_grad` should be.
+
+    Args:
+        after: is called after each step of the optimizer.
+    """
     model, tokens = model_and_tokens()
     loss = float64_loss(model, tokens)
     theta = {name: p.detach().double() for name, p in model.named_parameters()}
@@ -105,13 +137,11 @@ def follow(
     expected = textbook(loss, theta)
     opt = make(model)
     grads: list[float] = []
-    for _ in range(STEPS):
+    for step in range(STEPS):
         opt.step(lambda: loss(dict(model.named_parameters())))
         assert opt.projected_grad is not None
         grads += opt.projected_grad.reshape(-1).tolist()
+        after(opt, step)
     opt.flush()
-    square = sum(float((p.detach() - theta[k]).square().sum()) for k, p in model.named_parameters())
-    moved = math.sqrt(sum(float((theta[k] - w).square().sum()) for k, w in start.items()))
-    elements = sum(w.numel() for w in start.values())
-    off = math.sqrt(square / elements)
-    return Followed(off, moved, torch.tensor(grads), torch.tensor(expected))
+    end = {name: p.detach().double() for name, p in model.named_parameters()}
+    return Followed(start, end, theta, torch.tensor(grads), torch.tensor(expected))
