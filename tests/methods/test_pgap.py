@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 from support.models import loss_of, network
-from support.textbook import EPS, SEED, STEPS, Weights, dense, model_and_tokens
+from support.textbook import EPS, SEED, STEPS, Weights, dense, follow
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import zo_fused
 from zo_fused.directions import gradient_space
@@ -20,6 +19,7 @@ from zo_fused.directions.aligned import Aligned, AlignedFactors
 from zo_fused.directions.gradient_space import Estimate, space_of
 from zo_fused.methods.vectors_apart import vectors_apart
 from zo_fused.noise import Purpose, derive_key, normal, parameter_id
+from zo_fused.step.optimizer import ZerothOrderOptimizer
 
 CPU = torch.device("cpu")
 
@@ -299,46 +299,42 @@ def test_fifty_float32_steps_follow_the_float64_textbook(scale: bool, one_sided:
     finder is a smooth function of G^, three products of condition numbers near 10 after another,
     so U and V are off by 1e-3 at the worst, and g by as much of the gradient in their space.
     """
-    model, tokens = model_and_tokens()
-
-    def loss(weights: Weights) -> Tensor:
-        doubles = {name: w.detach().double() for name, w in weights.items()}
-        return functional_call(model, doubles, (tokens,))  # type: ignore[no-any-return]
-
-    theta = {k: p.detach().double() for k, p in model.named_parameters()}
-    start = {k: w.clone() for k, w in theta.items()}
     lr = 3e-4 if scale else 3e-3
-    expected, expected_probes = textbook(loss, theta, lr, scale, one_sided)
-    opt = zo_fused.PGAP(
-        model.named_parameters(),
-        lr=lr,
-        rank=RANK,
-        interval=INTERVAL,
-        probes=PROBES,
-        delta=DELTA,
-        total_steps=STEPS,
-        scale=scale,
-        probes_one_sided=one_sided,
-        eps=EPS,
-        seed=SEED,
-    )
-    grads: list[float] = []
     probes: list[float] = []
-    for step in range(STEPS):
-        opt.step(lambda: loss(dict(model.named_parameters())))
-        grads += opt.projected_grad.reshape(-1).tolist()
+    expected_probes: list[float] = []
+
+    def paper(loss: Any, theta: Weights) -> list[float]:
+        grads, of_probes = textbook(loss, theta, lr, scale, one_sided)
+        expected_probes.extend(of_probes)
+        return grads
+
+    def after(opt: ZerothOrderOptimizer, step: int) -> None:
         if step % INTERVAL == 0:
-            probes += opt.state["probes"]["grads"]
+            probes.extend(opt.state["probes"]["grads"])
+
+    run = follow(
+        lambda model: zo_fused.PGAP(
+            model.named_parameters(),
+            lr=lr,
+            rank=RANK,
+            interval=INTERVAL,
+            probes=PROBES,
+            delta=DELTA,
+            total_steps=STEPS,
+            scale=scale,
+            probes_one_sided=one_sided,
+            eps=EPS,
+            seed=SEED,
+        ),
+        paper,
+        after,
+    )
     torch.testing.assert_close(
         torch.tensor(probes), torch.tensor(expected_probes), rtol=0, atol=1e-3
     )
-    torch.testing.assert_close(torch.tensor(grads), torch.tensor(expected), rtol=0, atol=1e-3)
-    moved = math.sqrt(sum((theta[k] - w).square().sum() for k, w in start.items()))
-    off = math.sqrt(
-        sum((p.detach() - theta[k]).square().sum() for k, p in model.named_parameters())
-    )
-    assert moved > 0.05
-    assert off < 1e-3 * moved
+    torch.testing.assert_close(run.grads, run.expected, rtol=0, atol=1e-3)
+    assert run.moved > 0.05
+    assert run.distance < 1e-3 * run.moved
 
 
 # ---- the rest -----------------------------------------------------------------------------------
@@ -408,6 +404,22 @@ def test_what_is_refused(options: dict[str, Any], error: str) -> None:
     for name in ("deferred", "block_order"):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
             zo_fused.PGAP(network(), delta=None, **{name: None})
+
+
+@pytest.mark.parametrize("kw", [{}, {"probes_one_sided": True, "queries": 2}], ids=str)
+def test_a_budget_counts_probes_once_a_window(kw: dict[str, Any]) -> None:
+    model, calls = network(), 0
+    opt = zo_fused.PGAP(model, rank=2, interval=3, probes=2, total_steps=9, **kw)
+    loss = loss_of(model)
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        return loss()
+
+    for step in range(7):
+        opt.step(closure)
+        assert calls == opt.forwards_of(step + 1)
 
 
 def test_all_groups_have_probes_at_the_same_steps() -> None:

@@ -13,6 +13,7 @@ from zo_fused.directions.factors import Factors
 from zo_fused.directions.gradient_space import Estimate, space_of
 from zo_fused.directions.low_rank import LowRank
 from zo_fused.directions.orthonormal import orthonormal
+from zo_fused.directions.products import GRID
 from zo_fused.noise.keys import Step, Stream, on_device, stream_keys
 from zo_fused.noise.streams import Purpose, uniform
 from zo_fused.step.buckets import Bucket
@@ -22,7 +23,6 @@ from zo_fused.sweeps.conversions import int64_tensor
 
 ALIGNMENTS = ("matrix", "shared", "joint")
 LEARNT = "probes"  # in the optimizer's state: the step of the last probes, and what they found
-GRID = 2.0**40  # |s| <= 1 and |z| < 7: 2^20 products sum below 2^63
 
 
 class Aligned(LowRank):
@@ -72,8 +72,7 @@ class Aligned(LowRank):
         if self.align == "joint" and len(buckets) > 1:
             raise ValueError('align="joint" needs all matrices on one device: align="matrix"')
         self.state[LEARNT] = {"step": step, "grads": list(grads)}
-        for bucket in buckets:
-            self.factors(bucket).forget()
+        self.forget(buckets)
 
     def factors(self, bucket: Bucket) -> Factors:
         return bucket.once("factors", lambda: AlignedFactors(bucket, self))
@@ -116,7 +115,8 @@ class AlignedFactors(Factors):
         if delta is None or not cores:
             return
         unit, drawn = self._direction_of_s(), torch.cat([core.reshape(-1) for core in cores])
-        # bit for bit the same everywhere: on a grid, integers add in any order
+        # bit for bit the same everywhere: integers add in any order (|s| <= 1 and |z| < 7, so 2^20
+        # products sum below 2^63)
         terms = (unit.double() * drawn.double() * GRID).round().to(torch.int64)
         count = 1 if self._direction.align == "joint" else len(cores)
         sums = torch.zeros(count, dtype=torch.int64, device=drawn.device)

@@ -44,7 +44,7 @@ class Inputs:
 
     def __init__(self, layers: Mapping[int, list[nn.Linear]], starts: Mapping[int, Tensor]) -> None:
         self._layers = layers
-        self._spaces = {key: orthonormal(start) for key, start in starts.items()}
+        self._spaces = {key: _spanning(start) for key, start in starts.items()}
         self._moved: dict[int, Tensor] = {}  # X^T (X Q)
 
     @contextmanager
@@ -83,7 +83,7 @@ class Inputs:
         if not all(bool(torch.isfinite(moved).all()) for moved in self._moved.values()):
             return False
         for key, moved in self._moved.items():
-            self._spaces[key] = orthonormal(moved)
+            self._spaces[key] = _spanning(moved)
         return True
 
     def top(self, rank: int) -> dict[int, Tensor] | None:
@@ -104,6 +104,7 @@ class Inputs:
         return found
 
 
-def orthonormal(matrix: Tensor) -> Tensor:
-    """An orthonormal basis, float32, of the columns; any more where they don't suffice."""
+def _spanning(matrix: Tensor) -> Tensor:
+    """An orthonormal basis, float32, of the columns; any more where they don't suffice, as for
+    few tokens, where `zo_fused.directions.orthonormal` has none."""
     return torch.linalg.qr(matrix.double().cpu()).Q.float().to(matrix.device)

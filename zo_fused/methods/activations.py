@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zo_fused.directions.activations import Activations
+from zo_fused.directions.activations import FIRST_PASSES, Activations
 from zo_fused.directions.inputs import linear_layers
 from zo_fused.directions.low_rank import LowRank
 from zo_fused.step.buckets import labels
@@ -33,6 +33,14 @@ class SeesActivations(ZerothOrderOptimizer):
     def _activations(self) -> Activations | None:
         direction = self.direction
         return direction.activations if isinstance(direction, LowRank) else None
+
+    def forwards_of(self, steps: int) -> int:
+        total, activations = super().forwards_of(steps), self._activations
+        if not steps or activations is None or not linear_layers(activations.module):
+            return total
+        alone = 0 if self.schedule.one_sided else 1  # of a look; else it is the baseline, too
+        again = 0 if activations.refresh is None else (steps - 1) // activations.refresh
+        return total + FIRST_PASSES - 1 + alone * (1 + again)
 
     def _wanting(self) -> dict[int, tuple[Tensor, int, int]]:
         """The weights that need a V before this step."""

@@ -126,6 +126,10 @@ class PGAP(ZerothOrderOptimizer):
                 "interval must be the same in all param groups: probes move all of them at once"
             )
 
+    def forwards_of(self, steps: int) -> int:
+        windows = -(-steps // self.param_groups[0]["interval"])
+        return steps * len(self.positions()) + windows * len(self._of_window)
+
     def probes(self) -> list[Position]:
         """At a window's start, and until they have found something."""
         learnt: dict[str, Any] | None = self.state.get(LEARNT)

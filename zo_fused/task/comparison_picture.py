@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zo_fused.task.comparison import Curve, Outcome, by_method, curve, speed
+from zo_fused.task.comparison import Curve, Outcome, by_method, curve, mean, speed
 from zo_fused.task.errors import optional
 from zo_fused.task.history import accuracies
 
@@ -82,7 +82,7 @@ def _draw_accuracies(axes: Any, groups: dict[str, list[Outcome]]) -> None:
         ends = [found[-1][1] for run in runs if (found := accuracies(run.history, "dev"))]
         axes.plot(ends, [row] * len(ends), "|", color=_OWN, markersize=8)
         if ends:
-            axes.plot([sum(ends) / len(ends)], [row], "o", color=_OWN, markersize=4)
+            axes.plot([mean(ends)], [row], "o", color=_OWN, markersize=4)
     axes.set_yticks(range(len(groups)), list(groups), fontsize=7)
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")

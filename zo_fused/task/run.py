@@ -315,7 +315,7 @@ def make_optimizer(
         arguments = {"mode": "inplace", **arguments}
     if not arguments.keys() <= takes:
         raise UserError(f"the schedule {schedule!r} is not for the method {method}")
-    if "total_steps" in inspect.signature(made).parameters:
+    if "total_steps" in takes:
         hyper["total_steps"] = steps
     try:
         params = model
