@@ -36,6 +36,8 @@ def most_sweeps(case: Case) -> int:
     """Of a step."""
     if case.optimizer is zo_fused.ZOConservative:
         return 6
+    if case.optimizer is zo_fused.ES:
+        return case.options["population"] + 1
     several_blocks = case.options.get("block_order") == "simultaneous"
     return (2 * case.options.get("queries", 1) + 1) * (1 + several_blocks) + several_blocks
 

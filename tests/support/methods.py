@@ -25,6 +25,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "history": {"history": 4},
     "factored": {"mode": "factored"},
     "paired": {"mode": "factored", "paired": True},
+    "antithetic": {"antithetic": True},
+    "ranks": {"shaping": "centered_rank"},
+    "unshaped": {"shaping": "none"},
+    "low rank": {"direction": "lowrank", "rank": 2},
 }
 USUAL = ("deferred", "one-sided", "queries", "queries, deferred")
 
@@ -69,6 +73,20 @@ METHODS = {
     "KerZOO": Method(zo_fused.KerZOO, {}),
     "ZOConservative": Method(zo_fused.ZOConservative, {}, ("in turn",)),
     "ForwardGrad": Method(zo_fused.ForwardGrad, {}, ("queries",)),
+    "ES": Method(
+        zo_fused.ES,
+        {"population": 4},
+        (
+            *(
+                "deferred",
+                "antithetic, hadamard",
+                "antithetic, deferred",
+                "ranks",
+                "antithetic, unshaped",
+            ),
+            *("low rank", "low rank, antithetic, deferred", "low rank, deferred, ranks"),
+        ),
+    ),
 }
 
 

@@ -7,7 +7,7 @@ projected gradient does). It may also say where losses are taken and what they t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -20,12 +20,6 @@ from zo_fused.step.evaluation import Closure, Loss, check_closure
 from zo_fused.step.schedule import Position, Side, pairs
 from zo_fused.step.vectors import Vector, as_float64
 from zo_fused.step.weights import THETA, Place
-
-_NEEDS_LOSSES = (
-    "step() needs a closure, step(lambda: model(**batch).loss), or loss_plus and loss_minus. There "
-    "is no backward pass: a loop that calls step() itself, such as the Trainer of transformers or "
-    "accelerate's, must call opt.estimate(closure) where it called loss.backward()"
-)
 
 
 class ZerothOrderOptimizer(BetweenSteps):
@@ -74,6 +68,12 @@ class ZerothOrderOptimizer(BetweenSteps):
             (on GPUs this waits for the device).
     """
 
+    needs = (  # what `step` says when it has nothing to go by
+        "step() needs a closure, step(lambda: model(**batch).loss), or loss_plus and loss_minus. "
+        "There is no backward pass: a loop that calls step() itself, such as the Trainer of "
+        "transformers or accelerate's, must call opt.estimate(closure) where it called "
+        "loss.backward()"
+    )
     needs_closure = False  # whether `step` can't do with losses
     differentiates = False  # whether the loss must have a derivative
 
@@ -183,10 +183,10 @@ class ZerothOrderOptimizer(BetweenSteps):
             raise RuntimeError("only step(closure) can be captured in a graph, not its halves")
         with self._access.a_step():
             self._access.drop_pending()
-            loss, grads = self.measure(self._access.interruptible(closure))
-            self._access.pending = loss, grads
+            found = self.measure(self._access.interruptible(closure))
+            self._access.pending = lambda: found
             self.weights.beside.attach([])  # who looks meets the guard
-            return loss
+            return found[0]
 
     @plain_tensors
     def step(  # type: ignore[override]
@@ -242,7 +242,7 @@ class ZerothOrderOptimizer(BetweenSteps):
             if loss_plus is None and loss_minus is None and _probed(self.param_groups):
                 return None  # type: ignore[return-value]
             if loss_plus is None or loss_minus is None:
-                raise TypeError(_NEEDS_LOSSES)
+                raise TypeError(self.needs)
             if self.needs_closure or self.probes():
                 raise TypeError(f"{type(self).__name__}.step() needs a closure")
             self._groups.check_changes()
@@ -257,14 +257,15 @@ class ZerothOrderOptimizer(BetweenSteps):
             self.update(grads)
         return loss
 
-    def _step_pending(self, pending: tuple[Tensor, Vector]) -> Tensor:
+    def _step_pending(self, pending: Callable[[], tuple[Tensor, Vector]]) -> Tensor:
         """The second half of a step."""
+        estimate = pending()  # if something is missing there, it goes on waiting
         self._access.pending = None
         self.weights.look_again()
         self._groups.hold_eps()
         if self.weights.parameters.changed(self.direction):
             raise RuntimeError("parameters changed between estimate() and step(): estimate anew")
-        return self._finish(pending)
+        return self._finish(estimate)
 
     def _captured(self, closure: Closure | None) -> Tensor:
         if closure is None:
