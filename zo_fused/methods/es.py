@@ -63,6 +63,7 @@ class ES(ZerothOrderOptimizer):
             [population], or [population / 2]. It is what the replay log has.
     """
 
+    takes_rewards = True
     needs_closure = True  # a loss has no place here
     needs = (
         "step() needs a closure that returns the reward, step(lambda: reward(model)), or rewards: "

@@ -74,6 +74,7 @@ class ZerothOrderOptimizer(BetweenSteps):
         "transformers or accelerate's, must call opt.estimate(closure) where it called "
         "loss.backward()"
     )
+    takes_rewards = False  # whether higher is better of what closures return
     needs_closure = False  # whether `step` can't do with losses
     differentiates = False  # whether the loss must have a derivative
 
