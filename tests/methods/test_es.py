@@ -3,9 +3,11 @@ outside."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +18,13 @@ from torch import Tensor
 from torch.func import functional_call
 
 import zo_fused
+from zo_fused.cli.main import main
 from zo_fused.methods.es import ES
 from zo_fused.noise import Purpose, derive_key, normal, parameter_id
 from zo_fused.step.shaping import SHAPINGS
+from zo_fused.task import generation
+from zo_fused.task.encoding import Encoded
+from zo_fused.task.scoring import Scorer
 
 LR = 1e-3
 
@@ -404,3 +410,53 @@ def test_members_drift_as_little_as_going_home_after_each(
     drift, naive = (float((x.detach() - start).double().norm()) for x in (w, v))
     assert drift < naive + float(start.double().norm()) * torch.finfo(dtype).eps / 2
     assert drift < 3 * naive
+
+
+# ---- rewards of generations ---------------------------------------------------------------------
+
+
+def test_scores_of_generations() -> None:
+    assert [generation.exact_match([3, 4], right) for right in ([3, 4], [4, 3])] == [1.0, 0.0]
+    assert generation.f1([3, 4, 4], [4, 3, 5]) == pytest.approx(2 / 3)  # two in common, of 3 and 3
+    assert generation.f1([1], [2]) == 0.0
+    made = generation.greedy([[1], [5, 6]], 2, lambda texts: [sum(text) for text in texts])
+    assert made == [[1, 2], [11, 22]]
+
+
+class Successor(torch.nn.Module):
+    """After token t comes t + 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(10, 1)
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        return SimpleNamespace(logits=torch.nn.functional.one_hot((input_ids + 1) % 10, 10).float())
+
+
+def test_answers_of_several_tokens_are_generated() -> None:
+    scorer = Scorer(Successor(), [[3, 4], [4, 4, 6]], pad_id=0)
+    examples = [Encoded([1, 2], 0), Encoded([3], 1), Encoded([8, 9, 3], 0)]
+    batch = scorer.batch(examples, "exact-match")
+    # generated: 3 4; 4 5 6; 4 5
+    assert float(scorer.loss(batch, "exact-match")) == pytest.approx(-1 / 3)
+    assert float(scorer.loss(batch, "f1")) == pytest.approx(-(1 + 2 / 3 + 1 / 2) / 3)
+    parts = [scorer.batch(examples[:1], "f1"), scorer.batch(examples[1:], "f1")]
+    assert float(scorer.mean_loss(parts, "f1")) == pytest.approx(-(1 + 2 / 3 + 1 / 2) / 3)
+    with pytest.raises(ValueError, match='needs a batch made with loss="f1"'):
+        scorer.loss(scorer.batch(examples), "f1")
+
+
+def test_the_command_line_climbs_minus_the_loss(tmp_path: Path) -> None:
+    """Also where that is what the model generates."""
+    pytest.importorskip("transformers")
+    words = ["finetune", "--method", "es", "--loss", "exact-match", "--steps", "3"]
+    words += ["--population", "4", "--eps", "1e-2", "--output", str(tmp_path / "out")]
+    assert main(words) == 0
+    lines = (tmp_path / "out" / "history.jsonl").read_text().splitlines()
+    steps = [entry for entry in map(json.loads, lines) if "loss" in entry]
+    assert [entry["forwards"] for entry in steps] == [4, 4, 4]
+    assert all(-1 <= entry["loss"] <= 0 for entry in steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,18 +12,16 @@ from zo_fused.directions.homing import Homing
 from zo_fused.directions.per_query import PerQuery
 from zo_fused.methods.table import Recipe, method
 from zo_fused.rules.sgd import SGD
-from zo_fused.step.access import plain_tensors
 from zo_fused.step.direction import Direction
 from zo_fused.step.estimates import transformed
-from zo_fused.step.members import Generation, Member
-from zo_fused.step.optimizer import ZerothOrderOptimizer
+from zo_fused.step.members import Population
 from zo_fused.step.schedule import Position
 from zo_fused.step.shaping import SHAPINGS
 from zo_fused.step.vectors import Vector, stacked
 
 
 @method(Recipe("es", "ES"))
-class ES(ZerothOrderOptimizer):
+class ES(Population):
     """Evolution strategies (Salimans et al. 2017, arXiv 1703.03864): of language models, as in
     es-at-scale (arXiv 2509.24372); of low rank, as in EGGROLL (arXiv 2511.16652).
 
@@ -62,13 +60,6 @@ class ES(ZerothOrderOptimizer):
         projected_grad: minus the scores, antithetic: half the difference of a pair's, float32
             [population], or [population / 2]. It is what the replay log has.
     """
-
-    takes_rewards = True
-    needs_closure = True  # a loss has no place here
-    needs = (
-        "step() needs a closure that returns the reward, step(lambda: reward(model)), or rewards: "
-        "for member in opt.members(): with member: member.reward = .."
-    )
 
     def __init__(
         self,
@@ -121,48 +112,6 @@ class ES(ZerothOrderOptimizer):
         everywhere = super().positions()
         return everywhere if self.antithetic else [at for at in everywhere if at.sign > 0]
 
-    def members(self) -> Iterator[Member]:
-        """The population of the coming step, for rewards that don't come from a closure::
-
-            for member in opt.members():
-                with member:
-                    member.reward = score(model)
-            opt.step()
-
-        Within the block the weights are the member's; the next block takes them on to the next
-        member in one sweep, and `step` applies the update on the way back. Between blocks whoever
-        looks at a parameter finds theta, at the price of a sweep. After an exception or Ctrl-C in a
-        block, or if the loop ends early, the weights are at theta. Evaluate under `torch.no_grad`.
-
-        Members may come in any order (``list(opt.members())``), and a reward may be set after the
-        block. Every one needs a reward: `step` names those that have none, and works again when
-        they have. A reward that is not finite makes the step be skipped and counted in
-        `skipped_steps`; give a member that failed a low reward instead.
-
-        Raises:
-            RuntimeError: in ``with member``: another's block is open, or a step or another
-                `members` has ended this generation; at its end: the weights were moved within.
-            TypeError, ValueError: in `step`: a reward is no number, or is missing.
-        """
-        generation = self._begin()
-        try:
-            yield from generation.members
-        except GeneratorExit:
-            generation.stop()
-            raise
-
-    @plain_tensors
-    def _begin(self) -> Generation:
-        parts = (self.weights, self._access, self._timer)
-        with self._access.going_away():
-            self._access.drop_pending()
-            generation = Generation(*parts, self.positions(), self._of_members)
-            self._access.pending = generation
-        return generation
-
-    def _of_members(self, rewards: Mapping[Position, Any]) -> tuple[Tensor, Vector]:
-        return self.difference({at: self._evaluation.scalar(r) for at, r in rewards.items()})
-
     def difference(self, losses: Mapping[Position, Any]) -> tuple[Tensor, Vector]:
         """The mean reward and what the rule descends along, from the rewards."""
         plus = [reward for position, reward in losses.items() if position.sign > 0]
@@ -182,7 +131,7 @@ class ES(ZerothOrderOptimizer):
         """
         scores = SHAPINGS[self.shaping](_as_vector([*plus, *minus], grads.device))
         if self.shaping == "none":
-            scores = scores / self._groups.eps()[0]
+            scores = scores / self.param_groups[0]["eps"]
         if not minus:
             return -scores
         above, below = scores.split(len(plus))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zo_fused.step.access import Access, plain_tensors
+from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.schedule import Position
 from zo_fused.step.timing import Timer
 from zo_fused.step.vectors import Vector
@@ -151,3 +152,57 @@ class Generation:
                 f"eps changed in the middle of a generation, from {self._eps} to "
                 f"{self._weights.groups.eps()}: change it between steps"
             )
+
+
+class Population(ZerothOrderOptimizer):
+    """An optimizer that takes rewards: its `positions` are the members of a step, and its
+    `difference` is given their rewards."""
+
+    takes_rewards = True
+    needs_closure = True  # a loss has no place here
+    needs = (
+        "step() needs a closure that returns the reward, step(lambda: reward(model)), or rewards: "
+        "for member in opt.members(): with member: member.reward = .."
+    )
+
+    def members(self) -> Iterator[Member]:
+        """The population of the coming step, for rewards that don't come from a closure::
+
+            for member in opt.members():
+                with member:
+                    member.reward = score(model)
+            opt.step()
+
+        Within the block the weights are the member's; the next block takes them on to the next
+        member in one sweep, and `step` applies the update on the way back. Between blocks whoever
+        looks at a parameter finds theta, at the price of a sweep. After an exception or Ctrl-C in a
+        block, or if the loop ends early, the weights are at theta. Evaluate under `torch.no_grad`.
+
+        Members may come in any order (``list(opt.members())``), and a reward may be set after the
+        block. Every one needs a reward: `step` names those that have none, and works again when
+        they have. A reward that is not finite makes the step be skipped and counted in
+        `skipped_steps`; give a member that failed a low reward instead.
+
+        Raises:
+            RuntimeError: in ``with member``: another's block is open, or a step or another
+                `members` has ended this generation; at its end: the weights were moved within.
+            TypeError, ValueError: in `step`: a reward is no number, or is missing.
+        """
+        generation = self._begin()
+        try:
+            yield from generation.members
+        except GeneratorExit:
+            generation.stop()
+            raise
+
+    @plain_tensors
+    def _begin(self) -> Generation:
+        parts = (self.weights, self._access, self._timer)
+        with self._access.going_away():
+            self._access.drop_pending()
+            generation = Generation(*parts, self.positions(), self._of_members)
+            self._access.pending = generation
+        return generation
+
+    def _of_members(self, rewards: Mapping[Position, Any]) -> tuple[Tensor, Vector]:
+        return self.difference({at: self._evaluation.scalar(r) for at, r in rewards.items()})

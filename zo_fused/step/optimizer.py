@@ -21,6 +21,12 @@ from zo_fused.step.schedule import Position, Side, pairs
 from zo_fused.step.vectors import Vector, as_float64
 from zo_fused.step.weights import THETA, Place
 
+_NEEDS_LOSSES = (
+    "step() needs a closure, step(lambda: model(**batch).loss), or loss_plus and loss_minus. There "
+    "is no backward pass: a loop that calls step() itself, such as the Trainer of transformers or "
+    "accelerate's, must call opt.estimate(closure) where it called loss.backward()"
+)
+
 
 class ZerothOrderOptimizer(BetweenSteps):
     """Base of the optimizers: estimates along one direction a step.
@@ -68,12 +74,7 @@ class ZerothOrderOptimizer(BetweenSteps):
             (on GPUs this waits for the device).
     """
 
-    needs = (  # what `step` says when it has nothing to go by
-        "step() needs a closure, step(lambda: model(**batch).loss), or loss_plus and loss_minus. "
-        "There is no backward pass: a loop that calls step() itself, such as the Trainer of "
-        "transformers or accelerate's, must call opt.estimate(closure) where it called "
-        "loss.backward()"
-    )
+    needs = _NEEDS_LOSSES  # what `step` says when it has nothing to go by
     takes_rewards = False  # whether higher is better of what closures return
     needs_closure = False  # whether `step` can't do with losses
     differentiates = False  # whether the loss must have a derivative
