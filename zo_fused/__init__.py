@@ -14,13 +14,19 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from zo_fused.methods.conservative import ZOConservative as ZOConservative
     from zo_fused.methods.es import ES as ES
     from zo_fused.methods.forward_grad import ForwardGrad as ForwardGrad
+    from zo_fused.methods.fzoo import FZOO as FZOO
     from zo_fused.methods.hybrid import Hybrid as Hybrid
     from zo_fused.methods.kerzoo import KerZOO as KerZOO
     from zo_fused.methods.layers import first_layers as first_layers
     from zo_fused.methods.layers import layer_blocks as layer_blocks
     from zo_fused.methods.lozo import LOZO as LOZO
+    from zo_fused.methods.meazo import MEAZO as MEAZO
     from zo_fused.methods.mezo import MeZO as MeZO
+    from zo_fused.methods.pgap import PGAP as PGAP
     from zo_fused.methods.sign import ZOSignSGD as ZOSignSGD
+    from zo_fused.methods.subzero import SubZero as SubZero
+    from zo_fused.methods.tezo import TeZO as TeZO
+    from zo_fused.methods.zo_muon import ZOMuon as ZOMuon
     from zo_fused.replaying.rebuild import replay as replay
     from zo_fused.sweeps.dispatch import backend_of as backend_of
     from zo_fused.sweeps.dispatch import set_backend as set_backend

@@ -80,7 +80,9 @@ def lowrank(weights: Weights, rank: int) -> Call:
     return lambda: operators.lowrank_(weights.params, us, vs, coeffs, one)
 
 
-def moments(weights: Weights, rule: str, first: torch.dtype | None) -> Call:
+def moments(
+    weights: Weights, rule: str, first: torch.dtype | None, transform: str = "portable"
+) -> Call:
     """First moments in the given dtype, none if None; second moments of Adam in float32."""
     firsts = weights.like(first) if first else []
     seconds = weights.like(torch.float32) if rule == "adam" else []
@@ -88,9 +90,8 @@ def moments(weights: Weights, rule: str, first: torch.dtype | None) -> Call:
     row = torch.tensor([0.9, 0.1, 0.999, 0.001, 1e-8, -SMALL], device=weights.device)
     coeffs, one = row.expand(len(weights.params), 6).contiguous(), weights.table(1.0)
     streams = (weights.ids, weights.offsets, weights.keys[:1])
-    return lambda: operators.moments_(
-        weights.params, firsts, seconds, *streams, grads, restores, coeffs, one, rule
-    )
+    rows = (grads, restores, coeffs, one, rule, None, transform)
+    return lambda: operators.moments_(weights.params, firsts, seconds, *streams, *rows)
 
 
 def fill(weights: Weights, transform: str) -> Call:
@@ -104,12 +105,15 @@ def sweeps_of(weights: Weights, transforms: Sequence[str]) -> Iterator[Sweep]:
     half = weights.params[0].element_size() == 2
     yield Sweep("dense", dense(weights), moved)
     yield Sweep("dense, signs", dense(weights, transform="signs"), moved)
+    yield Sweep("dense, hadamard", dense(weights, transform="hadamard"), moved)
     if "fast" in transforms:
         yield Sweep("dense, fast", dense(weights, transform="fast"), moved)
     for rank in RANKS:
         factors = 4 * rank * (weights.rows + weights.columns) * len(weights.params)
         yield Sweep(f"low-rank r={rank}", lowrank(weights, rank), moved + factors)
     yield Sweep("dense, 2 directions", dense(weights, 2), moved)
+    run = dense(weights, 2, transform="hadamard")
+    yield Sweep("dense, hadamard, 2 directions", run, moved)
     if half:
         yield Sweep("dense, stochastic", dense(weights, rounds=True), moved)
         if "fast" in transforms:
@@ -121,6 +125,8 @@ def sweeps_of(weights: Weights, transforms: Sequence[str]) -> Iterator[Sweep]:
         moments(weights, "momentum", torch.float32),
         moved + 8 * elements,
     )
+    run = moments(weights, "momentum", torch.float32, "hadamard")
+    yield Sweep("moments, momentum, m fp32, hadamard", run, moved + 8 * elements)
     yield Sweep(
         "moments, adam, m fp32", moments(weights, "adam", torch.float32), moved + 16 * elements
     )

@@ -83,13 +83,13 @@ def train(run: Run) -> Accuracies:
     """The run."""
     torch.set_num_threads(1)
     model, scorer, data = setting(run.template)
-    before = scorer.accuracy(data["test"], 64)
+    before = scorer.evaluate(data["test"], 64).accuracy
     step = first_order(run, model) if run.method in FIRST else zeroth_order(run, model)
     for number in range(run.steps):
         rows = batch_indices(len(data["train"]), BATCH, run.seed, number)
         batch = scorer.batch([data["train"][i] for i in rows])
         step(lambda batch=batch: scorer.loss(batch))
-    accuracy = {split: scorer.accuracy(data[split], 64) for split in ("dev", "test")}
+    accuracy = {split: scorer.evaluate(data[split], 64).accuracy for split in ("dev", "test")}
     return Accuracies(before, **accuracy)
 
 

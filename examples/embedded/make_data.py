@@ -1,9 +1,13 @@
-"""Writes the embedded sentiment task: `zo_fused/embedded/data/{train,dev,test}.jsonl`.
+"""Writes a task for the embedded model: `{train,dev,test}.jsonl` and `task.json`.
 
 The texts come from the grammar beside this script.  A part of the skeletons and a third of the
 opinion words and phrases never occur in the training set, and no text occurs twice in the three
 files.  With `--corpus FILE` the unlabelled pre-training corpus is written as well, one document
 per line.
+
+`--task sentiment` is the embedded task: one opinion, two labels.  `--task opinions` is harder, for
+benchmarks: longer texts with two opinions between sentences that have none, and four labels, for
+which all opinions must be read and told from each other.
 """
 
 import argparse
@@ -14,32 +18,75 @@ from pathlib import Path
 from random import Random
 
 from grammar import (
+    DOMAINS,
     EVAL_SKELETONS,
     LABELS,
     SHARED_SKELETONS,
     TRAIN_SKELETONS,
+    Filler,
     fill,
+    neutral_sentence,
     pretraining_document,
 )
 from tqdm import tqdm
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "zo_fused" / "embedded"
-TASK = {
-    "template": "{text} It was",
-    "verbalizer": {"negative": " terrible", "positive": " great"},
-    "description": "Sentiment of short reviews (negative or positive), made by a grammar.",
+TASKS = {
+    "sentiment": {
+        "template": "{text} It was",
+        "verbalizer": {"negative": " terrible", "positive": " great"},
+        "description": "Sentiment of short reviews (negative or positive), made by a grammar.",
+    },
+    "opinions": {
+        "template": "{text} It was",
+        "verbalizer": {
+            "negative": " terrible",
+            "positive": " great",
+            "mixed": " enough",
+            "none": " over",
+        },
+        "description": "Longer reviews with two opinions (both negative, both positive, one of "
+        "each) or none, made by a grammar.",
+    },
 }
+OPINIONS = {"negative": (0, 0), "positive": (1, 1), "mixed": (0, 1), "none": ()}
+
+
+def sentiment(name: str, skeletons: list[str], rng: Random, held_out: bool) -> str:
+    """A short review of a label."""
+    return fill(rng.choice(skeletons), LABELS.index(name), rng, held_out)
+
+
+def opinions(name: str, skeletons: list[str], rng: Random, held_out: bool) -> str:
+    """A review of a label, with an opinion a skeleton and sentences without one around them."""
+    domain = DOMAINS[rng.choice(sorted(DOMAINS))]
+    labels = list(OPINIONS[name])
+    rng.shuffle(labels)
+    fillers = [Filler(domain, label, rng, held_out) for label in labels]
+    about = Filler(domain, 0, rng)
+    for filler in fillers:
+        filler.thing = about.thing
+    parts = [f.text(rng.choice(skeletons)) for f in fillers]
+    for _ in range(rng.randint(1, 2) if parts else rng.randint(3, 5)):
+        aside = neutral_sentence(rng) if rng.random() < 0.5 else about.text("{intro}.")
+        if aside not in parts:
+            parts.insert(rng.randint(0, len(parts)), aside)
+    return " ".join(parts)
+
+
+MAKERS = {"sentiment": sentiment, "opinions": opinions}
 
 
 def labelled_texts(
-    skeletons: list[str], size: int, rng: Random, seen: set[str], held_out: bool
+    task: str, skeletons: list[str], size: int, rng: Random, seen: set[str], held_out: bool
 ) -> list[dict]:
-    """`size` shuffled examples, half of each label, with no text that is in `seen`."""
+    """`size` shuffled examples, as many of each label, with no text that is in `seen`."""
     examples = []
-    for label, name in enumerate(LABELS):
-        wanted = len(examples) + size // 2
+    names = list(TASKS[task]["verbalizer"])
+    for name in names:
+        wanted = len(examples) + size // len(names)
         while len(examples) < wanted:
-            text = fill(rng.choice(skeletons), label, rng, held_out)
+            text = MAKERS[task](name, skeletons, rng, held_out)
             if text.lower() not in seen:
                 seen.add(text.lower())
                 examples.append({"text": text, "label": name})
@@ -47,14 +94,14 @@ def labelled_texts(
     return examples
 
 
-def make_splits(sizes: dict[str, int], seed: int) -> dict[str, list[dict]]:
+def make_splits(task: str, sizes: dict[str, int], seed: int) -> dict[str, list[dict]]:
     """The three labelled sets; dev and test also use the held-out skeletons and words."""
     rng, seen = Random(seed), set()
     splits = {}
     for split, size in sizes.items():
         extra = TRAIN_SKELETONS if split == "train" else 2 * EVAL_SKELETONS
         splits[split] = labelled_texts(
-            SHARED_SKELETONS + extra, size, rng, seen, held_out=split != "train"
+            task, SHARED_SKELETONS + extra, size, rng, seen, held_out=split != "train"
         )
     return splits
 
@@ -87,6 +134,7 @@ def pretraining_corpus(
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--task", choices=TASKS, default="sentiment")
     parser.add_argument("--out", type=Path, default=EMBEDDED / "data")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--train", type=int, default=1000)
@@ -98,11 +146,11 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     sizes = {"train": args.train, "dev": args.dev, "test": args.test}
-    for split, examples in make_splits(sizes, args.seed).items():
+    for split, examples in make_splits(args.task, sizes, args.seed).items():
         lines = (json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
         (args.out / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{split}: {len(examples)} examples")
-    task = json.dumps(TASK, indent=2, ensure_ascii=False) + "\n"
+    task = json.dumps(TASKS[args.task], indent=2, ensure_ascii=False) + "\n"
     (args.out / "task.json").write_text(task, encoding="utf-8")
 
     if args.corpus:

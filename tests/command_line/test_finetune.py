@@ -419,7 +419,7 @@ def test_ctrl_c_before_the_first_step(arguments, tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert main(arguments(output=whole)) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(Scorer, "accuracy", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(Scorer, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         assert main(arguments(output=stopped)) == 130
     assert (stopped / "checkpoint-0").is_dir()
     assert main(arguments("--resume", output=stopped)) == 0

@@ -165,57 +165,6 @@ def test_a_uniform_number_of_a_query() -> None:
     assert abs(float(drawn.square().mean()) - 1 / 3) < 0.02
 
 
-def test_the_kernel_of_kerzoo() -> None:
-    """Its moments over U(-1, 1) are 0, 1, 0, 0 (orders 0 to 3), by exact quadrature."""
-    import numpy as np
-
-    r, weights = np.polynomial.legendre.leggauss(8)
-    kernel = 15 / 4 * r * (5 - 7 * r**2)
-    moments = [float((weights / 2 * kernel * r**k).sum()) for k in range(4)]
-    assert np.allclose(moments, [0, 1, 0, 0], atol=1e-12)
-    assert np.isclose((weights / 2 * (kernel * r) ** 2).sum(), 6.25)
-
-
-@pytest.mark.parametrize("kw", [{}, {"deferred": True}, {"one_sided": True, "queries": 2}], ids=str)
-def test_kerzoo_follows_its_textbook(kw: dict[str, Any]) -> None:
-    model, eps, lr, decay, seed = network(), 1e-2, 1e-2, 0.1, 11
-    opt = zo_fused.KerZOO(model, lr=lr, eps=eps, weight_decay=decay, seed=seed, **kw)
-    theta = {name: p.detach().double().clone() for name, p in model.named_parameters()}
-    x = INPUT.double()
-
-    def loss(weights: dict[str, Tensor]) -> float:
-        return float(torch.func.functional_call(network().double(), weights, (x,)).square().mean())
-
-    start = vector_of(model)
-    queries, one_sided = kw.get("queries", 1), kw.get("one_sided", False)
-    for step in range(12):
-        opt.step(loss_of(model))
-        steps = {name: torch.zeros_like(w) for name, w in theta.items()}
-        for query in range(queries):
-            r = uniform(seed, step, query)
-            u = {
-                name: normal(
-                    w.numel(), derive_key(seed, Purpose.DENSE, step, query), parameter_id(name)
-                )
-                .double()
-                .view(w.shape)
-                for name, w in theta.items()
-            }
-            plus = loss({name: w + eps * r * u[name] for name, w in theta.items()})
-            away = 0.0 if one_sided else -1.0
-            minus = loss({name: w + away * eps * r * u[name] for name, w in theta.items()})
-            c = (plus - minus) / (eps * (1 if one_sided else 2))
-            for name in theta:
-                steps[name] += 15 / 4 * r * (5 - 7 * r * r) * c * u[name] / queries
-        theta = {name: w - lr * (steps[name] + decay * w) for name, w in theta.items()}
-    got = vector_of(model).double()
-    expected = torch.cat([w.flatten() for w in theta.values()])
-    moved = float((expected - start.double()).abs().max())
-    # losses near 0.3 are rounded to 2^-25, so estimates to 2^-25 / eps, times lr K |u|, 12 steps
-    assert float((got - expected).abs().max()) < 2e-5
-    assert moved > 1e-3
-
-
 # ---- what a direction learns: state, probes ------------------------------------------------------
 
 
@@ -255,6 +204,10 @@ class Probing(ZerothOrderOptimizer):
             return []
         return [Position(sign, probe, True) for probe in range(2) for sign in (1.0, -1.0)]
 
+    def forwards_of(self, steps: int) -> int:
+        windows = -(-steps // self.param_groups[0]["interval"])
+        return 2 * steps + 4 * windows
+
 
 def test_probes_are_taken_logged_and_replayed(tmp_path: Path, monkeypatch: Any) -> None:
     model, copy = network(), network()
@@ -268,8 +221,10 @@ def test_probes_are_taken_logged_and_replayed(tmp_path: Path, monkeypatch: Any) 
         return loss_of(model)()
 
     for step in range(7):
+        before, next_step = calls, opt.forwards
         opt.step(closure)
-        assert calls == 2 * (step + 1) + 4 * (1 + step // 3)
+        assert calls == 2 * (step + 1) + 4 * (1 + step // 3) == opt.forwards_of(step + 1)
+        assert calls - before == next_step == (2 if step % 3 else 6)
     opt.flush()
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert sum('"probes":[' in line for line in lines) == 3
@@ -431,6 +386,39 @@ def test_a_stage_between_losses_and_rule() -> None:
     other.step(loss_of(model))  # and each counts for itself
     assert other.state["transform"] == {"seen": 4}
     assert opt.state["transform"] == {"seen": 3}
+
+
+def test_a_stage_sees_the_steps_that_are_taken() -> None:
+    """Not an estimate that another takes the place of, nor one that was dropped."""
+    model = network()
+    opt = Clipped(model, lr=1e-3)
+    opt.estimate(loss_of(model))
+    opt.estimate(loss_of(model))
+    assert "transform" not in opt.state_dict()["state"]
+    opt.step()
+    assert opt.state["transform"] == {"seen": 1}
+    opt.estimate(loss_of(model))
+    opt.step(loss_of(model))
+    assert opt.state["transform"] == {"seen": 2}
+
+
+class LeftOut(zo_fused.MeZO):
+    """Losses at theta + eps z alone."""
+
+    def positions(self) -> list[Position]:
+        return [Position(1.0, query) for query in range(self.schedule.queries)]
+
+
+def test_of_losses_on_one_side_each_is_compared_with_the_others() -> None:
+    model = network()
+    opt = LeftOut(model, lr=1e-2, queries=3)
+    losses = iter([1.0, 2.0, 6.0])
+    mean = opt.step(lambda: next(losses))
+    assert float(mean) == 3.0
+    expected = [1.0 - 4.0, 2.0 - 3.5, 6.0 - 1.5]
+    torch.testing.assert_close(opt.projected_grad, torch.tensor(expected) / 1e-3)
+    with pytest.raises(ValueError, match="or of another query if there are none"):
+        LeftOut(model).step(loss_of(model))
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])

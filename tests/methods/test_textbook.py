@@ -12,30 +12,23 @@ from typing import Any
 
 import pytest
 import torch
-from support.textbook import EPS, SEED, STEPS, Weights, dense, model_and_tokens
+from support.textbook import (
+    EPS,
+    SEED,
+    STEPS,
+    Loss,
+    Weights,
+    dense,
+    float64_loss,
+    model_and_tokens,
+    rademacher,
+)
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import zo_fused
 from zo_fused.noise import Purpose, derive_key, normal, parameter_id
 
-Loss = Callable[[Weights], Tensor]
 Draw = Callable[[str, Tensor, int, int], Tensor]  # z of a parameter, by its name, step and query
-
-
-def float64_loss(model: nn.Module, tokens: Tensor) -> Loss:
-    """The loss as a function of named weights, in float64: its rounding plays no part below."""
-
-    def loss(weights: Weights) -> Tensor:
-        doubles = {name: w.detach().double() for name, w in weights.items()}
-        return functional_call(model, doubles, (tokens,))
-
-    return loss
-
-
-def rademacher(name: str, w: Tensor, step: int, query: int = 0) -> Tensor:
-    key = derive_key(SEED, Purpose.DENSE, step, query)
-    return normal(w.numel(), key, parameter_id(name), transform="signs").double().view(w.shape)
 
 
 def factor(name: str, rows: int, rank: int, purpose: Purpose, step: int, query: int = 0) -> Tensor:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,8 @@ import torch
 from zo_fused import noise
 from zo_fused.noise import Purpose, derive_key, parameter_id
 from zo_fused.noise.reference import CUBIC, LINEAR
+
+NOISE_MD = Path(__file__).parents[2] / "docs" / "noise.md"
 
 HADAMARD = scipy.linalg.hadamard(16)
 
@@ -55,6 +60,13 @@ def test_vectors_of_the_documentation() -> None:
         z = noise.normal(len(documented.split()), key, id_, offset, transform="hadamard")
         bits = z.view(torch.int32).tolist()
         assert [f"{b & 0xFFFFFFFF:08x}" for b in bits] == documented.split()
+
+
+def test_constants_of_the_documentation() -> None:
+    found = re.search(r"fma\(y \* y, (\w{8}), (\w{8})\)", NOISE_MD.read_text(encoding="utf-8"))
+    assert found is not None
+    cubic, linear = (struct.unpack(">f", bytes.fromhex(word))[0] for word in found.groups())
+    assert (cubic, linear) == (CUBIC, LINEAR)
 
 
 def test_moments_and_tails_are_those_of_a_gaussian() -> None:

@@ -76,7 +76,9 @@ def test_purposes_are_fixed() -> None:
         "ROUNDING": 4,
         "LEFT": 5,
         "CORE": 6,
+        "RIGHT": 7,
         "PROBE": 8,
+        "TEST": 9,
         "SCALAR": 10,
     }
 

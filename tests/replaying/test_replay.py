@@ -70,7 +70,7 @@ def test_replay_is_bit_exact(make: Case, dtype: torch.dtype, rounding: str, tmp_
     assert same(model, base)
 
 
-@those(lambda case: case.optimizer is not zo_fused.ForwardGrad and not case.has("paired"))
+@those(lambda case: case.optimizer is not zo_fused.ForwardGrad and not case.has("paired", "others"))
 def test_two_groups_without_names(make: Case, tmp_path: Path) -> None:
     model, base = network(), network()
     params = list(model.parameters())

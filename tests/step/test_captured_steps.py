@@ -75,7 +75,8 @@ NEW_SEEDS = itertools.count(2**40)
 
 # With a reason each (`test_what_cannot_be_captured_says_why`).
 NOT_CAPTURED = re.compile(
-    "ZOConservative|KerZOO|ES(?!.*low rank)|LOZO-M|LOZO.*deferred|"
+    "ZOConservative|KerZOO|ES(?!.*low rank)|PGAP|SVD-0|ZOMuon|SubZero|LOZO-M|"
+    "LOZO of activations|TeZO-m|(LO|Te)ZO.*deferred|"
     ".*(history|factored|paired|in turn)"
 )
 
@@ -169,6 +170,7 @@ def test_numbers_that_a_graph_reads_stay(recording: Callable[[], Any]) -> None:
         (lambda m: zo_fused.LOZO(m, deferred=True), "same V"),
         (lambda m: zo_fused.LOZO(m, momentum=0.9), "momentum"),
         (lambda m: zo_fused.LOZO(m, mode="factored"), "window"),
+        (lambda m: zo_fused.LOZO(m, basis="activations"), "activations"),
         (lambda m: zo_fused.MeZO(m, block_order="sequential"), "turn"),
         (zo_fused.ZOConservative, "candidates"),
         (lambda m: zo_fused.ZOAdam(m, history=3), "look back"),

@@ -73,7 +73,7 @@ def hybrid(model: nn.Sequential) -> Any:
 
 
 # A variant of each in every run, and all with `make test-all`.
-FULLEST = {[case for case in CASES if case.partition(",")[0] == name][-1] for name in METHODS}
+FULLEST = {[case for case in CASES if f"{case},".startswith(f"{name},")][-1] for name in METHODS}
 METHODS_IN_STATES: list[Any] = [
     pytest.param(case, marks=() if name in FULLEST | METHODS.keys() else pytest.mark.slow, id=name)
     for name, case in CASES.items()

@@ -24,6 +24,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "at once": {"block_order": "simultaneous"},
     "history": {"history": 4},
     "factored": {"mode": "factored"},
+    "refresh": {"refresh": 3, "interval": 3},
+    "frozen": {"others": "frozen"},
+    "adam": {"moments": "adam"},
     "paired": {"mode": "factored", "paired": True},
     "antithetic": {"antithetic": True},
     "ranks": {"shaping": "centered_rank"},
@@ -63,6 +66,43 @@ METHODS = {
         {**LOW_RANK, "momentum": 0.9},
         ("deferred", "queries", "factored", "queries, paired"),
     ),
+    "LOZO of activations": Method(
+        zo_fused.LOZO,
+        {**LOW_RANK, "basis": "activations"},
+        (
+            *("deferred", "one-sided, refresh", "queries, refresh", "refresh, deferred", "frozen"),
+            *("factored, frozen", "refresh, factored", "queries, paired", "in turn", "hadamard"),
+            *("adam", "adam, refresh, factored"),
+        ),
+    ),
+    "LOZO-M of activations": Method(
+        zo_fused.LOZO,
+        {**LOW_RANK, "basis": "activations", "momentum": 0.9},
+        ("refresh, deferred", "refresh, factored"),
+    ),
+    "SubZero": Method(
+        zo_fused.SubZero,
+        {**LOW_RANK, "interval": 4},
+        (
+            *(*USUAL, "one-sided, deferred", "queries, one-sided", "in turn", "at once"),
+            *("factored", "queries, one-sided, factored", "queries, paired"),
+        ),
+    ),
+    "SubZero+": Method(
+        zo_fused.SubZero,
+        {**LOW_RANK, "moments": "adam"},
+        ("deferred", "queries, one-sided", "at once", "queries, one-sided, factored", "paired"),
+    ),
+    "TeZO": Method(
+        zo_fused.TeZO,
+        {"rank": 3, "scale": True},
+        (*USUAL, "queries, one-sided", "in turn", "factored", "queries, paired"),
+    ),
+    "TeZO-m": Method(
+        zo_fused.TeZO,
+        {**LOW_RANK, "momentum": 0.9},
+        ("deferred", "queries", "at once", "queries, one-sided, factored"),
+    ),
     "ZOAdam": Method(
         zo_fused.ZOAdam,
         {},
@@ -71,6 +111,38 @@ METHODS = {
     "ZOSignSGD": Method(zo_fused.ZOSignSGD, {}),
     "ZOSignSGD scalar": Method(zo_fused.ZOSignSGD, {"sign": "scalar"}, ("deferred",)),
     "KerZOO": Method(zo_fused.KerZOO, {}),
+    "PGAP": Method(
+        zo_fused.PGAP,
+        {**LOW_RANK, "probes": 2, "total_steps": 20},
+        ("one-sided", "queries", "queries, one-sided"),
+    ),
+    "PGAP joint": Method(
+        zo_fused.PGAP,
+        {
+            **LOW_RANK,
+            "probes": 3,
+            "delta": (1.0, 1.0),
+            "align": "joint",
+            "probes_one_sided": True,
+        },
+        ("queries",),
+    ),
+    "SVD-0": Method(zo_fused.PGAP, {**LOW_RANK, "delta": None, "probes": 1}, ()),
+    "ZOMuon": Method(
+        zo_fused.ZOMuon,
+        {**LOW_RANK, "queries": 2, "vector_lr": None},
+        ("deferred", "in turn", "at once"),
+    ),
+    "ZOMuon, momentum": Method(
+        zo_fused.ZOMuon,
+        {**LOW_RANK, "queries": 2, "vector_lr": None, "momentum": 0.9, "one_sided": False},
+        ("deferred",),
+    ),
+    "ZOMuon, no sign": Method(
+        zo_fused.ZOMuon, {**LOW_RANK, "queries": 1, "vector_lr": None, "sign": False}, ()
+    ),
+    "FZOO": Method(zo_fused.FZOO, {"queries": 3}, ("deferred", "hadamard", "in turn", "at once")),
+    "MEAZO": Method(zo_fused.MEAZO, {}, (*USUAL, "in turn", "queries, at once")),
     "ZOConservative": Method(zo_fused.ZOConservative, {}, ("in turn",)),
     "ForwardGrad": Method(zo_fused.ForwardGrad, {}, ("queries",)),
     "ES": Method(
@@ -103,11 +175,12 @@ class Case:
 
     def __call__(self, params: Any, **options: Any) -> ZerothOrderOptimizer:
         given = {"lr": 1e-3, "seed": 3, **self.options, **options}
-        if isinstance(params, nn.Module):
-            if "block_order" in given:
-                params = blocks(params)
-        elif "mode" in given:  # a list of parameters belongs to no module: all are written
-            given["module"] = nn.Module()
+        module = params if isinstance(params, nn.Module) else None
+        if module is not None and "block_order" in given:
+            params = blocks(module)
+        if params is not module and {"mode", "basis"} & given.keys():
+            # a list of parameters belongs to no module: all are written, every V is random
+            given.setdefault("module", module or nn.Module())
         return self.optimizer(params, **given)
 
     def has(self, *names: str) -> bool:
@@ -140,6 +213,5 @@ def rounds(case: Case) -> bool:
 
 def evaluates_both_sides(case: Case) -> bool:
     """All weights at theta + eps z, then at theta - eps z, and nothing else."""
-    return not (
-        case.has("one_sided", "queries", "block_order", "paired") or case.optimizer.needs_closure  # type: ignore[attr-defined]
-    )
+    several = case.has("one_sided", "queries", "block_order", "paired", "basis")
+    return not (several or case.optimizer.needs_closure)  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """``zo-fused plan``: sizes from a configuration against those of real models and steps."""
 
 import gc
+import itertools
 import json
 from pathlib import Path
 
@@ -36,8 +37,9 @@ def measured(model, method, settings, batch, length):
     gc.freeze()  # only what is made here is looked through
     with Live((*model.parameters(), *model.buffers())) as live:
         optimizer = make_optimizer(method, settings, model)
+        numbers = itertools.count()  # losses that are all equal may skip a step
         for _ in range(3):
-            optimizer.step(lambda: scorer.loss(made))
+            optimizer.step(lambda: scorer.loss(made) + next(numbers))
         gc.collect()
     gc.unfreeze()
     of_parameters = [s for key, s in optimizer.state.items() if isinstance(key, torch.Tensor)]
@@ -61,17 +63,21 @@ def test_state_and_what_is_kept_beside_the_weights(kind, dtype, case):
     if kind == "mixtral":
         model.set_experts_implementation("batched_mm" if "paired" in case[0] else "eager")
     settings = hyper(method, more)
+    outline = Outline(model.config, dtype)
     want = kept(
         lambda module: make_optimizer(method, settings, module),
-        Outline(model.config, dtype).shapes(),
+        outline.shapes(),
         dtype,
+        outline.linear(),
     )
     state, beside, _ = measured(model, method, settings, batch=2, length=4)
     assert want.state == state
     # a few numbers are the optimizer's, and it keeps up to 32 vectors of a step's numbers with a
     # row a parameter (`Bucket.constant`), as many as there were: one after another at random places
     rows = sum(1 for _ in model.parameters()) if "onservative" in case[0] else 0
-    assert want.beside == pytest.approx(beside, abs=128 + 32 * 8 * rows)
+    # the coefficients of the last sweep may still be there: 9 directions a row where queries are 8
+    table = 4 * 9 * sum(1 for _ in model.parameters()) if case[0] == "FZOO" else 0
+    assert want.beside == pytest.approx(beside, abs=128 + 32 * 8 * rows + table)
 
 
 SMALL = {"hidden_size": 128, "intermediate_size": 344, "vocab_size": 2000}

@@ -552,7 +552,7 @@ def test_the_accuracy_loss_is_the_negative_accuracy():
     examples = example_batch((3, 9, 4, 7, 5), answers=3)
     loss = scorer.loss(scorer.batch(examples, "accuracy"), "accuracy")
     assert loss.dtype == torch.float32
-    assert float(loss) == pytest.approx(-scorer.accuracy(examples, batch_size=2))
+    assert float(loss) == pytest.approx(-scorer.evaluate(examples, batch_size=2).accuracy)
     assert -1 < float(loss) < 0
 
 
@@ -641,7 +641,7 @@ def test_accuracy_counts_the_highest_scores():
     with torch.no_grad():
         right = plain_scores(model, examples, SEVERAL).argmax(-1)
     want = sum(int(r) == e.label for r, e in zip(right, examples, strict=True)) / 5
-    assert Scorer(model, SEVERAL, pad_id=1).accuracy(examples, batch_size=2) == want
+    assert Scorer(model, SEVERAL, pad_id=1).evaluate(examples, batch_size=2).accuracy == want
 
 
 def test_the_maximum_length_is_the_smaller_one():

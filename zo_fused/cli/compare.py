@@ -153,6 +153,7 @@ def report(runs: Sequence[Run], output: Path, forwards: int) -> str:
         UserError: no run is finished.
     """
     from zo_fused.task import comparison
+    from zo_fused.task.comparison_picture import draw
     from zo_fused.task.files import to_json, write_text
 
     done = [run for run in runs if run.finished]
@@ -174,7 +175,7 @@ def report(runs: Sequence[Run], output: Path, forwards: int) -> str:
     }
     write_text(output / "compare.json", to_json(content, indent=2) + "\n")
     title = f"{forwards} training forward passes, mean and range over seeds {seeds}"
-    comparison.draw(outcomes, title, output / "compare.png")
+    draw(outcomes, title, output / "compare.png")
     return f"{table}\n\n{note}"
 
 

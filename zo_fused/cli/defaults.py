@@ -37,12 +37,23 @@ EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "mezo-m": {"lr": 1e-5},
     "lozo": {"lr": 3e-5, "schedule": "deferred"},
     "lozo-m": {"lr": 3e-5, "schedule": "deferred"},
+    "agzo": {"lr": 3e-5, "rank": 1, "schedule": "deferred"},
+    "zo-act": {"lr": 1e-4, "rank": 8, "schedule": "deferred"},
     "zo-adam": {"lr": 1e-4},
     "zo-sign": {"lr": 3e-4},
     "zo-conservative": {"lr": 1e-4},
     "forward-grad": {"lr": 1e-5},
     "kerzoo": {"lr": 3e-5},
     "es": {"lr": 3e-4, "population": 8, "steps": 150},  # 1200 forward passes, as the others
+    "zo-muon": {"lr": 1e-3},
+    "p-gap": {"lr": 3e-5},
+    "svd-0": {"lr": 3e-5},
+    "tezo": {"lr": 3e-6, "schedule": "deferred"},
+    "tezo-m": {"lr": 3e-6, "schedule": "deferred"},
+    "subzero": {"lr": 3e-5, "schedule": "deferred", "interval": 50},
+    "subzero-adam": {"lr": 3e-4, "schedule": "deferred", "interval": 50},
+    "fzoo": {"lr": 1e-3},
+    "meazo": {"lr": 1e-4},
 }
 
 # Adapters: MeZO's README; prompts: that of SubZero. Their matrices are too small for side paths

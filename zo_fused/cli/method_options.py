@@ -38,6 +38,27 @@ OPTIONS: dict[str, dict[str, Any]] = {
         **choice(("dense", "lowrank")),
         "help": "{methods}: z of independent elements, or of low rank ({default})",
     },
+    "basis": {
+        **choice(("random", "activations")),
+        "help": "{methods}: V at random, or the main directions of what linear layers are given "
+        "({default})",
+    },
+    "refresh": {
+        "metavar": "STEPS",
+        "type": whole,
+        "help": "{methods}: with --basis activations, look at activations again every so many "
+        "steps, which takes a forward pass and the place of --interval (default: once; agzo: 50)",
+    },
+    "others": {
+        **choice(("random", "frozen")),
+        "help": "{methods}: with --basis activations, what is no matrix of a linear layer alone "
+        "({default})",
+    },
+    "moments": {
+        **choice(("adam",)),
+        "help": "{methods}: Adam on the estimate in the factor or core (default: none, with zo-act "
+        "and subzero-adam adam)",
+    },
     "momentum": {"type": float, "help": "{methods}: in [0, 1) (default: 0, with -m 0.9)"},
     "history": {
         "metavar": "STEPS",
@@ -57,9 +78,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "schedule": {
         **choice(("plain", "deferred", "factored", "paired")),
-        "help": "sweeps over the weights a step: 3, 2, or (lozo) one a window; paired: the same, "
-        "with both signs in one forward pass, for batches of few tokens (default: factored for "
-        "lozo and lozo-m, deferred for the others that have it)",
+        "help": "sweeps over the weights a step: 3, 2, or (low rank) one a window; paired: the "
+        "same, with both signs in one forward pass, for batches of few tokens (default: factored "
+        "for methods of low rank, deferred for the others that have it)",
     },
 }
 

@@ -64,7 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length", type=whole, default=256, help="tokens of an example (default: 256)"
     )
-    parser.add_argument("--rank", type=whole, help="of lozo and lozo-m (default: 2)")
+    parser.add_argument("--rank", type=whole, help="of methods of low rank (default: their own)")
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
@@ -126,7 +126,12 @@ def _row(
     if args.rank is not None and "rank" in own:
         own["rank"] = args.rank
     dtype = getattr(torch, args.dtype)
-    held = kept(lambda module: make_optimizer(method, own, module), outline.shapes(), dtype)
+    held = kept(
+        lambda module: make_optimizer(method, own, module),
+        outline.shapes(),
+        dtype,
+        outline.linear(),
+    )
     needed = forward
     if own["schedule"] == "paired" and forward is not None:
         needed = 2 * forward

@@ -1,9 +1,10 @@
-"""The low-rank factors of a bucket: U and V of a step, in flat buffers.
+"""The low-rank factors of a bucket: coordinates and V of a step, in flat buffers.
 
-A parameter is seen as a matrix (m, n) with U (m, rank) and V (n, rank), float32. All U of a bucket
-lie one after the other in one tensor, so that a sum of factors is one operation for the whole
-model. A step's noise is drawn at most once, and the factors of two steps are kept: the next one's,
-where a schedule looks ahead, or the last one's, where momentum moves to a new window.
+A parameter is seen as a matrix (m, n) with U (m, rank) and V (n, rank), float32; U is made of
+coordinates (`zo_fused.directions.forms`), or is them. All coordinates of a bucket lie one after the
+other in one tensor, so that a sum of them is one operation for the whole model. A step's noise is
+drawn at most once, and the factors of two steps are kept: the next one's, where a schedule looks
+ahead, or the last one's, where momentum moves to a new window.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_fused.noise.keys import DeviceStep, Step, Stream, on_device, stream_keys
+from zo_fused.directions.forms import Form
+from zo_fused.noise.keys import DeviceStep, Step, Stream, on_device, on_host, stream_keys
 from zo_fused.noise.streams import Purpose
 from zo_fused.step.buckets import Bucket
 from zo_fused.step.vectors import Vector, float32
@@ -24,88 +26,105 @@ from zo_fused.sweeps.arguments import matrix_shape
 from zo_fused.sweeps.conversions import int64_tensor
 
 Pair = tuple[list[Tensor], list[Tensor]]
+Flat = tuple[Tensor, list[Tensor]]  # one tensor, and its parts
 Basis = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Right = Callable[[Tensor, int], Tensor | None]
 
 
 @dataclass
 class StepFactors:
     """The factors of one step."""
 
-    flat_u: Tensor
+    flat: Tensor  # the coordinates
     flat_v: Tensor
-    us: list[Tensor]  # parts of flat_u, (m, rank) each
-    vs: list[Tensor]
+    parts: list[Tensor]  # of the coordinates, a parameter each
+    vs: list[Tensor]  # parts of flat_v, (n, rank) each
     number: int  # 0 or 1
     qs: list[Tensor]  # of matrices, where there is a basis: (m, rank) each
-    step: Any = None  # what tells whose U is in it: of which step and query
-    windows: Any = None  # the same of V, over all groups
+    step: Any = None  # what tells whose coordinates are in it: of which step and query
+    windows: Any = None  # the same of Q and V, over all groups
 
 
 class Factors:
-    """U fresh every step and V fixed for a window of ``interval`` steps, from their own streams.
+    """Coordinates fresh every step and V fixed for a window of ``interval`` steps, from their own
+    streams; where the form has a Q, it is made with V.
 
     One-dimensional parameters get dense noise: U is the noise itself, V is 1.
 
-    With a basis, U of a matrix is ``Q Z``: Q (m, rank) is made with V once a window, Z (rank, rank)
-    is fresh every step.
-
     Args:
-        basis: from a matrix and normals of the shapes of Q and V to Q and V; None: there is no Q.
+        form: what the coordinates of a matrix are.
+        basis: from a matrix and normals of the shapes of Q and V to Q and V.
         options: of the sweeps that draw, as `Direction.options`.
+        right: from a matrix and a step to V, or to None where V is drawn.
         fresh: V is drawn anew for each query, from stream (V, step, query).
+
+    Attributes:
+        shapes: of the coordinates of each parameter.
+        u_shapes, v_shapes: of its U and V.
     """
 
     def __init__(
         self,
         bucket: Bucket,
-        basis: Basis | None = None,
+        form: Form,
+        basis: Basis,
         options: Mapping[str, Any] = MappingProxyType({}),
+        right: Right | None = None,
         fresh: bool = False,
     ) -> None:
         self._bucket = bucket
         self._fresh = fresh
         self._options = options
-        self._basis = basis
-        shapes = [
-            (*matrix_shape(p), bucket.fixed[g]["rank"]) if p.dim() >= 2 else (p.numel(), 1, 1)
-            for p, g in zip(bucket.params, bucket.group_of, strict=True)
+        self._form, self._basis, self._right = form, basis, right
+        self._forgotten = 0
+        sizes = [self._size(*pair) for pair in zip(bucket.params, bucket.group_of, strict=True)]
+        self.u_shapes = [(m, rank) for m, _, rank in sizes]
+        self.v_shapes = [(n, rank) for _, n, rank in sizes]
+        self.shapes = [
+            form.shape(*shape) if p.dim() >= 2 else shape
+            for p, shape in zip(bucket.params, self.u_shapes, strict=True)
         ]
-        self.u_shapes = [(m, rank) for m, _, rank in shapes]
-        self.v_shapes = [(n, rank) for _, n, rank in shapes]
-        self._all = list(range(len(shapes)))
+        self._all = list(range(len(sizes)))
         self._matrices = [i for i, p in enumerate(bucket.params) if p.dim() >= 2]
         self._vectors = [i for i, p in enumerate(bucket.params) if p.dim() < 2]
         self._intervals = [1 if fresh else group["interval"] for group in bucket.fixed]
         vector = int64_tensor([int(p.dim() < 2) for p in bucket.params])
         self._is_vector = on_device(vector, bucket.device)
         self._group_of_matrix = bucket.group_index[on_device(vector == 0, bucket.device)]
-        sizes = int64_tensor([m * rank for m, rank in self.u_shapes])
-        # which parameter an element of a flat U belongs to
-        owner = int64_tensor(range(len(sizes))).repeat_interleave(sizes)
+        elements = int64_tensor([rows * columns for rows, columns in self.shapes])
+        # which parameter a coordinate belongs to
+        owner = int64_tensor(range(len(elements))).repeat_interleave(elements)
         self._owner = on_device(owner, bucket.device)
         self._slots = [self._slot(0), self._slot(1)]
 
-    def _slot(self, number: int) -> StepFactors:
-        u, us = self.buffer(self.u_shapes)
-        v, vs = self.buffer(self.v_shapes)
-        qs = (
-            []
-            if self._basis is None
-            else self.buffer([self.u_shapes[i] for i in self._matrices])[1]
-        )
-        return StepFactors(u, v.fill_(1.0), us, vs, number, qs)  # the ones of vectors stay
+    @staticmethod
+    def sides(p: Tensor) -> tuple[int, int]:
+        """The rows of U and V of a matrix."""
+        return matrix_shape(p)
 
-    def buffer(
-        self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _size(self, p: Tensor, group: int) -> tuple[int, int, int]:
+        """m, n and the rank of a parameter."""
+        if p.dim() < 2:
+            return p.numel(), 1, 1
+        m, n = self.sides(p)
+        rank: int = self._bucket.fixed[group]["rank"]
+        return m, n, min(rank, m, n) if self._form.clipped else rank
+
+    def _slot(self, number: int) -> StepFactors:
+        flat, parts = self.buffer(self.shapes)
+        v, vs = self.buffer(self.v_shapes)
+        with_q = self._matrices if self._form.lift else []
+        qs = self.buffer([self.u_shapes[i] for i in with_q])[1]
+        return StepFactors(flat, v.fill_(1.0), parts, vs, number, qs)  # the ones of vectors stay
+
+    def buffer(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32) -> Flat:
         """Zeros in one tensor, and its parts in these shapes."""
-        sizes = [rows * columns for rows, columns in shapes]
-        flat = torch.zeros(sum(sizes), dtype=dtype, device=self._bucket.device)
-        parts = zip(flat.split(sizes), shapes, strict=True)
-        return flat, [part.view(shape) for part, shape in parts]
+        size = sum(rows * columns for rows, columns in shapes)
+        flat = torch.zeros(size, dtype=dtype, device=self._bucket.device)
+        return flat, parts_of(flat, shapes)
 
     def spread(self, per_parameter: Vector) -> Tensor:
-        """A number a parameter as a number an element of a flat U, float32."""
+        """A number a parameter as a number a coordinate, float32."""
         return float32(per_parameter)[self._owner]
 
     def of(self, seed: int, step: Step, query: int = 0) -> StepFactors:
@@ -117,12 +136,13 @@ class Factors:
             windows = now if self._fresh else self.windows(seed, step)
             if slot.windows != windows:
                 self._draw_v(slot, seed, step, query, windows)
-            self._draw_u(slot, seed, step, query)
+            self._draw(slot, seed, step, query)
             slot.step, slot.windows = now, windows
         return slot
 
     def forget(self) -> None:
         """What a direction has learnt changes the basis: it is made anew."""
+        self._forgotten += 1
         for slot in self._slots:
             slot.step = slot.windows = None
 
@@ -130,34 +150,28 @@ class Factors:
         """What tells whose V a step has."""
         if isinstance(step, DeviceStep):  # only the device knows which window it is
             return (seed, step)
-        return (seed, *(step // interval for interval in self._intervals))
+        return (seed, self._forgotten, *(step // interval for interval in self._intervals))
 
-    def _draw_u(self, slot: StepFactors, seed: int, step: Step, query: int) -> None:
-        matrices = Purpose.U if self._basis is None else Purpose.CORE
-        streams = [Stream(purpose, step, query=query) for purpose in (matrices, Purpose.DENSE)]
+    def _draw(self, slot: StepFactors, seed: int, step: Step, query: int) -> None:
+        purposes = self._form.purpose, Purpose.DENSE
+        streams = [Stream(purpose, step, query=query) for purpose in purposes]
         keys = stream_keys(seed, streams, self._bucket.device)[self._is_vector]
-        if self._basis is None:
-            self._bucket.fill(slot.us, self._all, ("u", slot.number))(keys, **self._options)
-            return
-        us = [slot.us[i] for i in self._vectors]
-        self._bucket.fill(us, self._vectors, ("u", slot.number))(
-            keys[self._vectors], **self._options
-        )
-        cores = self._bucket.once("cores", self._cores)
-        self._bucket.fill(cores, self._matrices, "cores drawn")(
-            keys[self._matrices], **self._options
-        )
-        for i, q, core in zip(self._matrices, slot.qs, cores, strict=True):
-            slot.us[i].copy_(small_product(q, core))
-
-    def _cores(self) -> list[Tensor]:
-        return self.buffer([(self.u_shapes[i][1],) * 2 for i in self._matrices])[1]
+        fill = self._bucket.fill(slot.parts, self._all, ("coordinates", slot.number))
+        fill(keys, **self._options)
+        if slot.qs:
+            self.shape_cores([slot.parts[i] for i in self._matrices], seed, step, query)
 
     def _draw_v(self, slot: StepFactors, seed: int, step: Step, query: int, windows: Any) -> None:
         vs = [slot.vs[i] for i in self._matrices]
         of_query = query if self._fresh else 0
-        self._draw_for_window(vs, slot.number, seed, step, Purpose.V, of_query)
-        if self._basis is None or not vs:
+        self._draw_for_window(vs, slot.number, seed, step, self._form.right, of_query)
+        self.shape_window(vs)
+        if self._right is not None:
+            assert isinstance(step, int)
+            for i, v in zip(self._matrices, vs, strict=True):
+                if (found := self._right(self._bucket.params[i], step)) is not None:
+                    v.copy_(found)
+        if not slot.qs:
             return
         other = self._slots[1 - slot.number]
         if other.windows == windows:
@@ -165,9 +179,19 @@ class Factors:
             return
         self._draw_for_window(slot.qs, slot.number, seed, step, Purpose.LEFT)
         for i, q, v in zip(self._matrices, slot.qs, vs, strict=True):
-            left, right = self._basis(self._bucket.params[i], q, v)
+            left, right = self.make_basis(i, seed, q, v)
             q.copy_(left)
             v.copy_(right)
+
+    def make_basis(self, row: int, seed: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Q and V of the matrix in a row of the bucket, from normals of their shapes."""
+        return self._basis(self._bucket.params[row], left, right)
+
+    def shape_window(self, vs: list[Tensor]) -> None:
+        """Change the V of the matrices, which were drawn for a window, in place."""
+
+    def shape_cores(self, cores: list[Tensor], seed: int, step: Step, query: int) -> None:
+        """Change the coordinates in Q, which were drawn for a query, in place."""
 
     def _draw_for_window(
         self,
@@ -182,18 +206,47 @@ class Factors:
         keys = stream_keys(seed, streams, self._bucket.device)[self._group_of_matrix]
         self._bucket.fill(outs, self._matrices, (purpose, number))(keys, **self._options)
 
-    def add(self, number: int, coeffs: Vector, factor: Tensor, first: bool) -> list[Tensor]:
-        """``sum += coeff * factor``, from zero at first, in buffer 0 or 1; its parts.
+    def add(self, number: int, coeffs: Vector, factor: Tensor, first: bool) -> Flat:
+        """``sum += coeff * factor``, from zero at first, in buffer 0 or 1: the sum and its parts.
 
         Product and sum are rounded one by one, so that every device has the same bits.
 
         Args:
-            factor: of the shape of a flat U.
+            factor: coordinates of all parameters, flat.
         """
-        flat, parts = self._bucket.once(("sum", number), lambda: self.buffer(self.u_shapes))
+        flat, parts = self._bucket.once(("sum", number), lambda: self.buffer(self.shapes))
         product = self.spread(coeffs) * factor
         flat.copy_(product) if first else flat.add_(product)
-        return parts
+        return flat, parts
+
+    def lifted(self, coordinates: Flat, step: StepFactors, number: int = 0) -> Flat:
+        """U of coordinates, with the Q of a step, in buffer 0 or 1; or the coordinates, if they
+        are U."""
+        lift, (_, parts) = self._form.lift, coordinates
+        if lift is None:
+            return coordinates
+        made, us = self._bucket.once(("lifted", number), lambda: self.buffer(self.u_shapes))
+        if self._vectors:
+            for_vectors = [us[i] for i in self._vectors], [parts[i] for i in self._vectors]
+            torch._foreach_copy_(*for_vectors)
+        for rows in self._bucket.once("batches", self._batches):
+            q = torch.stack([step.qs[row] for row in rows])
+            core = torch.stack([parts[self._matrices[row]] for row in rows])
+            outs = [us[self._matrices[row]] for row in rows]
+            torch._foreach_copy_(outs, list(lift(q, core).unbind()))
+        return made, us
+
+    def _batches(self) -> list[list[int]]:
+        """Numbers of matrices of one shape, to be lifted at once: on a GPU many, which costs few
+        kernels; on the host as few as stay in its caches."""
+        limit = 1 << (16 if on_host(self._bucket.device) else 22)
+        alike: dict[tuple[int, int], list[list[int]]] = {}
+        for row, i in enumerate(self._matrices):
+            (m, rank), batches = self.u_shapes[i], alike.setdefault(self.u_shapes[i], [[]])
+            if batches[-1] and (len(batches[-1]) + 1) * m * rank > limit:
+                batches.append([])
+            batches[-1].append(row)
+        return [batch for batches in alike.values() for batch in batches]
 
     def joined(self, parts: Sequence[Pair]) -> Pair:
         """Products ``U V^T`` as one, whose rank is the sum of theirs, in memory that the next call
@@ -229,10 +282,7 @@ class Factors:
         return self._bucket.once(("wide", count), make)
 
 
-def small_product(tall: Tensor, small: Tensor) -> Tensor:
-    """``tall @ small`` for a small square matrix, float32: bit for bit the same on every device, as
-    the sum runs in a fixed order in float64."""
-    total = torch.zeros(tall.shape, dtype=torch.float64, device=tall.device)
-    for column, row in zip(tall.unbind(1), small.double().unbind(), strict=True):
-        total += column[:, None].double() * row
-    return total.float()
+def parts_of(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """A flat tensor as views in these shapes, one after the other."""
+    parts = flat.split([rows * columns for rows, columns in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

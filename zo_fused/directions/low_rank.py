@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from zo_fused.directions.activations import Activations
 from zo_fused.directions.dense import Dense
-from zo_fused.directions.factors import Factors, StepFactors
+from zo_fused.directions.factors import Factors, Flat, StepFactors
+from zo_fused.directions.forms import CORE, FACTOR, Form
 from zo_fused.step.buckets import Bucket
 from zo_fused.step.direction import Direction, Sweep, Term
 from zo_fused.step.vectors import Vector, float32, vector
@@ -21,21 +24,37 @@ class LowRank(Direction):
     stream (V, step // interval), both N(0, 1), each from its own stream, so the U of the query is
     the U of the update (the released LOZO code loses that at every new V). One-dimensional
     parameters get dense noise from stream (dense, step, query): U is the noise itself, V is 1.
+
+    Args:
+        activations: where V comes from instead; None: it is drawn.
     """
 
     fixed: tuple[str, ...] = ("rank", "interval")
 
-    def __init__(self, divide_by_rank: bool = False, distribution: str = "gaussian") -> None:
+    def __init__(
+        self,
+        divide_by_rank: bool = False,
+        distribution: str = "gaussian",
+        activations: Activations | None = None,
+    ) -> None:
         super().__init__(distribution)
         self.divide_by_rank = divide_by_rank
+        self.activations = activations
 
     def not_capturable(self, deferred: bool) -> str:
+        if self.activations is not None:
+            return "whether V is to be made from activations is for the host to say"
         if deferred:
             return "whether the next step has the same V is for the host to say; deferred=False"
         return ""
 
-    # Whether U is Q Z with a basis Q of the window: see `Factors` and `basis`.
+    # Whether U is Q Z with a basis Q of the window (see `basis`) and Z (rank, rank) of the query.
     has_basis = False
+
+    @property
+    def form(self) -> Form:
+        """What is drawn for every query."""
+        return CORE if self.has_basis else FACTOR
 
     def basis(self, p: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Q (m, rank) and V (n, rank) of a matrix for a window. What was learnt is in `state`
@@ -53,8 +72,36 @@ class LowRank(Direction):
 
     def factors(self, bucket: Bucket) -> Factors:
         """The factors of a bucket."""
-        basis = self.basis if self.has_basis else None
-        return bucket.once("factors", lambda: Factors(bucket, basis, self.options))
+        right = None if self.activations is None else self._right
+        make = partial(Factors, bucket, self.form, self.basis, self.options, right)
+        return bucket.once("factors", make)
+
+    def _right(self, p: Tensor, step: int) -> Tensor | None:
+        assert self.activations is not None
+        return self.activations.right(self.state.get(p, {}), step)
+
+    def bases(self, params: Sequence[Tensor]) -> list[Any]:
+        return [] if self.activations is None else self.activations.to_json(params, self.state)
+
+    def take_bases(
+        self,
+        bases: list[Any],
+        groups: Sequence[dict[str, Any]],
+        buckets: Sequence[Bucket],
+        step: int,
+    ) -> None:
+        if self.activations is None:
+            super().take_bases(bases, groups, buckets, step)
+            return
+        rows = [(p, group["rank"]) for group in groups for p in group["params"]]
+        params, ranks = zip(*rows, strict=True)
+        if self.activations.from_json(bases, params, ranks, self.state, step):
+            self.forget(buckets)
+
+    def forget(self, buckets: Sequence[Bucket]) -> None:
+        """Bases have changed."""
+        for bucket in buckets:
+            self.factors(bucket).forget()
 
     def sweep(self, sweep: Sweep) -> None:
         if probes := [term for term in sweep.terms if term.probe]:  # the z of probes are dense
@@ -70,7 +117,8 @@ class LowRank(Direction):
     def product(
         self, bucket: Bucket, seed: int, terms: Sequence[Term]
     ) -> tuple[tuple[list[Tensor], list[Tensor], Any], Vector]:
-        """The terms as ``coeff * U V^T``: U's add up where V is the same, else the ranks do.
+        """The terms as ``coeff * U V^T``: coordinates add up where V is the same, else the ranks
+        do.
 
         Returns:
             U's and V's, a name for where they lie, and the coefficients.
@@ -78,19 +126,23 @@ class LowRank(Direction):
         factors = self.factors(bucket)
         if len(terms) == 1 and terms[0].factor is None:
             step = factors.of(seed, terms[0].step, terms[0].query)
-            return (step.us, step.vs, ("step", step.number)), terms[0].coeffs
-        sums: dict[Any, tuple[list[Tensor], StepFactors]] = {}
+            _, us = factors.lifted((step.flat, step.parts), step)
+            return (us, step.vs, ("step", step.number)), terms[0].coeffs
+        sums: dict[Any, tuple[Flat, StepFactors]] = {}
         for term in terms:
-            step = factors.of(seed, term.step, term.query)  # its U until the next query is asked
-            flat = step.flat_u if term.factor is None else term.factor
+            step = factors.of(seed, term.step, term.query)  # it holds until the next query is asked
+            flat = step.flat if term.factor is None else term.factor
             first = step.windows not in sums
             number = len(sums) if first else list(sums).index(step.windows)
-            parts = factors.add(number, term.coeffs, flat, first)
-            sums.setdefault(step.windows, (parts, step))
-        if len(sums) == 1:
-            ((us, step),) = sums.values()
-            return (us, step.vs, ("sum", step.number)), bucket.ones
-        pairs = [(us, step.vs) for us, step in sums.values()]
+            total = factors.add(number, term.coeffs, flat, first)
+            sums.setdefault(step.windows, (total, step))
+        pairs = [
+            (factors.lifted(total, step, number)[1], step.vs)
+            for number, (total, step) in enumerate(sums.values())
+        ]
+        if len(pairs) == 1:
+            ((_, step),) = sums.values()
+            return (*pairs[0], ("sum", step.number)), bucket.ones
         return (*factors.joined(pairs), "joined"), bucket.ones
 
     def update_scale(self, bucket: Bucket) -> Vector | None:

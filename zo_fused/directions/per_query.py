@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from zo_fused.directions.factors import Factors
+from zo_fused.directions.forms import FACTOR
 from zo_fused.directions.homing import by_theta
 from zo_fused.step.buckets import Bucket
 from zo_fused.step.direction import Direction, Sweep, Term
@@ -44,16 +46,21 @@ class PerQuery(Direction):
         Returns:
             U's and V's, a name for where they lie, and the coefficients.
         """
-        factors = bucket.once("factors", lambda: Factors(bucket, options=self.options, fresh=True))
+        make = partial(Factors, bucket, FACTOR, self._no_basis, self.options, fresh=True)
+        factors = bucket.once("factors", make)
         scale = bucket.once("1/sqrt(rank)", lambda: self._scale(bucket, factors))
         if len(terms) == 1:
             step = factors.of(seed, terms[0].step, terms[0].query)
-            return (step.us, step.vs, ("step", step.number)), terms[0].coeffs * scale
+            return (step.parts, step.vs, ("step", step.number)), terms[0].coeffs * scale
         for place, term in enumerate(terms):
             step = factors.of(seed, term.step, term.query)
-            us = factors.add(0, term.coeffs * scale, step.flat_u, first=True)
+            _, us = factors.add(0, term.coeffs * scale, step.flat, first=True)
             factors.place((us, step.vs), place, len(terms))
         return (*factors.side_by_side(len(terms)), ("joined", len(terms))), bucket.ones
+
+    @staticmethod
+    def _no_basis(p: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        return left, right
 
     @staticmethod
     def _scale(bucket: Bucket, factors: Factors) -> Vector:

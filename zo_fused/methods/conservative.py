@@ -10,11 +10,12 @@ from torch import Tensor
 from zo_fused.directions.dense import Dense
 from zo_fused.methods.table import Recipe, method
 from zo_fused.step.direction import Direction, Term
+from zo_fused.step.estimates import Estimate
 from zo_fused.step.evaluation import Closure
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.rule import Rule, Update
 from zo_fused.step.schedule import Position
-from zo_fused.step.vectors import Vector, all_finite
+from zo_fused.step.vectors import Vector
 from zo_fused.step.weights import THETA, Place
 
 
@@ -84,12 +85,13 @@ class ZOConservative(ZerothOrderOptimizer):
 
     _best: Place | None = None  # where this step goes; None: nowhere, or a replay says it
 
-    def measure(self, closure: Closure) -> tuple[Tensor, Vector]:
-        loss, grads = super().measure(closure)
-        if all_finite(grads):
-            self._best = self._search(closure, float(grads[0]))
+    def measure(self, closure: Closure) -> Estimate:
+        estimate = super().measure(closure)
+        grad = float(estimate.grads[0].float())
+        if math.isfinite(grad):
+            self._best = self._search(closure, grad)
             self.weights.go(self._best)
-        return loss, grads
+        return estimate
 
     def _search(self, closure: Closure, grad: float) -> Place:
         """The candidate with the lowest loss; theta, if none is lower."""

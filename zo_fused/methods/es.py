@@ -13,7 +13,7 @@ from zo_fused.directions.per_query import PerQuery
 from zo_fused.methods.table import Recipe, method
 from zo_fused.rules.sgd import SGD
 from zo_fused.step.direction import Direction
-from zo_fused.step.estimates import transformed
+from zo_fused.step.estimates import Estimate
 from zo_fused.step.members import Population
 from zo_fused.step.schedule import Position
 from zo_fused.step.shaping import SHAPINGS
@@ -112,8 +112,8 @@ class ES(Population):
         everywhere = super().positions()
         return everywhere if self.antithetic else [at for at in everywhere if at.sign > 0]
 
-    def difference(self, losses: Mapping[Position, Any]) -> tuple[Tensor, Vector]:
-        """The mean reward and what the rule descends along, from the rewards."""
+    def difference(self, losses: Mapping[Position, Any]) -> Estimate:
+        """The mean reward and the rewards, from the rewards."""
         plus = [reward for position, reward in losses.items() if position.sign > 0]
         minus = [reward for position, reward in losses.items() if position.sign < 0]
         device = self.weights.buckets[0].device
@@ -121,7 +121,7 @@ class ES(Population):
         raw = rewards[: len(plus)]
         if minus:  # not finite where one of the two is not
             raw = raw - rewards[len(plus) :]
-        return rewards.mean().float(), transformed(self.transform, raw, plus, minus).float()
+        return Estimate(rewards.mean().float(), raw, plus, minus)
 
     def transform(self, grads: Vector, plus: Sequence[Any], minus: Sequence[Any]) -> Vector:
         """Minus the scores: antithetic, half the difference of a pair's.

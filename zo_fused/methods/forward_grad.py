@@ -15,11 +15,11 @@ from zo_fused.directions.factored.stand_ins import Places
 from zo_fused.methods.table import Recipe, method
 from zo_fused.rules.sgd import SGD
 from zo_fused.step.direction import Term
-from zo_fused.step.estimates import transformed
+from zo_fused.step.estimates import Estimate
 from zo_fused.step.evaluation import Closure
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.schedule import Position
-from zo_fused.step.vectors import Vector, stacked
+from zo_fused.step.vectors import stacked
 
 # By a part of PyTorch's message: how models of transformers do without the operator.
 _CURES = {
@@ -92,7 +92,7 @@ class ForwardGrad(ZerothOrderOptimizer):
     def forwards(self) -> int:
         return self.schedule.queries
 
-    def measure(self, closure: Closure) -> tuple[Tensor, Vector]:
+    def measure(self, closure: Closure) -> Estimate:
         losses: list[Tensor] = []
         slopes: list[Any] = []
         for query in range(self.schedule.queries):
@@ -100,7 +100,7 @@ class ForwardGrad(ZerothOrderOptimizer):
             slopes += self.losses_at([THETA], slope, again=query > 0).values()
         grads = stacked(slopes, self.weights.buckets[0].device)
         mean = torch.stack([loss.reshape(()) for loss in losses]).double().mean()
-        return mean.float(), transformed(self.transform, grads, losses, losses).float()
+        return Estimate(mean.float(), grads, losses, losses)
 
     def _slope(self, closure: Closure, query: int, losses: list[Tensor]) -> Tensor:
         """The derivative of the loss along the z of a query; the loss is appended to the list."""

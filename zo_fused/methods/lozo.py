@@ -6,23 +6,43 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
-from zo_fused.checks import choice, switch
+from zo_fused.checks import choice, switch, whole
+from zo_fused.directions.activations import Activations
 from zo_fused.directions.factored.direction import Factored
+from zo_fused.directions.inputs import linear_layers
 from zo_fused.directions.low_rank import LowRank
+from zo_fused.methods.activations import SeesActivations
+from zo_fused.methods.beside import evaluated_module, rounding_of
 from zo_fused.methods.table import Recipe, method
+from zo_fused.rules.core_adam import CoreAdam
 from zo_fused.rules.factor_momentum import FactorMomentum
 from zo_fused.rules.sgd import SGD
 from zo_fused.step.hyper import hyper
-from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.schedule import StepOptions
+
+INTERVAL = 50
+WHOLE_RUN = 1_000_000_000
 
 
 @method(
     Recipe("lozo", "LOZO"),
     Recipe("lozo-m", "LOZO-M", {"momentum": 0.9}),
+    Recipe("agzo", "AGZO", {"basis": "activations", "refresh": INTERVAL}),
+    Recipe(
+        "zo-act",
+        "ZO-Act",
+        {
+            "basis": "activations",
+            "others": "frozen",
+            "rank": 1,
+            "moments": "adam",
+            "interval": WHOLE_RUN,
+        },
+    ),
 )
-class LOZO(ZerothOrderOptimizer):
-    """Low-rank zeroth-order SGD (Chen et al. 2024, arXiv 2410.07698); with momentum, LOZO-M.
+class LOZO(SeesActivations):
+    """Low-rank zeroth-order SGD (Chen et al. 2024, arXiv 2410.07698); with momentum, LOZO-M; with
+    ``basis="activations"``, AGZO (2601.17261) or ZO-Act (2607.01125).
 
     For a matrix (m, n): ``z = U V^T`` with U (m, rank) drawn every step and V (n, rank) every
     ``interval`` steps; one-dimensional parameters get dense z. g as in MeZO, and
@@ -33,6 +53,12 @@ class LOZO(ZerothOrderOptimizer):
 
     Two forward passes, three sweeps (two with ``deferred``). No state; with momentum (m, rank)
     float32 a matrix.
+
+    With ``basis="activations"``, V of the matrix of a linear layer is ``sqrt(n) A``, A (n, rank)
+    the top right singular vectors of the layer's inputs, in whose span the rows of the gradient
+    lie; V^T V = n I, as of the random V in the mean, so eps means the same. It takes 3 evaluations
+    at theta before the first step, with `refresh` one more a window (one less with ``one_sided``,
+    as it is the baseline), and V as state and in the replay log. Such a step needs a closure.
 
     Paper and released code differ: the paper divides the estimate of a matrix by the rank, the code
     does not, so ``lr_code = lr_paper / rank``. The default is the code's.
@@ -58,9 +84,22 @@ class LOZO(ZerothOrderOptimizer):
         paired: (factored) evaluate both signs in one forward pass over twice the batch, so that
             weights are read once: faster where a batch has few tokens. The closure must be one that
             `torch.vmap` can batch.
-        module: the model that the closure evaluates, for mode "factored" where `params` is not it.
-        common: eps, weight_decay, seed, queries (with the same V), and for mode "inplace" deferred,
-            one_sided, block_order ("sequential" without momentum only): see
+        module: the model that the closure evaluates, for mode "factored" and basis "activations"
+            where `params` is not it.
+        basis: "random", or "activations": see above. Where the model uses a matrix otherwise than
+            as the weight of an `nn.Linear` (an embedding, also one tied to the head), its V is
+            random, and the logger "zo_fused" says so.
+        refresh: steps after which V is made anew from activations (AGZO), the place of `interval`;
+            None: V is made once (ZO-Act), and `interval` is for the random ones, and of windows of
+            factored mode.
+        others: (activations) all parameters but the matrices of linear layers: "random" as in LOZO,
+            or "frozen".
+        moments: "adam": Adam on the estimate ``g U`` (ZO-Act), element by element in the factor,
+            with moments of shape (m, rank) that begin again with a new window of `interval` steps;
+            None: SGD.
+        betas, adam_eps: of moments "adam".
+        common: eps, weight_decay, seed, one_sided (not paired), queries (with the same V), and for
+            mode "inplace" deferred, block_order ("sequential" without momentum only): see
             `ZerothOrderOptimizer`.
     """
 
@@ -69,7 +108,7 @@ class LOZO(ZerothOrderOptimizer):
         params: Any,
         lr: float | Tensor = 1e-6,
         rank: int = 2,
-        interval: int = 50,
+        interval: int = INTERVAL,
         momentum: float = 0.0,
         divide_by_rank: bool = False,
         rounding: str | None = None,
@@ -77,30 +116,43 @@ class LOZO(ZerothOrderOptimizer):
         mode: str = "inplace",
         paired: bool = False,
         module: nn.Module | None = None,
+        basis: str = "random",
+        refresh: int | None = None,
+        others: str = "random",
+        moments: str | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        adam_eps: float = 1e-8,
         **common: Unpack[StepOptions],
     ) -> None:
-        choice("mode", mode, ("inplace", "factored"))
-        paired, divide_by_rank = switch("paired", paired), switch("divide_by_rank", divide_by_rank)
+        evaluated = evaluated_module("LOZO", params, module, mode, paired, common)
+        divide_by_rank = switch("divide_by_rank", divide_by_rank)
         momentum = hyper("momentum", momentum)
-        if mode == "factored":
-            for name in ("deferred", "one_sided", "block_order"):
-                if common.get(name):
-                    raise ValueError(f'{name} is for mode="inplace": factored steps make no sweeps')
-        if momentum and common.get("block_order") == "sequential":
+        choice("basis", basis, ("random", "activations"))
+        choice("others", others, ("random", "frozen"))
+        if basis == "random" and (refresh is not None or others != "random"):
+            raise ValueError('refresh and others need basis="activations"')
+        if refresh is not None:
+            refresh = whole("refresh", refresh, 1)
+            if interval not in (INTERVAL, refresh):
+                raise ValueError(f"refresh={refresh} is the interval, too: leave interval out")
+            interval = refresh
+        if moments is not None:
+            choice("moments", moments, ("adam",))
+        if moments and momentum:
+            raise ValueError('moments="adam" has a momentum of its own, betas[0]: momentum=0')
+        if (momentum or moments) and common.get("block_order") == "sequential":
             raise ValueError("a block would miss the steps at which its momentum moves to a new V")
-        if mode != "factored" and paired:
-            raise ValueError('paired needs mode="factored": weights have one sign at a time')
-        if rounding is None:
-            rounding = "stochastic" if mode == "factored" else "nearest"
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
             "rank": rank,
             "interval": interval,
-            "rounding": rounding,
+            "rounding": rounding_of(rounding, mode),
         }
         if momentum:
             defaults["momentum"] = momentum
-        rule = FactorMomentum() if momentum else SGD()
+        if moments:
+            defaults |= {"betas": betas, "adam_eps": adam_eps}
+        rule = CoreAdam() if moments else FactorMomentum() if momentum else SGD()
         # Groups may set their own momentum; this one chose the rule, so a replay needs it.
         options = {
             "divide_by_rank": divide_by_rank,
@@ -108,13 +160,41 @@ class LOZO(ZerothOrderOptimizer):
             "mode": mode,
             "distribution": distribution,
         }
-        direction = LowRank(divide_by_rank, distribution)
-        if mode == "factored":
-            evaluated = params if isinstance(params, nn.Module) else module
-            if evaluated is None:
+        if moments:
+            options["moments"] = moments
+        activations = None
+        if basis == "activations":
+            model = params if isinstance(params, nn.Module) else module
+            if model is None:
                 raise ValueError(
-                    'mode="factored" needs the module whose forward pass takes part: '
+                    'basis="activations" needs the module whose layers are looked at: '
                     "LOZO(model, ...), or module=model beside param groups"
                 )
-            direction = Factored(evaluated, paired, divide_by_rank, distribution)
+            options |= {"basis": basis, "refresh": refresh}  # states of "random" have neither
+            activations = Activations(model, refresh, still=others == "frozen")
+        of_z: dict[str, Any] = {
+            "divide_by_rank": divide_by_rank,
+            "distribution": distribution,
+            "activations": activations,
+        }
+        direction = LowRank(**of_z) if evaluated is None else Factored(evaluated, paired, **of_z)
         super().__init__(params, direction, rule, defaults, options, **common)
+        if others == "frozen":
+            self._leave_all_but(set(linear_layers(model)))
+
+    def _leave_all_but(self, those: set[int]) -> None:
+        """The other parameters are no business of this optimizer."""
+        for group in self.param_groups:
+            kept = [i for i, p in enumerate(group["params"]) if id(p) in those]
+            for name in ("params", "param_names"):
+                if group.get(name):
+                    group[name] = [group[name][i] for i in kept]
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        refresh = None if self._activations is None else self._activations.refresh
+        if refresh is not None and group["interval"] != refresh:
+            raise ValueError(
+                f"V is made anew every refresh={refresh} steps: a group can't have "
+                f"interval={group['interval']}"
+            )

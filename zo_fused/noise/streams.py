@@ -30,8 +30,10 @@ class Purpose(enum.IntEnum):
     ROUNDING = 4
     LEFT = 5  # low rank: the left basis of a window
     CORE = 6  # coordinates in a basis
+    RIGHT = 7  # low rank: the factor of a query that stands right of a window's basis
     PROBE = 8  # dense directions that a direction learns from
-    SCALAR = 10  # a number of a step's query, for all parameters: id 0
+    TEST = 9  # where the search for a space begins
+    SCALAR = 10  # a number of a step's query, of a parameter or for all of them: id 0
 
 
 def philox4x32(

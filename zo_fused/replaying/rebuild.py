@@ -72,6 +72,7 @@ def _repeat(optimizer: ZerothOrderOptimizer, event: log_lines.Event) -> None:
     weights.groups.count(step=event.step, in_place=tuple(event.in_place))
     for group, values in zip(optimizer.param_groups, event.groups, strict=True):
         group.update({name: v for name, v in values.items() if name in optimizer.defaults})
+    weights.direction.take_bases(event.bases, weights.groups.all, weights.buckets, event.step)
     probes = event.probes
     for entry in event.path:
         position = None if isinstance(entry, dict) else Position(*entry)

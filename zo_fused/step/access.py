@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from zo_fused.recording import capturing
 from zo_fused.step.capture import Capture
+from zo_fused.step.estimates import Estimate
 from zo_fused.step.evaluation import Closure, Loss
 from zo_fused.step.guard import DISPLACED, Guard
 from zo_fused.step.interrupts import uninterrupted
-from zo_fused.step.vectors import Vector
 from zo_fused.step.weights import Weights
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -41,7 +40,7 @@ class Access:
     def __init__(
         self, optimizer: torch.optim.Optimizer, weights: Weights, capture: Capture, guard: Guard
     ) -> None:
-        self.pending: Callable[[], tuple[Tensor, Vector]] | None = None
+        self.pending: Callable[[], Estimate] | None = None
         self._optimizer = optimizer
         self._weights = weights
         self._capture = capture

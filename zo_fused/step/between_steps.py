@@ -13,11 +13,32 @@ from zo_fused.step.schedule import Position
 
 
 class BetweenSteps(Base):
-    """Perturbing by hand, theta for evaluations, and the replay log."""
+    """Where a step takes its losses, and what may be done between two: perturbing by hand, theta
+    for evaluations, the replay log."""
 
     def positions(self) -> list[Position]:
         """Where a step takes its losses, in order."""
         return self.schedule.positions(self.weights.queries())
+
+    def probes(self) -> list[Position]:
+        """Where this step takes losses beforehand, for the direction to learn from."""
+        return []
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes over a batch that the next step takes, probes included."""
+        self.look()
+        return len(self.positions()) + len(self.probes())
+
+    def look(self) -> None:
+        """Look at what there is to tune, between steps."""
+        with self._access.going_away():  # which lifts the guard
+            self.weights.look()
+
+    def forwards_of(self, steps: int) -> int:
+        """Forward passes of the first steps of a run. A method whose steps differ, as where some
+        have probes, counts them here."""
+        return steps * self.forwards
 
     # ---- perturbations --------------------------------------------------------------------------
 

@@ -92,6 +92,33 @@ class Direction:
             "learn()"
         )
 
+    def bases(self, params: Sequence[Tensor]) -> list[Any]:
+        """What z is made from besides the seed, for the replay log: JSON, a new list when it has
+        changed.
+
+        Args:
+            params: of the optimizer, in its order.
+        """
+        return []
+
+    def take_bases(
+        self,
+        bases: list[Any],
+        groups: Sequence[dict[str, Any]],
+        buckets: Sequence[Bucket],
+        step: int,
+    ) -> None:
+        """In a replay: what `bases` was in a step.
+
+        Args:
+            groups: of the optimizer.
+
+        Raises:
+            ValueError: it is not of these parameters, or not of this direction.
+        """
+        if bases:
+            raise ValueError(f"the log has bases, which {type(self).__name__} has none of")
+
     def leave(self) -> None:
         """The buckets so far will not be used again."""
 

@@ -112,6 +112,7 @@ class Evaluation:
 
     def loss(self, closure: Closure) -> Any:
         """The loss where the weights are."""
+        self._weights.beside.attach(self._weights.buckets)  # a part of theta may be kept there
         with self._timer("forward"), self._weights.beside.watching():
             try:
                 return self.scalar(closure())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zo_fused.noise.streams import CONTRACT_VERSION
 from zo_fused.step.buckets import Bucket, fingerprint
+from zo_fused.step.direction import Direction
 from zo_fused.step.groups import COUNTERS, Groups
 from zo_fused.step.log_writer import Writer
 from zo_fused.step.schedule import Position
@@ -23,10 +24,11 @@ class StepLog:
         probes: what the probes on that path found.
     """
 
-    def __init__(self, groups: Groups) -> None:
+    def __init__(self, groups: Groups, direction: Direction) -> None:
         self.path: list[Any] = []
         self.probes: list[float] | None = None
         self._groups = groups
+        self._direction = direction
         self._writer: Writer | None = None
 
     @property
@@ -104,6 +106,7 @@ class StepLog:
             ],
             "trainable": [i for i, p in enumerate(self._groups.params()) if id(p) in taken],
             "in_place": list(self._groups.shared("in_place")),
+            "bases": self._direction.bases(self._groups.params()),
         }
 
 

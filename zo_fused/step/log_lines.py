@@ -10,12 +10,14 @@ One header line, then one line an event:
 * ``{"groups": [...]}``: hyper-parameters of the groups from here on
 * ``{"trainable": [...]}``: positions of the trainable parameters from here on
 * ``{"in_place": [...]}``: those that a factored run perturbs in place all the same
+* ``{"bases": [...]}``: from here on, what z is made from besides the seed (`Direction.bases`)
 
 A line that a killed process left unfinished is ignored.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import sys
@@ -24,13 +26,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 FORMAT = "zo_fused replay log"
 VERSION = 1
 USUAL_PATH = [[1.0, 0], [-1.0, 0]]  # where a header has none
 
 
 Settings = dict[str, Any]  # the values of these names, as the log has them
-SETTINGS = ("groups", "trainable", "in_place")
+SETTINGS = ("groups", "trainable", "in_place", "bases")
 _FORMS = {
     "method": str,
     "base": str,
@@ -60,6 +64,7 @@ class Event:
     groups: list[dict[str, Any]]
     trainable: list[int]
     in_place: list[int]
+    bases: list[Any]
     probes: list[float] | None = None  # what they found; None: there were none
 
 
@@ -115,10 +120,12 @@ class _Reader:
         _must(bool(self._owners), "parameters must not be empty")
         options = header["options"]
         for name, value in options.items():
-            _scalar(value, name)
+            for one in value if isinstance(value, list) else [value]:
+                _scalar(one, name)
         self._queries = _whole(options.get("queries", 1), "queries", _MOST_QUERIES)
         self._simultaneous = options.get("block_order") == "simultaneous"
-        self.settings = self._changed({name: header[name] for name in SETTINGS}, {})
+        settings = {"bases": [], **header}  # earlier versions had none
+        self.settings = self._changed({name: settings[name] for name in SETTINGS}, {})
         self.usual_path = self._path(header.get("path", USUAL_PATH))
         self._next_step: int = header["first_step"]
 
@@ -164,6 +171,8 @@ class _Reader:
                 _must(len(value) == self._groups, count)
                 for group in value:
                     _check_group(group, settings["groups"][0] if settings else {})
+            elif name == "bases":
+                self._check_bases(value)
             else:
                 places = [
                     _whole(place, f"a position in {name}", len(self._owners)) for place in value
@@ -171,6 +180,17 @@ class _Reader:
                 _must(len(set(places)) == len(places), f"{name} has a position twice")
                 _must(bool(places) or name != "trainable", "nothing is trainable")
         return settings | changes
+
+    def _check_bases(self, bases: list[Any]) -> None:
+        for entry in bases:
+            right = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
+            _must(right, f"{_short(entry)} is no basis")
+            _whole(entry[0], "a position in bases", len(self._owners))
+            try:
+                numbers = np.frombuffer(base64.b64decode(entry[1], validate=True), dtype="<f4")
+            except ValueError:
+                raise ValueError(f"{_short(entry)} is no basis") from None
+            _must(bool(np.isfinite(numbers).all()), "a basis has a number that is not finite")
 
     def _path(self, value: Any) -> list[Any]:
         return [self._perturbation(entry) for entry in _list(value, "the path")]

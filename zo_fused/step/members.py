@@ -7,16 +7,15 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from zo_fused.step.access import Access, plain_tensors
+from zo_fused.step.estimates import Estimate
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.schedule import Position
 from zo_fused.step.timing import Timer
-from zo_fused.step.vectors import Vector
 from zo_fused.step.weights import Weights
 
-Estimate = Callable[[Mapping[Position, Any]], tuple[Tensor, Vector]]
+Found = Callable[[Mapping[Position, Any]], Estimate]
 
 
 class Member:
@@ -69,7 +68,7 @@ class Generation:
         access: Access,
         timer: Timer,
         positions: Sequence[Position],
-        estimate: Estimate,
+        estimate: Found,
     ) -> None:
         self.members = [Member(self, number, at) for number, at in enumerate(positions)]
         self._weights = weights
@@ -80,8 +79,8 @@ class Generation:
         self._eps = weights.groups.eps()
         self._inside: Member | None = None
 
-    def __call__(self) -> tuple[Tensor, Vector]:
-        """The mean reward, float32 [], and what the rule descends along, float32 [queries].
+    def __call__(self) -> Estimate:
+        """What the rewards tell.
 
         Raises:
             ValueError: a member has no reward.
@@ -204,5 +203,5 @@ class Population(ZerothOrderOptimizer):
             self._access.pending = generation
         return generation
 
-    def _of_members(self, rewards: Mapping[Position, Any]) -> tuple[Tensor, Vector]:
+    def _of_members(self, rewards: Mapping[Position, Any]) -> Estimate:
         return self.difference({at: self._evaluation.scalar(r) for at, r in rewards.items()})

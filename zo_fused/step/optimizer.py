@@ -15,7 +15,7 @@ from torch import Tensor
 from zo_fused.recording import capturing
 from zo_fused.step.access import plain_tensors
 from zo_fused.step.between_steps import BetweenSteps
-from zo_fused.step.estimates import estimated, slopes
+from zo_fused.step.estimates import Estimate, Transform, estimated, slopes, transformed
 from zo_fused.step.evaluation import Closure, Loss, check_closure
 from zo_fused.step.schedule import Position, Side, pairs
 from zo_fused.step.vectors import Vector, as_float64
@@ -81,19 +81,8 @@ class ZerothOrderOptimizer(BetweenSteps):
 
     # ---- what a method may say ------------------------------------------------------------------
 
-    @property
-    def forwards(self) -> int:
-        """Forward passes over a batch that an ordinary step takes."""
-        with self._access.alone():
-            self.weights.look()
-        return len(self.positions())
-
-    def probes(self) -> list[Position]:
-        """Where this step takes losses beforehand, for the direction to learn from."""
-        return []
-
-    def measure(self, closure: Closure) -> tuple[Tensor, Vector]:
-        """The mean loss, float32 [], and the projected gradients, float32 [queries], of a step."""
+    def measure(self, closure: Closure) -> Estimate:
+        """The losses of a step and their projected gradients."""
         if self.weights.beside.paired:
             return self.difference(self._evaluation.losses_in_pairs(self.schedule.queries, closure))
         if self.schedule.block_order is not None:
@@ -110,7 +99,8 @@ class ZerothOrderOptimizer(BetweenSteps):
     def transform(self, grads: Vector, plus: Sequence[Any], minus: Sequence[Any]) -> Vector:
         """What the rule gets instead of the projected gradients, float64 [queries]. It is what
         `projected_grad` and the replay log have. If a projected gradient is not finite, the step is
-        skipped, whatever this returns.
+        skipped, whatever this returns, as it is if this returns a number that isn't. Called when
+        the step is taken: an estimate that is dropped leaves no trace in `state`.
 
         Args:
             plus, minus: the losses, a query each; one-sided: minus is ``L(theta)``.
@@ -142,14 +132,18 @@ class ZerothOrderOptimizer(BetweenSteps):
         others. The log has the place; the weights stay there."""
         return as_float64(self._evaluation.loss_at(place, closure))
 
-    def difference(self, losses: Mapping[Position, Any]) -> tuple[Tensor, Vector]:
+    def difference(self, losses: Mapping[Position, Any]) -> Estimate:
         """What `measure` returns, from losses at the two sides of every query."""
         return self._estimated(pairs(losses))
 
-    def _estimated(self, sides: list[Side]) -> tuple[Tensor, Vector]:
+    def _estimated(self, sides: list[Side]) -> Estimate:
+        exact = self._transform is not None
+        return estimated(sides, self._groups.eps()[0], self.weights.buckets[0], exact)
+
+    @property
+    def _transform(self) -> Transform | None:
         changed = type(self).transform is not ZerothOrderOptimizer.transform
-        transform = self.transform if changed else None
-        return estimated(sides, self._groups.eps()[0], self.weights.buckets[0], transform)
+        return self.transform if changed else None
 
     def _learn(self, losses: Mapping[Position, Any]) -> bool:
         """The direction gets what the probes found; False if that is not finite."""
@@ -185,10 +179,10 @@ class ZerothOrderOptimizer(BetweenSteps):
             raise RuntimeError("only step(closure) can be captured in a graph, not its halves")
         with self._access.a_step():
             self._access.drop_pending()
-            found = self.measure(self._access.interruptible(closure))
-            self._access.pending = lambda: found
+            estimate = self.measure(self._access.interruptible(closure))
+            self._access.pending = lambda: estimate
             self.weights.beside.attach([])  # who looks meets the guard
-            return found[0]
+            return estimate.loss
 
     @plain_tensors
     def step(  # type: ignore[override]
@@ -253,13 +247,12 @@ class ZerothOrderOptimizer(BetweenSteps):
             sides = [(above, below, apart) for above, below in zip(plus, minus, strict=True)]
             return self._finish(self._estimated(sides))
 
-    def _finish(self, estimate: tuple[Tensor, Vector]) -> Tensor:
-        loss, grads = estimate
+    def _finish(self, estimate: Estimate) -> Tensor:
         with self._timer("update"):
-            self.update(grads)
-        return loss
+            self.update(transformed(self._transform, estimate))
+        return estimate.loss
 
-    def _step_pending(self, pending: Callable[[], tuple[Tensor, Vector]]) -> Tensor:
+    def _step_pending(self, pending: Callable[[], Estimate]) -> Tensor:
         """The second half of a step."""
         estimate = pending()  # if something is missing there, it goes on waiting
         self._access.pending = None

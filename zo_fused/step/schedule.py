@@ -8,6 +8,7 @@ from inspect import Parameter, Signature
 from typing import Any, NamedTuple, TypedDict, get_type_hints
 
 from zo_fused.checks import choice, switch, whole
+from zo_fused.step.vectors import as_float64
 
 BLOCK_ORDERS = ("sequential", "simultaneous")
 
@@ -119,18 +120,27 @@ def spelled_out(own: Signature, parent: Signature | None) -> Signature:
 
 
 def pairs(losses: Mapping[Position, Any]) -> list[Side]:
-    """The two sides of every query.
+    """The two sides of every query: theta + eps z and theta - eps z, or else theta. Of losses at
+    theta + eps z alone, several of them, each has the mean of the others on the other side
+    (leave-one-out), which on average is no nearer to its own z than to any.
 
     Raises:
         ValueError: a loss has no other to be compared with.
     """
-    found = []
+    if len(losses) > 1 and all(position.sign > 0 for position in losses):
+        found = [as_float64(loss) for loss in losses.values()]
+        total, others = sum(found), len(found) - 1
+        return [(loss, (total - loss) / others, 1) for loss in found]
+    sides = []
     for position in losses:
         if position.sign > 0:
             other = position._replace(sign=-1.0)
             two_sided = other in losses
             if not two_sided and Position(0.0) not in losses:
-                raise ValueError(f"{position} needs a loss at the other sign or at Position(0.0)")
+                raise ValueError(
+                    f"{position} needs a loss at the other sign or at Position(0.0), or of another "
+                    "query if there are none"
+                )
             away = losses[other] if two_sided else losses[Position(0.0)]
-            found.append((losses[position], away, 2 if two_sided else 1))
-    return found
+            sides.append((losses[position], away, 2 if two_sided else 1))
+    return sides

@@ -59,7 +59,7 @@ class Weights:
         self.direction = direction
         self.schedule = schedule
         self.parameters = parameters
-        self.log = StepLog(groups)
+        self.log = StepLog(groups, direction)
         self.place = THETA
         self.ahead = False
         self.moved = False
@@ -96,6 +96,7 @@ class Weights:
     def look(self) -> None:
         """Look at the groups before a step: what requires gradients, and where it lies."""
         self.groups.check_changes()
+        self.beside.attach([])  # after a loss at theta it still is
         self.parameters.check_module()
         if self.parameters.changed(self.direction):
             self.flush()  # over the parameters and in the windows that it began with
@@ -160,6 +161,7 @@ class Weights:
         """Put them at theta, with all that is kept beside them."""
         self.look_again()
         moved = self._move(THETA)
+        self.beside.attach([])
         settled = self._settle(self.groups.restores + 1)
         (path, probes), self.ahead = self.log.begin(), False
         if moved or settled or path:

@@ -1,16 +1,16 @@
-"""Several methods on one task: the table and the picture of their finished runs."""
+"""Several methods on one task: what their finished runs came to, in a table."""
 
 from __future__ import annotations
 
 import json
-import os
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zo_fused.task.errors import UserError, first_line, optional
-from zo_fused.task.history import Entry, accuracies, read_history, spent
+from zo_fused.task.errors import UserError, first_line
+from zo_fused.task.history import Entry, accuracies, losses, read_history, spent
 
 COLUMNS = (
     "method",
@@ -19,6 +19,8 @@ COLUMNS = (
     "forward passes",
     "test accuracy",
     "best dev accuracy",
+    "lowest dev loss",
+    "speed",
     "ms a forward pass",
     "seconds",
     "peak memory",
@@ -57,17 +59,65 @@ def by_method(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
     return groups
 
 
-def summarize(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """A row for each method, as JSON types: means over its runs, and the range of accuracies.
+@dataclass(frozen=True)
+class Curve:
+    """Means over the runs of a method, and their ranges, at every evaluation on dev."""
 
-    Times are those of training steps, without evaluations.
+    at: list[float]  # forward passes spent
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+
+def curve(runs: Sequence[Outcome]) -> Curve:
+    """The dev loss of a method's runs."""
+    values = [dict(losses(run.history, "dev")) for run in runs]
+    costs = [spent(run.history) for run in runs]
+    steps = [step for step in values[0] if all(step in value for value in values)]
+    seen = [[value[step] for value in values] for step in steps]
+    return Curve(
+        [mean([cost[step] for cost in costs]) for step in steps],
+        [mean(v) for v in seen],
+        [min(v) for v in seen],
+        [max(v) for v in seen],
+    )
+
+
+def passes_to(made: Curve, level: float) -> float | None:
+    """Where a curve of losses first comes down to a level, by interpolation; None: nowhere."""
+    before: tuple[float, float] | None = None
+    for at, value in zip(made.at, made.mean, strict=True):
+        if value <= level:
+            if before is None or not math.isfinite(before[1]):
+                return at
+            share = (before[1] - level) / (before[1] - value)
+            return before[0] + share * (at - before[0])
+        before = at, value
+    return None
+
+
+def speed(made: Curve, base: Curve) -> float | None:
+    """How many times fewer forward passes than `base` a method takes to the same mean dev loss: the
+    lowest of the two lowest that both reach. None: one has not left its start."""
+    level = max(min(made.mean), min(base.mean))
+    ours, theirs = passes_to(made, level), passes_to(base, level)
+    return theirs / ours if ours and theirs else None
+
+
+def summarize(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """A row for each method, as JSON types: means over its runs, and ranges.
+
+    Times are those of training steps, without evaluations. `speed` is relative to the first method.
     """
-    rows = []
+    rows, base = [], None
     for method, runs in by_method(outcomes).items():
+        made = curve(runs)
+        base = base or made
         first = runs[0].summary
         seconds = [sum(e["seconds"] for e in run.history if "seconds" in e) for run in runs]
         peaks = [run.summary["peak_memory_bytes"] for run in runs]
         best = [max(dict(accuracies(run.history, "dev")).values(), default=None) for run in runs]
+        lowest = [min(dict(losses(run.history, "dev")).values(), default=None) for run in runs]
         test = [run.summary["accuracy"].get("test", {}).get("after") for run in runs]
         rows.append(
             {
@@ -78,6 +128,8 @@ def summarize(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
                 "forwards": first["forwards"],
                 "test_accuracy": _range(test),
                 "best_dev_accuracy": _range(best),
+                "lowest_dev_loss": _range(lowest),
+                "speed": speed(made, base) if made.at and base.at else None,
                 "seconds_per_forward": mean(seconds) / max(1, first["forwards"]),
                 "seconds": mean(seconds),
                 "peak_memory_bytes": None if None in peaks else max(peaks),
@@ -118,6 +170,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['forwards']}",
             spread(row["test_accuracy"]),
             spread(row["best_dev_accuracy"]),
+            spread(row["lowest_dev_loss"]),
+            "-" if row["speed"] is None else f"{row['speed']:.2f}",
             f"{1000 * row['seconds_per_forward']:.2f}",
             f"{row['seconds']:.1f}",
             "-" if peak is None else f"{peak / 2**20:.0f} MiB",
@@ -125,46 +179,3 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def draw(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
-    """Writes the picture: dev accuracy against forward passes and against seconds of training.
-
-    Lines are means over seeds, bands reach from the lowest to the highest.
-    """
-    figure_type = optional("matplotlib.figure").Figure
-    figure = figure_type(figsize=(9.6, 4.4), dpi=150, layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    figure.suptitle(title, fontsize=11)
-    for axes, (name, label) in zip(
-        panels,
-        (("forwards", "training forward passes over a batch"), ("seconds", "seconds of training")),
-        strict=True,
-    ):
-        for number, (method, runs) in enumerate(by_method(outcomes).items()):
-            _draw_line(axes, runs, name, f"C{number}", method)
-        axes.set_xlabel(label)
-        axes.grid(color="0.9", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("dev accuracy")
-    panels[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    handles, labels = panels[0].get_legend_handles_labels()
-    columns = max(1, min(4, 120 // (8 + max(map(len, labels)))))  # of as many letters as fit
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
-    )
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
-
-
-def _draw_line(axes: Any, runs: Sequence[Outcome], name: str, color: str, label: str) -> None:
-    steps = [step for step, _ in accuracies(runs[0].history, "dev")]
-    costs = [spent(run.history, name) for run in runs]
-    values = [dict(accuracies(run.history, "dev")) for run in runs]
-    at = [mean([cost[step] for cost in costs]) for step in steps]
-    seen = [[value[step] for value in values] for step in steps]
-    axes.plot(at, [mean(v) for v in seen], "o-", color=color, markersize=3, label=label)
-    low, high = [min(v) for v in seen], [max(v) for v in seen]
-    axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)

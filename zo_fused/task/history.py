@@ -1,14 +1,15 @@
 """``history.jsonl``: what happened in a run, a line as it happens.
 
 Lines ``{"step", "loss", "projected_grad", "forwards", "seconds"}`` for a training step, counted
-from 1, with its number of forward passes over a batch, and ``{"step", "<split>_accuracy"}`` for an
-evaluation after so many steps. A number that is not finite is null. The projected gradients of
-several directions are a list.
+from 1, with its number of forward passes over a batch, and
+``{"step", "<split>_accuracy", "<split>_loss"}`` for an evaluation after so many steps. A number
+that is not finite is null. The projected gradients of several directions are a list.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def _entry(where: str, line: bytes) -> Entry:
         raise UserError(f"{where}: not a line of a history")
     needed = dict(_OF_A_STEP if "loss" in entry else _OF_ALL)
     needed |= {name: (float, int) for name in entry if name.endswith("_accuracy")}
+    needed |= {name: _OF_A_STEP["loss"] for name in entry if name.endswith("_loss")}
     if any(type(entry.get(name)) not in types for name, types in needed.items()):
         raise UserError(f"{where}: not a line of a history")
     return entry
@@ -63,12 +65,19 @@ def accuracies(entries: list[Entry], split: str) -> list[tuple[int, float]]:
     return [(entry["step"], entry[key]) for entry in entries if key in entry]
 
 
-def spent(entries: list[Entry], name: str) -> dict[int, float]:
-    """The sum of "forwards" or "seconds" of all training steps up to a step, by step from 0 on."""
-    total, sums = 0.0, {0: 0.0}
+def losses(entries: list[Entry], split: str) -> list[tuple[int, float]]:
+    """(step, loss) of a split's evaluations; infinity where it was not finite."""
+    key = f"{split}_loss"
+    found = [(entry["step"], entry[key]) for entry in entries if key in entry]
+    return [(step, math.inf if loss is None else loss) for step, loss in found]
+
+
+def spent(entries: list[Entry]) -> dict[int, int]:
+    """The forward passes of all training steps up to a step, by step from 0 on."""
+    total, sums = 0, {0: 0}
     for entry in entries:
-        if name in entry:
-            total += entry[name]
+        if "forwards" in entry:
+            total += entry["forwards"]
             sums[entry["step"]] = total
     return sums
 

@@ -177,14 +177,14 @@ class Finetuning:
         return {**shown, "dev": f"{accuracies[-1][1]:.3f}"} if accuracies else shown
 
     def _evaluate(self, split: str, bar: Any) -> None:
-        """Accuracy on a split that is there, unless this step's is in the history already."""
+        """Accuracy and loss on a split that is there, unless the history has this step's."""
         step = self.optimizer.step_count
         if not self.data.get(split) or step in dict(self.history.accuracies(split)):
             return
         with self.optimizer.unperturbed():
-            accuracy = self.scorer.accuracy(self.data[split], self.plan.batch_size)
-        self.history.add(**{"step": step, f"{split}_accuracy": accuracy})
-        bar.write(f"step {step}: {split} accuracy {accuracy:.3f}")
+            accuracy, loss = self.scorer.evaluate(self.data[split], self.plan.batch_size)
+        self.history.add(**{"step": step, f"{split}_accuracy": accuracy, f"{split}_loss": loss})
+        bar.write(f"step {step}: {split} accuracy {accuracy:.3f}, loss {loss:.3f}")
 
     def _checkpoint(self) -> Path:
         return save_checkpoint(

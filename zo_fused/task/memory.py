@@ -2,13 +2,15 @@
 
 Weights are counted as tensors without data. What an optimizer keeps beside them is asked of the
 optimizer itself: it takes steps on small matrices, and as its bytes are ``a + b m + c n + d m n``
-for a matrix (m, n), four of them give those of any. Activations are an estimate: the model's own
-forward pass runs on tensors without data, and what would be alive at a time is added up.
+for a matrix (m, n) that has the rank of the method, four of them give those of any. Activations are
+an estimate: the model's own forward pass runs on tensors without data, and what would be alive at a
+time is added up.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from zo_fused.directions.inputs import linear_layers
 from zo_fused.task.encoding import Encoded
 from zo_fused.task.errors import UserError, first_line, optional
 from zo_fused.task.masked import MaskScorer
@@ -134,6 +137,11 @@ class Outline:
         """How often which shape is among the parameters; tied weights are there once."""
         return Counter(tuple(p.shape) for p in self.model.parameters())
 
+    def linear(self) -> Shapes:
+        """The same of the weights that linear layers alone hold."""
+        known = linear_layers(self.model)
+        return Counter(tuple(p.shape) for p in self.model.parameters() if id(p) in known)
+
     def activations(
         self, batch_size: int, length: int, backward: bool = False, fused: bool = True
     ) -> int | None:
@@ -178,14 +186,18 @@ class Outline:
 
 
 class _Small(nn.Module):
-    """Some parameters of one shape; matrices are those of linear layers."""
+    """Some parameters of one shape, perhaps of linear layers."""
 
-    def __init__(self, shape: tuple[int, ...], count: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], count: int, dtype: torch.dtype, linear: bool
+    ) -> None:
         super().__init__()
         self.parts = nn.ModuleList()
         for _ in range(count):
-            if len(shape) == 2:
+            if linear:
                 part: nn.Module = nn.Linear(shape[1], shape[0], bias=False, dtype=dtype)
+            elif len(shape) == 2:
+                part = nn.Embedding(*shape, dtype=dtype)
             else:
                 part = nn.ParameterList([torch.zeros(shape, dtype=dtype)])
             self.parts.append(part)
@@ -194,51 +206,65 @@ class _Small(nn.Module):
         total = torch.zeros((), dtype=torch.float32)
         for part in self.parts:
             if isinstance(part, nn.Linear):
-                no_rows = torch.zeros(0, part.in_features, dtype=part.weight.dtype)
-                total = total + part(no_rows).float().sum()  # no activations
+                row = torch.ones(1, part.in_features, dtype=part.weight.dtype)
+                total = total + part(row).float().sum()  # hardly any activations
+            elif isinstance(part, nn.Embedding):
+                total = total + part(torch.zeros(0, dtype=torch.int64)).float().sum()
             else:
                 total = total + next(part.parameters())[:0].float().sum()
         return total
 
 
-def _held(make: Make, shape: tuple[int, ...], count: int, dtype: torch.dtype) -> Kept:
-    model = _Small(shape, count, dtype)
+def _held(make: Make, shape: tuple[int, ...], count: int, dtype: torch.dtype, linear: bool) -> Kept:
+    model = _Small(shape, count, dtype, linear)
     with Live(tuple(model.parameters())) as live:
         optimizer = make(model)
-        for _ in range(3):  # the buffers of two steps take turns
-            optimizer.step(model)
+        numbers = itertools.count()  # losses that are all equal may skip a step
+        if any(group["params"] for group in optimizer.param_groups):  # else it leaves them alone
+            for _ in range(3):  # the buffers of two steps take turns
+                optimizer.step(lambda: model() + next(numbers))
         gc.collect()
     tensors = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
     return Kept(sum(t.numel() * t.element_size() for t in tensors), live.now, live.peak)
 
 
-def _one_more(make: Make, shape: tuple[int, ...], dtype: torch.dtype) -> Kept:
+def _one_more(make: Make, shape: tuple[int, ...], dtype: torch.dtype, linear: bool) -> Kept:
     """What a parameter adds; within a step the first few differ."""
-    few, more = (_held(make, shape, count, dtype) for count in (3, 4))
+    few, more = (_held(make, shape, count, dtype, linear) for count in (3, 4))
     return Kept(*(b - a for a, b in zip(few, more, strict=True)))
 
 
-_M, _N = 16, 32  # of the smallest of the matrices that are tried
-
-
-def kept(make: Make, model_shapes: Shapes, dtype: torch.dtype) -> Kept:
+def kept(make: Make, model_shapes: Shapes, dtype: torch.dtype, linear: Shapes) -> Kept:
     """The bytes that an optimizer holds beside weights of these shapes.
 
     Args:
         make: the optimizer of a module.
+        linear: those of the shapes that linear layers alone hold.
     """
+    kinds = [(shape, True, count) for shape, count in linear.items()]
+    kinds += [(shape, False, count) for shape, count in (model_shapes - linear).items()]
+    _held(make, (2, 2), 1, dtype, linear=True)  # keys of streams, which later trials find
+    rank = make(_Small((2, 2), 1, dtype, linear=True)).defaults.get("rank", 1)
+    least = max(16, rank)
     gc.freeze()  # what was there before is not looked through for what the trials leave
     try:
-        adds = {dims: _adds(make, dims, dtype) for dims in {_dims(s) for s in model_shapes}}
+        adds: dict[tuple[int, bool], list[list[Kept]]] = {}
+        totals = [0, 0, 0]
+        for shape, alone, count in kinds:
+            dims = _dims(shape)
+            rows = shape[0] if shape else 1
+            columns = torch.Size(shape[1:]).numel() if len(shape) > 1 else 2 * least
+            if dims > 1 and min(rows, columns) < rank:  # its rank is another
+                own = _one_more(make, shape, dtype, alone)
+                totals = [total + count * size for total, size in zip(totals, own, strict=True)]
+                continue
+            if (dims, alone) not in adds:
+                adds[dims, alone] = _adds(make, dims, alone, dtype, least)
+            for index in range(3):
+                corners = [[kept[index] for kept in row] for row in adds[dims, alone]]
+                totals[index] += count * _bilinear(corners, rows, columns, least)
     finally:
         gc.unfreeze()
-    totals = [0, 0, 0]
-    for shape, count in model_shapes.items():
-        rows = shape[0] if shape else 1
-        columns = torch.Size(shape[1:]).numel() if len(shape) > 1 else _N
-        for index in range(3):
-            corners = [[kept[index] for kept in row] for row in adds[_dims(shape)]]
-            totals[index] += count * _bilinear(corners, rows - _M, columns - _N)
     return Kept(*totals)
 
 
@@ -247,26 +273,29 @@ def _dims(shape: tuple[int, ...]) -> int:
     return min(max(len(shape), 1), 3)
 
 
-def _adds(make: Make, dims: int, dtype: torch.dtype) -> list[list[Kept]]:
-    """What parameters add with _M or twice as many rows, and _N or twice as many columns."""
+def _adds(make: Make, dims: int, linear: bool, dtype: torch.dtype, least: int) -> list[list[Kept]]:
+    """What parameters add with so many rows and twice as many columns, or twice as many of these or
+    those."""
     made = []
-    for rows in (_M, 2 * _M):
+    for rows in (least, 2 * least):
         if dims == 1:
-            one = _one_more(make, (rows,), dtype)
+            one = _one_more(make, (rows,), dtype, linear)
             made.append([one, one])
             continue
         deep = (2,) if dims == 3 else ()
         made.append(
             [
-                _one_more(make, (rows, columns // (2 if deep else 1), *deep), dtype)
-                for columns in (_N, 2 * _N)
+                _one_more(make, (rows, columns // (2 if deep else 1), *deep), dtype, linear)
+                for columns in (2 * least, 4 * least)
             ]
         )
     return made
 
 
-def _bilinear(corners: list[list[int]], down: int, right: int) -> int:
-    """a + b x + c y + d x y through four points, at `down` and `right` of the first of them."""
+def _bilinear(corners: list[list[int]], rows: int, columns: int, least: int) -> int:
+    """a + b x + c y + d x y through the four points of `_adds`, in whole numbers."""
     (first, across), (below, both) = corners
-    scaled = first * _M * _N + (below - first) * down * _N + (across - first) * _M * right
-    return (scaled + (both - below - across + first) * down * right) // (_M * _N)
+    m, n = least, 2 * least
+    down, right = rows - m, columns - n
+    scaled = first * m * n + (below - first) * down * n + (across - first) * m * right
+    return (scaled + (both - below - across + first) * down * right) // (m * n)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -142,8 +143,12 @@ def finetune(options: Options) -> dict[str, Any]:
     encoder = make_encoder(options.task, tokenizer, max_length)
     data, cut = _encode(encoder, examples)
     print(sizes({split: len(encoded) for split, encoded in data.items()}, cut, max_length))
-    optimizer = make_optimizer(options.method, options.hyper, model, options.plan.seed)
+    plan = options.plan
+    optimizer = make_optimizer(options.method, options.hyper, model, plan.seed, plan.steps)
     options = replace(options, plan=_plan(options, optimizer))
+    if options.plan.steps != plan.steps:
+        plan = options.plan
+        optimizer = make_optimizer(options.method, options.hyper, model, plan.seed, plan.steps)
     settings = _settings(options, encoder, data["train"])
     if checkpoint is None:
         clear(options.output)
@@ -289,11 +294,14 @@ def _model(options: Options, checkpoint: Path | None, device: torch.device) -> A
     )
 
 
-def make_optimizer(method: str, hyper: dict[str, Any], model: Any, seed: int = 0) -> Any:
+def make_optimizer(
+    method: str, hyper: dict[str, Any], model: Any, seed: int = 0, steps: int = 1
+) -> Any:
     """The optimizer of a method.
 
     Args:
         method, hyper: as in `Options`.
+        steps: of the run, for methods with a schedule over all of it.
 
     Raises:
         UserError: the method has no such schedule, or refuses an argument.
@@ -301,9 +309,14 @@ def make_optimizer(method: str, hyper: dict[str, Any], model: Any, seed: int = 0
     made, _ = recipes()[method]
     hyper = dict(hyper)
     schedule, blocks = hyper.pop("schedule"), hyper.pop("blocks", None)
+    takes = inspect.signature(made).parameters.keys()
     arguments = SCHEDULES[schedule]
-    if not arguments.keys() <= inspect.signature(made).parameters.keys():
+    if "mode" in takes:  # some choose it themselves, if it is not said
+        arguments = {"mode": "inplace", **arguments}
+    if not arguments.keys() <= takes:
         raise UserError(f"the schedule {schedule!r} is not for the method {method}")
+    if "total_steps" in inspect.signature(made).parameters:
+        hyper["total_steps"] = steps
     try:
         params = model
         if blocks is not None:
@@ -321,14 +334,16 @@ def _plan(options: Options, optimizer: Any) -> Plan:
     plan = options.plan
     if options.forwards is None:
         return plan
-    each = optimizer.forwards
-    if options.forwards < each:
+    budget = options.forwards
+    # not more than a pass a step
+    steps = bisect_right(range(budget + 1), budget, key=optimizer.forwards_of) - 1
+    if steps < 1:
         raise UserError(
-            f"the budget of {options.forwards} forward passes is too small for a step, "
-            f"which takes {each}"
+            f"the budget of {budget} forward passes is too small for a step, "
+            f"which takes {optimizer.forwards_of(1)}"
         )
-    apart = max(1, round(2 * plan.eval_steps / each))
-    return replace(plan, steps=options.forwards // each, eval_steps=apart)
+    apart = max(1, round(2 * plan.eval_steps * steps / optimizer.forwards_of(steps)))
+    return replace(plan, steps=steps, eval_steps=apart)
 
 
 def _sizes(optimizer: Any) -> dict[str, int]:

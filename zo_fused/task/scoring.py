@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,13 @@ class Batch:
     labels: Tensor  # [examples]
     kind: str  # "shared": a row per example, "candidates": a row per candidate, "right": see `lm`
     prompts: Sequence[Tokens] = ()  # where answers are generated token by token
+
+
+class Quality(NamedTuple):
+    """Of answers to many examples."""
+
+    accuracy: float  # share of those whose right answer has the highest score
+    loss: float  # mean cross entropy over the candidates' scores: the loss "classification"
 
 
 def bears_left_padding(model: Any) -> bool:
@@ -280,14 +287,16 @@ class Scorer:
         return total
 
     @torch.no_grad()
-    def accuracy(self, examples: Sequence[Encoded], batch_size: int) -> float:
-        """Share of the examples whose right answer has the highest score.
+    def evaluate(self, examples: Sequence[Encoded], batch_size: int) -> Quality:
+        """How well the examples are answered.
 
         Examples of similar length share a batch, to pad less.
         """
         ordered = sorted(examples, key=lambda example: len(example.prompt))
-        right = 0
+        right, loss = 0, 0.0
         for start in range(0, len(ordered), batch_size):
             batch = self.batch(ordered[start : start + batch_size])
-            right += int((self.scores(batch).argmax(-1) == batch.labels).sum())
-        return right / len(ordered)
+            scores = self.scores(batch)
+            right += int((scores.argmax(-1) == batch.labels).sum())
+            loss += float(F.cross_entropy(scores, batch.labels, reduction="sum"))
+        return Quality(right / len(ordered), loss / len(ordered))

@@ -3,7 +3,8 @@
 Within a window V is fixed, so the weights of its steps are ``scale * W + X V^T`` with X (m, rank)
 in float32: a perturbation and an update change X, the forward pass adds ``(x V) X^T`` to what W
 gives, and W is written once, at the window's end. No perturbation is ever rounded to 16 bits, and
-updates add up in float32.
+updates add up in float32. Where U is made of coordinates (`zo_fused.directions.forms`), they are
+what is kept, and X is made of them for the forward pass.
 
 One-dimensional parameters, those with more than two dimensions and those that the model uses in a
 way that has no side path are perturbed in place.
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_fused.directions.factored.side_paths import SidePaths
-from zo_fused.directions.factors import Factors, StepFactors
+from zo_fused.directions.factors import Factors, Pair, StepFactors, parts_of
 from zo_fused.directions.low_rank import LowRank
 from zo_fused.step.buckets import Bucket
 from zo_fused.step.direction import Beside, Sweep, Term
@@ -31,11 +32,11 @@ FORWARD_SCALE = 64.0
 
 
 class Kept:
-    """What is kept beside the weights of a bucket."""
+    """What is kept beside the weights of a bucket: coordinates X, as `Factors` draws them."""
 
     def __init__(self, bucket: Bucket, factors: Factors) -> None:
         self._factors = factors
-        self.x, self.xs = factors.buffer(factors.u_shapes)
+        self.x, self.xs = factors.buffer(factors.shapes)
         count, device = len(bucket.params), bucket.device
         self.scale = torch.ones(count, dtype=torch.float32, device=device)
         self.step: StepFactors | None = None  # whose V belongs to X; None: X is zero, scale one
@@ -56,10 +57,10 @@ class Kept:
         self.x.mul_(spread(decay))
         for term in terms:
             self.step = self._factors.of(seed, term.step, term.query)
-            factor = self.step.flat_u if term.factor is None else term.factor
+            factor = self.step.flat if term.factor is None else term.factor
             self.x.add_(spread(term.coeffs) * factor)
         assert self.step is not None
-        self.bs.fill(self.x, FORWARD_SCALE)
+        self.bs.fill(self._factors.lifted((self.x, self.xs), self.step)[0], FORWARD_SCALE)
         self.use(self.step)
 
     def use(self, step: StepFactors) -> None:
@@ -68,21 +69,22 @@ class Kept:
             self._window = step.windows
             self.vs.fill(step.flat_v, 1 / FORWARD_SCALE)
 
-    def pair(self, move: Tensor) -> list[Tensor]:
-        """``X + move`` and ``X - move`` of every weight, [2, m, rank] in its dtype."""
-        both = torch.stack((self.x + move, self.x - move)) * FORWARD_SCALE
-        sizes = [x.numel() for x in self.xs]
-        parts = {dtype: both.to(dtype).split(sizes, dim=1) for dtype in self.bs.dtypes}
-        return [
-            parts[dtype][i].view(2, *x.shape)
-            for i, (x, dtype) in enumerate(
-                zip(self.xs, (b.dtype for b in self.bs.parts), strict=True)
-            )
+    def pair(self, step: StepFactors, move: Tensor) -> list[Tensor]:
+        """U of ``X + move`` and ``X - move`` of every weight, [2, m, rank] in its dtype."""
+        factors = self._factors
+        sides = [
+            factors.lifted((x, parts_of(x, factors.shapes)), step, number)[0]
+            for number, x in enumerate((self.x + move, self.x - move))
         ]
+        both = torch.stack(sides) * FORWARD_SCALE
+        sizes = [b.numel() for b in self.bs.parts]
+        parts = {dtype: both.to(dtype).split(sizes, dim=1) for dtype in self.bs.dtypes}
+        return [parts[b.dtype][i].view(2, *b.shape) for i, b in enumerate(self.bs.parts)]
 
     def clear(self) -> None:
         """After the weights were written."""
         self.x.zero_()
+        self.bs.clear()  # a loss at theta is taken before anything is added
         self.scale.fill_(1.0)
         self.step = None
 
@@ -102,14 +104,19 @@ class ForwardFactors:
         for copy in self._flats:
             torch.mul(flat, factor, out=copy)
 
+    def clear(self) -> None:
+        for copy in self._flats:
+            copy.zero_()
+
 
 class Factored(LowRank, Beside):
-    """`LowRank` directions; see the top of this file.
+    """`LowRank` directions; see the top of this file. For others that are derived from `LowRank`,
+    ``class BesideOther(Factored, Other): pass``.
 
     Args:
         module: the model that the closure evaluates; None: nothing can be evaluated (replay).
         paired: evaluate both signs in one forward pass.
-        divide_by_rank, distribution: as in `LowRank`.
+        options: of the direction.
     """
 
     fixed: tuple[str, ...] = (*LowRank.fixed, "weight_decay")
@@ -118,10 +125,9 @@ class Factored(LowRank, Beside):
         self,
         module: nn.Module | None,
         paired: bool = False,
-        divide_by_rank: bool = False,
-        distribution: str = "gaussian",
+        **options: Any,
     ) -> None:
-        super().__init__(divide_by_rank, distribution)
+        super().__init__(**options)
         self.module = module
         self.paired = paired
         self._reset()
@@ -134,8 +140,8 @@ class Factored(LowRank, Beside):
         self._attached_to: Sequence[Bucket] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("divide_by_rank", "module", "paired", "transform")
-        return {name: getattr(self, name) for name in own}
+        made_anew = {"_paths", "_of", "_watched", "_attached", "_attached_to", "state"}
+        return {name: value for name, value in self.__dict__.items() if name not in made_anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -165,7 +171,8 @@ class Factored(LowRank, Beside):
         kept = self._beside(bucket)
         assert kept.step is not None
         key = ("settle", kept.step.number)
-        sweep = bucket.prepared("lowrank_", kept.xs, kept.step.vs, key=key)
+        _, us = self.factors(bucket).lifted((kept.x, kept.xs), kept.step)
+        sweep = bucket.prepared("lowrank_", us, kept.step.vs, key=key)
         sweep(torch.ones_like(kept.scale), kept.scale, rounding)
         kept.clear()
         return True
@@ -209,19 +216,21 @@ class Factored(LowRank, Beside):
             if bucket.beside:
                 kept = self._beside(bucket)
                 kept.use(now)
-                bs += kept.pair(factors.spread(term.coeffs) * now.flat_u)
+                bs += kept.pair(now, factors.spread(term.coeffs) * now.flat)
             else:
-                values += self._moved_copies(bucket, now, term.coeffs)
+                _, us = factors.lifted((now.flat, now.parts), now)
+                values += self._moved_copies(bucket, (us, now.vs), now.number, term.coeffs)
         return self._side_paths([sweep.bucket for sweep in sweeps]).both(closure, bs, values)
 
     @staticmethod
-    def _moved_copies(bucket: Bucket, now: StepFactors, eps: Vector) -> list[tuple[Tensor, Tensor]]:
+    def _moved_copies(
+        bucket: Bucket, factors: Pair, number: int, eps: Vector
+    ) -> list[tuple[Tensor, Tensor]]:
         copies = bucket.once("copies", lambda: [p.new_empty(2, *p.shape) for p in bucket.params])
         for side, coeffs in enumerate((float32(eps), float32(-eps))):
             halves = [pair[side] for pair in copies]
             torch._foreach_copy_(halves, bucket.params)
-            key = (side, now.number)
-            sweep = bucket.prepared("lowrank_", now.us, now.vs, key=key, params=halves)
+            sweep = bucket.prepared("lowrank_", *factors, key=(side, number), params=halves)
             sweep(coeffs, torch.ones_like(coeffs))
         return list(zip(bucket.params, copies, strict=True))
 

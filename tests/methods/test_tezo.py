@@ -1,0 +1,172 @@
+"""TeZO against a float64 textbook, written from the paper, and its traps."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.textbook import EPS, SEED, STEPS, dense, model_and_tokens
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import zo_fused
+from zo_fused.noise import Purpose, derive_key, normal, parameter_id
+
+RANK = 3
+
+
+def drawn(name: str, shape: tuple[int, ...], purpose: Purpose, step: int, query: int = 0) -> Tensor:
+    key = derive_key(SEED, purpose, step, query)
+    return normal(int(np.prod(shape)), key, parameter_id(name)).double().view(shape)
+
+
+def textbook(
+    loss: Any, theta: dict[str, Tensor], lr: float, decay: float, kw: dict[str, Any]
+) -> list[float]:
+    """``z = sum_i tau_i u_i v_i^T``, kappa from all z jointly; -m averages kappa tau."""
+    beta, interval = kw.get("momentum", 0.0), kw.get("interval") or STEPS
+    s = RANK**-0.5 if kw.get("scale") else 1.0
+    queries, grads = kw.get("queries", 1), []
+    average: dict[str, Tensor] = {}
+    for step in range(STEPS):
+        window = step // interval
+        mean = {k: torch.zeros(()).double() for k in theta}
+
+        def lifted(k: str, tau: Tensor, window: int = window) -> Tensor:
+            w = theta[k]
+            if w.dim() < 2:
+                return tau
+            u = drawn(k, (w.shape[0], RANK), Purpose.LEFT, window)
+            v = drawn(k, (w.shape[1], RANK), Purpose.V, window)
+            return s * torch.einsum("r,mr,nr->mn", tau, u, v)
+
+        for query in range(queries):
+            taus = {
+                k: drawn(k, (RANK,), Purpose.CORE, step, query)
+                if w.dim() == 2
+                else dense(k, w, step, query)
+                for k, w in theta.items()
+            }
+            z = {k: lifted(k, tau) for k, tau in taus.items()}
+            plus = loss({k: w + EPS * z[k] for k, w in theta.items()})
+            kappa = float(plus - loss({k: w - EPS * z[k] for k, w in theta.items()})) / (2 * EPS)
+            grads.append(kappa)
+            mean = {k: mean[k] + kappa * tau / queries for k, tau in taus.items()}
+        for k, w in theta.items():
+            if k in average and w.dim() == 2 and step % interval == 0:
+                average[k] = torch.zeros_like(average[k])
+            average[k] = beta * average.get(k, torch.zeros(())) + (1 - beta) * mean[k]
+            theta[k] = w - lr * (lifted(k, average[k]) + decay * w)
+    return grads
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "TeZO": {"lr": 1e-4},
+    "decay, queries, scale": {"lr": 3e-4, "weight_decay": 0.5, "queries": 2, "scale": True},
+    "windows, deferred": {"lr": 1e-4, "interval": 7, "deferred": True},
+    "TeZO-m": {"lr": 1e-4, "momentum": 0.9},
+    "TeZO-m, windows": {"lr": 1e-4, "momentum": 0.5, "interval": 20},
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_fifty_steps_follow_the_textbook(case: str) -> None:
+    """Tolerances as in test_textbook.py: rounding of weights, 2^-24 a sweep, which enters g divided
+    by 2 eps, with the gradient along a z three times as long as there."""
+    kw = CASES[case]
+    model, tokens = model_and_tokens()
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        doubles = {name: w.detach().double() for name, w in weights.items()}
+        return functional_call(model, doubles, (tokens,))
+
+    theta = {k: p.detach().double() for k, p in model.named_parameters()}
+    start = {k: w.clone() for k, w in theta.items()}
+    expected = textbook(loss, theta, kw["lr"], kw.get("weight_decay", 0.0), kw)
+    opt = zo_fused.TeZO(model.named_parameters(), rank=RANK, eps=EPS, seed=SEED, **kw)
+    grads: list[float] = []
+    for _ in range(STEPS):
+        opt.step(lambda: loss(dict(model.named_parameters())))
+        grads += opt.projected_grad.reshape(-1).tolist()
+    opt.flush()
+    torch.testing.assert_close(torch.tensor(grads), torch.tensor(expected), rtol=0, atol=1e-3)
+    moved = max(float((theta[k] - w).abs().max()) for k, w in start.items())
+    off = max(float((p.detach() - theta[k]).abs().max()) for k, p in model.named_parameters())
+    assert moved > 0.01
+    assert off < 2e-5
+
+
+@pytest.mark.parametrize("kw", [{}, {"momentum": 0.9}, {"interval": 7}], ids=str)
+def test_beside_the_weights_as_in_place(kw: dict[str, Any]) -> None:
+    """As in test_subzero.py. Without an interval, nothing is written before the end."""
+    one, tokens = model_and_tokens()
+    two = copy.deepcopy(one)
+    ends = []
+    for model, mode in ((one, "inplace"), (two, "factored")):
+        opt = zo_fused.TeZO(model, rank=RANK, lr=1e-4, eps=EPS, seed=SEED, mode=mode, **kw)
+        settled = 0
+        for _ in range(30):
+            opt.step(lambda model=model: model(tokens))
+            beside = [b for b in opt.weights.buckets if b.beside]
+            settled += not any(map(opt.weights.beside.pending, beside))
+        if mode == "factored":
+            assert settled == (4 if "interval" in kw else 0)
+            assert not opt.weights.groups.shared("in_place")
+        opt.flush()
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    start = torch.cat([p.detach().flatten() for p in model_and_tokens()[0].parameters()])
+    assert float((ends[0] - start).abs().max()) > 0.01
+    torch.testing.assert_close(*ends, rtol=0, atol=3e-5)
+
+
+def change_of(steps: int, **kw: Any) -> np.ndarray:
+    torch.manual_seed(0)
+    w, target = nn.Parameter(torch.zeros(12, 10)), torch.randn(12, 10)
+    opt = zo_fused.TeZO([w], lr=1e-3, rank=2, **kw)
+    for _ in range(steps):
+        opt.step(lambda: ((w - target) ** 2).sum())
+    return w.detach().double().numpy()
+
+
+def test_a_run_has_an_update_of_the_rank_that_was_given() -> None:
+    """All of it: U and V don't change. With an interval they do."""
+    assert np.linalg.matrix_rank(change_of(40), tol=1e-5) == 2
+    assert np.linalg.matrix_rank(change_of(40, interval=10), tol=1e-5) == 8
+
+
+def test_scale_makes_the_variance_of_elements_one() -> None:
+    """Over 300 windows of one step, elements of z have mean square 1 and, as sums of 8 products of
+    three normals, a fourth moment of at most 27: with 300 independent matrices, 8 directions each,
+    a standard deviation below sqrt(27 / 300 / 8)."""
+    w = nn.Parameter(torch.zeros(12, 20))
+    opt = zo_fused.TeZO([w], lr=0.0, eps=1.0, rank=8, interval=1, scale=True)
+    squares = 0.0
+    for _ in range(300):
+        opt.perturb(+1)
+        squares += float(w.data.double().square().mean()) / 300
+        opt.step(loss_plus=0.0, loss_minus=0.0)
+    assert abs(squares - 1) < 5 * (27 / 300 / 8) ** 0.5
+
+
+def test_the_state_is_of_the_rank() -> None:
+    w, bias = nn.Parameter(torch.zeros(12, 20)), nn.Parameter(torch.zeros(5))
+    opt = zo_fused.TeZO([w, bias], rank=4, momentum=0.9)
+    opt.step(lambda: w.sum() + bias.sum())
+    assert opt.state[w]["momentum_factor"].shape == (1, 4)
+    assert opt.state[bias]["momentum_factor"].numel() == 5
+
+
+@pytest.mark.parametrize(
+    ("kw", "error"),
+    [
+        ({"interval": 0}, "interval"),
+        ({"paired": True}, "paired needs"),
+        ({"mode": "factored", "block_order": "sequential"}, "block_order is for"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(kw: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        zo_fused.TeZO(model_and_tokens()[0], **kw)

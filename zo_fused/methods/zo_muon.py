@@ -1,0 +1,91 @@
+"""ZO-Muon: steps along the matrix sign of an estimate in a random subspace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from zo_fused.checks import switch
+from zo_fused.directions.left_basis import LeftBasis
+from zo_fused.methods.table import Recipe, method
+from zo_fused.methods.vectors_apart import vectors_apart
+from zo_fused.rules.muon import Muon
+from zo_fused.step.hyper import hyper
+from zo_fused.step.optimizer import ZerothOrderOptimizer
+
+
+@method(Recipe("zo-muon", "ZO-Muon"))
+class ZOMuon(ZerothOrderOptimizer):
+    """ZO-Muon (arXiv 2602.17155): zeroth-order steps along the matrix sign of an estimate.
+
+    For a matrix (m, n): ``z = P Psi``, P (m, r) with orthonormal columns drawn every `interval`
+    steps, Psi (r, n) ~ N(0, 1) of a query. With one-sided g of q queries,
+    ``M = 1/q sum g_i Psi_i`` and ``theta = theta - lr (P msign(M) + weight_decay theta)``, where
+    ``msign(M) = (M M^T)^(-1/2) M`` by five steps of Newton-Schulz with Muon's coefficients
+    (singular values end in 0.7 to 1.2), all of them of r x r matrices. One-dimensional parameters:
+    dense z, ``theta = theta - lr (1/q sum g_i z_i + weight_decay theta)``.
+
+    With momentum, ``M = momentum M + (1 - momentum) 1/q sum g_i Psi_i``, which a new P takes over
+    as ``P_new^T P_old M``, as in ZO-MOPI (arXiv 2605.09034; its power iteration in the place of
+    Newton-Schulz is not built).
+
+    q + 1 forward passes and q + 1 sweeps (deferred: one less). No state; with momentum (r, n)
+    float32 a matrix.
+
+    Args:
+        params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
+        lr: learning rate; with a sign that of the paper, whatever the size of the gradient.
+        rank: r, or the shorter side of a matrix where that is less.
+        interval: steps for which P stays.
+        queries: q.
+        one_sided: estimates from ``theta + eps z`` and theta; False: from both sides, 2 q forwards.
+        momentum: 0 for the mean of a step's queries, else in [0, 1). Whether there is momentum is
+            chosen for the run; a group can only set its coefficient.
+        sign: False: M in the place of its sign. lr is then one of SGD.
+        vector_lr: of one-dimensional parameters, which then have param groups of their own (after
+            those of the matrices); None: as the matrices.
+        eps, weight_decay, rounding, seed, deferred, block_order: see `ZerothOrderOptimizer`
+            ("sequential" without momentum only).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-2,
+        rank: int = 64,
+        interval: int = 100,
+        queries: int = 4,
+        one_sided: bool = True,
+        momentum: float = 0.0,
+        sign: bool = True,
+        vector_lr: float | None = 1e-6,
+        *,
+        eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        rounding: str = "nearest",
+        seed: int = 0,
+        deferred: bool = False,
+        block_order: str | None = None,
+    ) -> None:
+        momentum, sign = hyper("momentum", momentum), switch("sign", sign)
+        if momentum and block_order == "sequential":
+            raise ValueError("a block would miss the steps at which its momentum moves to a new P")
+        defaults: dict[str, Any] = {"lr": lr, "rank": rank, "interval": interval}
+        if momentum:
+            defaults["momentum"] = momentum
+        super().__init__(
+            vectors_apart(params, lr=vector_lr),
+            LeftBasis(),
+            Muon(bool(momentum), sign),
+            defaults,
+            {"momentum": momentum, "sign": sign, "vector_lr": vector_lr},
+            eps=eps,
+            weight_decay=weight_decay,
+            rounding=rounding,
+            seed=seed,
+            deferred=deferred,
+            queries=queries,
+            one_sided=one_sided,
+            block_order=block_order,
+        )

@@ -1,0 +1,89 @@
+"""Steps along the matrix sign of an estimate: ZO-Muon."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_fused.directions.exact import exact_product
+from zo_fused.directions.factors import Factors, Flat
+from zo_fused.directions.left_basis import LeftBasis
+from zo_fused.directions.low_rank import LowRank
+from zo_fused.rules.factor_momentum import FactorMomentum
+from zo_fused.step.rule import Update
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+
+
+class Muon(FactorMomentum):
+    """``theta = (1 - lr weight_decay) theta - lr P msign(M)``, where M (rank, n) is the mean of
+    ``g Psi`` over a step's queries, or its moving average as in `FactorMomentum`, of which M^T is
+    the factor. One-dimensional parameters: SGD.
+
+    ``msign(M) = (M M^T)^(-1/2) M`` by five steps of Newton-Schulz with the coefficients of Muon:
+    singular values end between 0.7 and 1.2.
+
+    Args:
+        momentum: whether M is a moving average. If not, there is no state.
+        sign: False: M itself instead of its sign.
+    """
+
+    takes = (LeftBasis,)
+    not_capturable = "the number of the step is the host's"
+
+    def __init__(self, momentum: bool, sign: bool) -> None:
+        self.momentum = momentum
+        self.sign = sign
+
+    def averages(self, update: Update, factors: Factors, state: dict[Any, Any]) -> Flat:
+        if self.momentum:
+            return super().averages(update, factors, state)
+        return update.bucket.once("mean", lambda: factors.buffer(factors.shapes))
+
+    def to_window(
+        self, update: Update, direction: LowRank, moments: list[Tensor], state: dict[Any, Any]
+    ) -> None:
+        if self.momentum:
+            super().to_window(update, direction, moments, state)
+
+    def factor(self, update: Update, direction: LowRank, state: dict[Any, Any]) -> Tensor:
+        mean = super().factor(update, direction, state)
+        if not self.sign:
+            return mean
+        bucket, factors = update.bucket, direction.factors(update.bucket)
+        flat, signs = bucket.once("signs", lambda: factors.buffer(factors.shapes))
+        flat.copy_(mean)
+        matrices = [part for p, part in zip(bucket.params, signs, strict=True) if p.dim() >= 2]
+        same: defaultdict[int, list[Tensor]] = defaultdict(list)
+        for part in matrices:
+            same[part.shape[1]].append(part)
+        for parts in same.values():
+            grams = torch.stack([exact_product(part.T, part, parts=2) for part in parts])
+            for part, root in zip(parts, inverse_roots(grams), strict=True):
+                part.copy_(exact_product(part, root, parts=2))
+        return flat
+
+
+def inverse_roots(grams: Tensor) -> Tensor:
+    """About ``A^(-1/2)`` of positive semi-definite matrices [.., r, r], float64; 0 of 0.
+
+    Newton-Schulz of a matrix M is a polynomial in ``A = M M^T`` times M, and all such polynomials
+    commute: ``M_k = T_k M`` with ``T_k`` [r, r]. Nothing of the size of M is iterated, and the
+    result has the same bits on every device.
+    """
+    a, b, c = COEFFICIENTS
+    one = torch.eye(grams.shape[-1], dtype=torch.float64, device=grams.device)
+    diagonal = grams.diagonal(dim1=-2, dim2=-1)
+    trace = exact_product(diagonal[..., None, :], torch.ones_like(diagonal)[..., None], parts=2)
+    trace = torch.where(trace > 0, trace, 1.0)
+    now, root = grams / trace, one / trace.sqrt()  # T_k A T_k, T_k
+    for _ in range(ITERATIONS):
+        square = exact_product(now, now, parts=2)
+        step = a * one + b * now + c * square
+        root = exact_product(step, root, parts=2)
+        now = exact_product(step, exact_product(step, now, parts=2), parts=2)
+    return root
