@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from zo_fused import noise as noise
     from zo_fused.methods.adam import ZOAdam as ZOAdam
     from zo_fused.methods.conservative import ZOConservative as ZOConservative
+    from zo_fused.methods.es import ES as ES
     from zo_fused.methods.forward_grad import ForwardGrad as ForwardGrad
     from zo_fused.methods.fzoo import FZOO as FZOO
     from zo_fused.methods.hybrid import Hybrid as Hybrid

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 EMBEDDED = Path(zo_fused.__file__).parent / "embedded" / "model"
 BLOCKS = [
     pytest.param(block, id=f"{path.name}-{i}")
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     for i, block in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
 ]
 
@@ -64,7 +64,7 @@ def test_there_are_examples() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=str
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=str
 )
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):

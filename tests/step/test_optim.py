@@ -36,6 +36,8 @@ def most_sweeps(case: Case) -> int:
     """Of a step."""
     if case.optimizer is zo_fused.ZOConservative:
         return 6
+    if case.optimizer is zo_fused.ES:
+        return case.options["population"] + 1
     several_blocks = case.options.get("block_order") == "simultaneous"
     return (2 * case.options.get("queries", 1) + 1) * (1 + several_blocks) + several_blocks
 
@@ -369,10 +371,11 @@ def test_all_weight_dtypes_learn(make: Case, dtype: torch.dtype) -> None:
     model = network(dtype)
     kernel = make.optimizer is zo_fused.KerZOO  # whose estimates are worth a sixth
     opt = make(model, lr=1e-3 if kernel else 3e-3)
+    sign = -1 if opt.takes_rewards else 1
     first = loss_of(model)().item()
     of_a_block = make.options.get("block_order") == "sequential"
     for _ in range(900 if kernel else 300 if of_a_block else 150):
-        opt.step(loss_of(model))
+        opt.step(lambda: sign * loss_of(model)())
     assert loss_of(model)().item() < 0.7 * first
 
 

@@ -28,6 +28,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "frozen": {"others": "frozen"},
     "adam": {"moments": "adam"},
     "paired": {"mode": "factored", "paired": True},
+    "antithetic": {"antithetic": True},
+    "ranks": {"shaping": "centered_rank"},
+    "unshaped": {"shaping": "none"},
+    "low rank": {"direction": "lowrank", "rank": 2},
 }
 USUAL = ("deferred", "one-sided", "queries", "queries, deferred")
 
@@ -141,6 +145,20 @@ METHODS = {
     "MEAZO": Method(zo_fused.MEAZO, {}, (*USUAL, "in turn", "queries, at once")),
     "ZOConservative": Method(zo_fused.ZOConservative, {}, ("in turn",)),
     "ForwardGrad": Method(zo_fused.ForwardGrad, {}, ("queries",)),
+    "ES": Method(
+        zo_fused.ES,
+        {"population": 4},
+        (
+            *(
+                "deferred",
+                "antithetic, hadamard",
+                "antithetic, deferred",
+                "ranks",
+                "antithetic, unshaped",
+            ),
+            *("low rank", "low rank, antithetic, deferred", "low rank, deferred, ranks"),
+        ),
+    ),
 }
 
 

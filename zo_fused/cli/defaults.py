@@ -44,6 +44,7 @@ EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "zo-conservative": {"lr": 1e-4},
     "forward-grad": {"lr": 1e-5},
     "kerzoo": {"lr": 3e-5},
+    "es": {"lr": 3e-4, "population": 8, "steps": 150},  # 1200 forward passes, as the others
     "zo-muon": {"lr": 1e-3},
     "p-gap": {"lr": 3e-5},
     "svd-0": {"lr": 3e-5},

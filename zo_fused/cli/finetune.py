@@ -178,9 +178,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> Any:
     )
     run.add_argument(
         "--loss",
-        **choice(("classification", "lm", "accuracy")),
-        help="cross entropy over the answers, likelihood of the right one, or the negative share "
-        f"of right predictions ({_default('loss')})",
+        **choice(("classification", "lm", "accuracy", "exact-match", "f1")),
+        help="cross entropy over the answers, likelihood of the right one, the negative share of "
+        "right predictions, or minus the exact match or F1 of what the model generates greedily; "
+        f"es climbs minus the loss ({_default('loss')})",
     )
     run.add_argument(
         "--dtype",
@@ -201,6 +202,7 @@ def options(args: argparse.Namespace) -> Options:
         from zo_fused.methods.table import recipes
         from zo_fused.task.loop import Plan
         from zo_fused.task.run import Options
+        from zo_fused.task.scoring import WITHOUT_DERIVATIVE
 
     embedded = args.model is None
     demo = embedded and args.train is None
@@ -225,8 +227,8 @@ def options(args: argparse.Namespace) -> Options:
     if blocks and args.peft is not None:
         raise UserError("--blocks and --peft exclude each other: an adapter has no blocks")
     made, recipe = recipes()[method]
-    if args.loss == "accuracy" and made.differentiates:
-        raise UserError(f"--loss accuracy has no derivative, which the method {method} needs")
+    if args.loss in WITHOUT_DERIVATIVE and made.differentiates:
+        raise UserError(f"--loss {args.loss} has no derivative, which the method {method} needs")
 
     def value(name: str) -> Any:
         given = getattr(args, name, None)  # a recipe may have more than the command line

@@ -24,6 +24,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "rank": {"type": whole, "help": "{methods}: columns of U and V ({default})"},
     "interval": {"type": whole, "help": "{methods}: steps for which V stays ({default})"},
+    "population": {"type": whole, "help": "{methods}: members of a step ({default})"},
+    "shaping": {
+        **choice(("zscore", "centered_rank", "none")),
+        "help": "{methods}: what is made of rewards ({default})",
+    },
+    "antithetic": {
+        "action": "store_true",
+        "default": None,
+        "help": "{methods}: members in pairs, at theta + eps z and theta - eps z",
+    },
+    "direction": {
+        **choice(("dense", "lowrank")),
+        "help": "{methods}: z of independent elements, or of low rank ({default})",
+    },
     "basis": {
         **choice(("random", "activations")),
         "help": "{methods}: V at random, or the main directions of what linear layers are given "

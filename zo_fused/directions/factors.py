@@ -56,6 +56,7 @@ class Factors:
         basis: from a matrix and normals of the shapes of Q and V to Q and V.
         options: of the sweeps that draw, as `Direction.options`.
         right: from a matrix and a step to V, or to None where V is drawn.
+        fresh: V is drawn anew for each query, from stream (V, step, query).
 
     Attributes:
         shapes: of the coordinates of each parameter.
@@ -69,8 +70,10 @@ class Factors:
         basis: Basis,
         options: Mapping[str, Any] = MappingProxyType({}),
         right: Right | None = None,
+        fresh: bool = False,
     ) -> None:
         self._bucket = bucket
+        self._fresh = fresh
         self._options = options
         self._form, self._basis, self._right = form, basis, right
         self._forgotten = 0
@@ -84,7 +87,7 @@ class Factors:
         self._all = list(range(len(sizes)))
         self._matrices = [i for i, p in enumerate(bucket.params) if p.dim() >= 2]
         self._vectors = [i for i, p in enumerate(bucket.params) if p.dim() < 2]
-        self._intervals = [group["interval"] for group in bucket.fixed]
+        self._intervals = [1 if fresh else group["interval"] for group in bucket.fixed]
         vector = int64_tensor([int(p.dim() < 2) for p in bucket.params])
         self._is_vector = on_device(vector, bucket.device)
         self._group_of_matrix = bucket.group_index[on_device(vector == 0, bucket.device)]
@@ -130,9 +133,9 @@ class Factors:
         slot = self._slots[step.ahead if isinstance(step, DeviceStep) else step % 2]
         now = (seed, step, query)
         if slot.step != now:
-            windows = self.windows(seed, step)
+            windows = now if self._fresh else self.windows(seed, step)
             if slot.windows != windows:
-                self._draw_v(slot, seed, step, windows)
+                self._draw_v(slot, seed, step, query, windows)
             self._draw(slot, seed, step, query)
             slot.step, slot.windows = now, windows
         return slot
@@ -158,9 +161,10 @@ class Factors:
         if slot.qs:
             self.shape_cores([slot.parts[i] for i in self._matrices], seed, step, query)
 
-    def _draw_v(self, slot: StepFactors, seed: int, step: Step, windows: Any) -> None:
+    def _draw_v(self, slot: StepFactors, seed: int, step: Step, query: int, windows: Any) -> None:
         vs = [slot.vs[i] for i in self._matrices]
-        self._draw_for_window(vs, slot.number, seed, step, self._form.right)
+        of_query = query if self._fresh else 0
+        self._draw_for_window(vs, slot.number, seed, step, self._form.right, of_query)
         self.shape_window(vs)
         if self._right is not None:
             assert isinstance(step, int)
@@ -190,9 +194,15 @@ class Factors:
         """Change the coordinates in Q, which were drawn for a query, in place."""
 
     def _draw_for_window(
-        self, outs: list[Tensor], number: int, seed: int, step: Step, purpose: Purpose
+        self,
+        outs: list[Tensor],
+        number: int,
+        seed: int,
+        step: Step,
+        purpose: Purpose,
+        query: int = 0,
     ) -> None:
-        streams = [Stream(purpose, step, interval) for interval in self._intervals]
+        streams = [Stream(purpose, step, interval, query) for interval in self._intervals]
         keys = stream_keys(seed, streams, self._bucket.device)[self._group_of_matrix]
         self._bucket.fill(outs, self._matrices, (purpose, number))(keys, **self._options)
 
@@ -239,27 +249,37 @@ class Factors:
         return [batch for batches in alike.values() for batch in batches]
 
     def joined(self, parts: Sequence[Pair]) -> Pair:
-        """Two products ``U V^T`` as one of twice the rank, in memory that the next call overwrites.
+        """Products ``U V^T`` as one, whose rank is the sum of theirs, in memory that the next call
+        overwrites."""
+        for number, part in enumerate(parts):
+            self.place(part, number, len(parts))
+        return self.side_by_side(len(parts))
 
-        Args:
-            parts: twice the U's and V's of all parameters.
-        """
-        us, vs, halves = self._bucket.once("joined", self._wide)
-        for half, part in zip(halves, parts, strict=True):
-            torch._foreach_copy_(half[0] + half[1], part[0] + part[1])
+    def place(self, part: Pair, number: int, count: int) -> None:
+        """Make a product one of those that `side_by_side` has."""
+        us, vs = self._wide(count)[2][number]
+        torch._foreach_copy_(us + vs, part[0] + part[1])
+
+    def side_by_side(self, count: int) -> Pair:
+        """The U's and V's of so many products, each beside the other."""
+        us, vs, _ = self._wide(count)
         return us, vs
 
-    def _wide(self) -> tuple[list[Tensor], list[Tensor], list[Pair]]:
-        """Buffers of twice the rank, and views of their left and right halves."""
-        us, vs = (
-            self.buffer([(rows, 2 * rank) for rows, rank in shapes])[1]
-            for shapes in (self.u_shapes, self.v_shapes)
-        )
-        halves = [
-            ([u.chunk(2, dim=1)[side] for u in us], [v.chunk(2, dim=1)[side] for v in vs])
-            for side in (0, 1)
-        ]
-        return us, vs, halves
+    def _wide(self, count: int) -> tuple[list[Tensor], list[Tensor], list[Pair]]:
+        """Buffers of so many times the rank, and views of their parts."""
+
+        def make() -> tuple[list[Tensor], list[Tensor], list[Pair]]:
+            us, vs = (
+                self.buffer([(rows, count * rank) for rows, rank in shapes])[1]
+                for shapes in (self.u_shapes, self.v_shapes)
+            )
+            parts = [
+                ([u.chunk(count, dim=1)[n] for u in us], [v.chunk(count, dim=1)[n] for v in vs])
+                for n in range(count)
+            ]
+            return us, vs, parts
+
+        return self._bucket.once(("wide", count), make)
 
 
 def parts_of(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:

@@ -8,6 +8,7 @@ registers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -93,6 +94,9 @@ class Recorder(Direction):
         if sweep.bucket not in self._tapes:
             self._tapes[sweep.bucket] = Tape(sweep.bucket, self._limit, self._direction)
         self._tapes[sweep.bucket].add(sweep)
+
+    def legs(self, sweep: Sweep) -> Sequence[Sweep]:
+        return self._direction.legs(sweep)
 
     def run(self) -> None:
         """Make the sweeps that wait."""

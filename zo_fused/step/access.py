@@ -34,13 +34,13 @@ class Access:
         optimizer: whose weights these are.
 
     Attributes:
-        pending: an estimate that waits for its step, with the weights where it left them.
+        pending: makes an estimate that waits for its step, with the weights where it left them.
     """
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, weights: Weights, capture: Capture, guard: Guard
     ) -> None:
-        self.pending: Estimate | None = None
+        self.pending: Callable[[], Estimate] | None = None
         self._optimizer = optimizer
         self._weights = weights
         self._capture = capture

@@ -113,10 +113,12 @@ class BetweenSteps(Base):
                 "a replay log of this method must start with its first step; "
                 "pass resume=True to continue the log of this run"
             )
+        # of a method that names them otherwise, such as a population: readers count by them
+        queries = {"queries": n} if (n := self.schedule.queries) > 1 else {}
         about = {
             "transform": self.direction.options.get("transform", "portable"),
             "method": type(self).__name__,
-            "options": self._options,
+            "options": self._options | queries,
         }
         home = type(self).__module__
         if not home.startswith(("zo_fused.", "__main__")):

@@ -61,6 +61,15 @@ class Direction:
         """Make a sweep."""
         raise NotImplementedError
 
+    def move(self, sweep: Sweep) -> None:
+        """Make the sweeps that take the weights from one place to another."""
+        for leg in self.legs(sweep):
+            self.sweep(leg)
+
+    def legs(self, sweep: Sweep) -> Sequence[Sweep]:
+        """What a move consists of: after each, weights are rounded."""
+        return (sweep,)
+
     @property
     def options(self) -> dict[str, Any]:
         """What sweeps, replay logs and states are told of z beyond the method."""

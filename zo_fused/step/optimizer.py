@@ -7,7 +7,7 @@ projected gradient does). It may also say where losses are taken and what they t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -74,6 +74,8 @@ class ZerothOrderOptimizer(BetweenSteps):
             (on GPUs this waits for the device).
     """
 
+    needs = _NEEDS_LOSSES  # what `step` says when it has nothing to go by
+    takes_rewards = False  # whether higher is better of what closures return
     needs_closure = False  # whether `step` can't do with losses
     differentiates = False  # whether the loss must have a derivative
 
@@ -178,7 +180,7 @@ class ZerothOrderOptimizer(BetweenSteps):
         with self._access.a_step():
             self._access.drop_pending()
             estimate = self.measure(self._access.interruptible(closure))
-            self._access.pending = estimate
+            self._access.pending = lambda: estimate
             self.weights.beside.attach([])  # who looks meets the guard
             return estimate.loss
 
@@ -236,7 +238,7 @@ class ZerothOrderOptimizer(BetweenSteps):
             if loss_plus is None and loss_minus is None and _probed(self.param_groups):
                 return None  # type: ignore[return-value]
             if loss_plus is None or loss_minus is None:
-                raise TypeError(_NEEDS_LOSSES)
+                raise TypeError(self.needs)
             if self.needs_closure or self.probes():
                 raise TypeError(f"{type(self).__name__}.step() needs a closure")
             self._groups.check_changes()
@@ -250,14 +252,15 @@ class ZerothOrderOptimizer(BetweenSteps):
             self.update(transformed(self._transform, estimate))
         return estimate.loss
 
-    def _step_pending(self, pending: Estimate) -> Tensor:
+    def _step_pending(self, pending: Callable[[], Estimate]) -> Tensor:
         """The second half of a step."""
+        estimate = pending()  # if something is missing there, it goes on waiting
         self._access.pending = None
         self.weights.look_again()
         self._groups.hold_eps()
         if self.weights.parameters.changed(self.direction):
             raise RuntimeError("parameters changed between estimate() and step(): estimate anew")
-        return self._finish(pending)
+        return self._finish(estimate)
 
     def _captured(self, closure: Closure | None) -> Tensor:
         if closure is None:

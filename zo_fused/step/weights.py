@@ -177,7 +177,7 @@ class Weights:
         for bucket in self.buckets:
             if terms := self._way(bucket, there):
                 self.moved = True
-                self.direction.sweep(Sweep(bucket, self.groups.seed, terms, bucket.ones))
+                self.direction.move(Sweep(bucket, self.groups.seed, terms, bucket.ones))
         self.place = there
         self.beside.attach(self.buckets if there.at else [])
         return True

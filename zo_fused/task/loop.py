@@ -144,16 +144,16 @@ class Finetuning:
         size = self.plan.micro_batch_size or len(indices)
         parts = [indices[at : at + size] for at in range(0, len(indices), size)]
         batches = [self.scorer.batch([train[i] for i in part], self.plan.loss) for part in parts]
-        losses = 0
+        losses, sign = 0, -1 if self.optimizer.takes_rewards else 1
 
         def closure() -> Tensor:
             nonlocal losses
             losses += 1
-            return self.scorer.mean_loss(batches, self.plan.loss)
+            return sign * self.scorer.mean_loss(batches, self.plan.loss)
 
         mean = self.optimizer.step(closure)
         self.scheduler.step()
-        loss, grads = float(mean), self.optimizer.projected_grad.flatten().tolist()
+        loss, grads = sign * float(mean), self.optimizer.projected_grad.flatten().tolist()
         self.history.add(
             step=step + 1,
             loss=loss,

@@ -4,7 +4,8 @@ As in MeZO (arXiv 2305.17333): an answer's score is the mean log-probability of 
 prompt, in float32 whatever the model's dtype. Training minimises the cross entropy over the
 candidates' scores ("classification"), the token-mean negative log-likelihood of the right answer
 ("lm"), or the negative share of right predictions ("accuracy": MeZO, section 3.3; it has no
-derivative). The prediction is the candidate with the highest score.
+derivative), or minus a score of greedy generations ("exact-match", "f1", in `generation.py`;
+they have none either). The prediction is the candidate with the highest score.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from torch import Tensor
 from zo_fused.task.adapters import base_model, prepended_logits, virtual_tokens
 from zo_fused.task.encoding import Encoded, Tokens
 from zo_fused.task.errors import UserError, optional
+from zo_fused.task.generation import SCORES, greedy
 
-LOSSES = ("classification", "lm", "accuracy")
+WITHOUT_DERIVATIVE = ("accuracy", *SCORES)
+LOSSES = ("classification", "lm", *WITHOUT_DERIVATIVE)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Batch:
     rows: Rows
     labels: Tensor  # [examples]
     kind: str  # "shared": a row per example, "candidates": a row per candidate, "right": see `lm`
+    prompts: Sequence[Tokens] = ()  # where answers are generated token by token
 
 
 class Quality(NamedTuple):
@@ -158,6 +162,8 @@ class Scorer:
         if loss == "lm":
             right = [self.answers[example.label] for example in examples]
             return Batch(self._rows(prompts, right), labels, "right")
+        if loss in SCORES:
+            return Batch(self._rows(prompts, [[0]] * len(prompts)), labels, "generated", prompts)
         every = [prompt for prompt in prompts for _ in self.answers]
         return Batch(self._rows(every, self.answers * len(prompts)), labels, "candidates")
 
@@ -230,8 +236,11 @@ class Scorer:
 
         "classification" is the cross entropy over the candidates' scores; "lm" the mean negative
         log-likelihood of all tokens of the right answers; "accuracy" the negative share of right
-        predictions.
+        predictions. "exact-match" and "f1" are minus the mean score of what the model generates,
+        greedily and from the whole vocabulary: as many tokens as the right answer has.
         """
+        if kind in SCORES:
+            return -self._generated_score(batch, kind)
         if kind == "classification":
             return F.cross_entropy(self.scores(batch), batch.labels)
         if kind == "accuracy":
@@ -241,6 +250,25 @@ class Scorer:
         if batch.kind == "shared":
             return F.nll_loss(self.scores(batch), batch.labels)
         raise ValueError('the "lm" loss needs a batch made with loss="lm"')
+
+    def _generated_score(self, batch: Batch, kind: str) -> Tensor:
+        """The mean score of the generated answers: a forward pass for each token of the longest."""
+        right = [self.answers[label] for label in batch.labels.tolist()]
+        if batch.kind == "shared":
+            made = [[token] for token in self._most_likely(batch.rows)]
+        elif batch.kind == "generated":
+            made = greedy(batch.prompts, max(map(len, right)), self._next_tokens)
+        else:
+            raise ValueError(f'the "{kind}" loss needs a batch made with loss="{kind}"')
+        scores = [SCORES[kind](m[: len(r)], r) for m, r in zip(made, right, strict=True)]
+        return torch.tensor(scores, device=self.device).mean()
+
+    def _next_tokens(self, texts: list[Tokens]) -> list[int]:
+        return self._most_likely(self._rows(texts, [[0]] * len(texts)))
+
+    def _most_likely(self, rows: Rows) -> list[int]:
+        tokens: list[int] = self._answer_logits(rows)[:, 0].argmax(-1).tolist()
+        return tokens
 
     def mean_loss(self, batches: Sequence[Batch], kind: str = "classification") -> Tensor:
         """The loss of a batch that comes in parts, one forward pass after the other.
