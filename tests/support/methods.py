@@ -67,6 +67,7 @@ METHODS = {
     "ZOSignSGD": Method(zo_fused.ZOSignSGD, {}),
     "ZOSignSGD scalar": Method(zo_fused.ZOSignSGD, {"sign": "scalar"}, ("deferred",)),
     "KerZOO": Method(zo_fused.KerZOO, {}),
+    "ConMeZO": Method(zo_fused.ConMeZO, {"momentum": 0.9, "warmup": 0}),
     "FZOO": Method(zo_fused.FZOO, {"queries": 3}, ("deferred", "hadamard", "in turn", "at once")),
     "MEAZO": Method(zo_fused.MEAZO, {}, (*USUAL, "in turn", "queries, at once")),
     "ZOConservative": Method(zo_fused.ZOConservative, {}, ("in turn",)),
