@@ -42,7 +42,7 @@ EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "zo-conservative": {"lr": 1e-4},
     "forward-grad": {"lr": 1e-5},
     "kerzoo": {"lr": 3e-5},
-    "conmezo": {"lr": 3e-5},
+    "conmezo": {"lr": 1e-4},
     "fzoo": {"lr": 1e-3},
     "meazo": {"lr": 1e-4},
 }

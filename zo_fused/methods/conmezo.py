@@ -59,7 +59,7 @@ class Cone(Dense):
         return alpha, where(known, torch.full_like(rms, math.sin(self.theta)), 1.0)
 
     def sweep(self, sweep: Sweep) -> None:
-        bucket, _, terms, decay, rounding = sweep
+        bucket, terms = sweep.bucket, sweep.terms
         alpha, gamma = self.parts(self.rms(bucket))
         zeros = [bucket.zeros for _ in terms]
         total = sum((term.coeffs for term in terms[1:]), terms[0].coeffs)
