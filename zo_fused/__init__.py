@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what editors and type checkers see
     from zo_fused import noise as noise
     from zo_fused.methods.adam import ZOAdam as ZOAdam
+    from zo_fused.methods.conmezo import ConMeZO as ConMeZO
     from zo_fused.methods.conservative import ZOConservative as ZOConservative
     from zo_fused.methods.es import ES as ES
     from zo_fused.methods.forward_grad import ForwardGrad as ForwardGrad

@@ -141,6 +141,7 @@ METHODS = {
     "ZOMuon, no sign": Method(
         zo_fused.ZOMuon, {**LOW_RANK, "queries": 1, "vector_lr": None, "sign": False}, ()
     ),
+    "ConMeZO": Method(zo_fused.ConMeZO, {"momentum": 0.9, "warmup": 0}),
     "FZOO": Method(zo_fused.FZOO, {"queries": 3}, ("deferred", "hadamard", "in turn", "at once")),
     "MEAZO": Method(zo_fused.MEAZO, {}, (*USUAL, "in turn", "queries, at once")),
     "ZOConservative": Method(zo_fused.ZOConservative, {}, ("in turn",)),
