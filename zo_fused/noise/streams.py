@@ -32,6 +32,7 @@ class Purpose(enum.IntEnum):
     CORE = 6  # coordinates in a basis
     PROBE = 8  # dense directions that a direction learns from
     SCALAR = 10  # a number of a step's query, for all parameters: id 0
+    MASK = 12  # words that choose the weights of a window
 
 
 def philox4x32(
