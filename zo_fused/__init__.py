@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from zo_fused.methods.adam import ZOAdam as ZOAdam
     from zo_fused.methods.conservative import ZOConservative as ZOConservative
     from zo_fused.methods.forward_grad import ForwardGrad as ForwardGrad
+    from zo_fused.methods.hizoo import HiZOO as HiZOO
     from zo_fused.methods.hybrid import Hybrid as Hybrid
     from zo_fused.methods.kerzoo import KerZOO as KerZOO
     from zo_fused.methods.layers import first_layers as first_layers
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from zo_fused.methods.lozo import LOZO as LOZO
     from zo_fused.methods.mezo import MeZO as MeZO
     from zo_fused.methods.sign import ZOSignSGD as ZOSignSGD
+    from zo_fused.methods.sparse_mezo import SparseMeZO as SparseMeZO
     from zo_fused.replaying.rebuild import replay as replay
     from zo_fused.sweeps.dispatch import backend_of as backend_of
     from zo_fused.sweeps.dispatch import set_backend as set_backend

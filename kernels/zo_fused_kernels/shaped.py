@@ -20,8 +20,8 @@ from .table import ADDRESS, ID, INDEX, OFFSET, STATES, find, pointer
 
 @triton.jit
 def bits_of_eights(ptrs):
-    """[N, 8] the bits of the bytes at the pointers [N, 1]"""
-    return (tl.load(ptrs).to(tl.int32) >> tl.arange(0, 8)[None, :]) & 1
+    """[N, 8] the bits, where they are in their bytes, of the bytes at the pointers [N, 1]"""
+    return tl.load(ptrs).to(tl.int32) & (1 << tl.arange(0, 8)[None, :])
 
 
 @triton.jit
@@ -38,7 +38,8 @@ def bits_of_four(ptrs):
 
 @triton.jit
 def bits_of_run(bytes_ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    """the bits of COUNT elements from a byte on, laid out as `blocks.load_run` has the elements"""
+    """the bits of COUNT elements from a byte on, or zeros, laid out as `blocks.load_run` has the
+    elements"""
     if WIDTH >= TILED:
         row = tl.arange(0, COUNT // WIDTH)[:, None]
         ptrs = bytes_ptr + (row // 8 * WIDTH + row % 8)
@@ -54,7 +55,7 @@ def bits_of_run(bytes_ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
     else:  # a byte for two threads
         row = tl.arange(0, COUNT // 4)[:, None]
         byte = tl.load(bytes_ptr + row // 2).to(tl.int32)
-        return tl.reshape((byte >> (row % 2 * 4 + tl.arange(0, 4)[None, :])) & 1, (COUNT,))
+        return tl.reshape(byte & (1 << (row % 2 * 4 + tl.arange(0, 4)[None, :])), (COUNT,))
 
 
 @triton.jit
@@ -101,7 +102,7 @@ def shaped_run(
         else:
             element = first + tl.arange(0, COUNT)
             byte = tl.load(shape_ptr + element // 8, mask=mask, other=0).to(tl.int32)
-            bits = (byte >> (element % 8).to(tl.int32)) & 1
+            bits = byte & (1 << (element % 8).to(tl.int32))
         acc = tl.where(bits != 0, acc, before)
     acc = rounded(acc, w.dtype, rounding_ptr, first, id, COUNT, WIDTH)
     store_run(ptrs, acc, mask, COUNT, WIDTH)

@@ -35,7 +35,7 @@ def parse(*words):
         (["finetune", "--method", "lozzo-m"], "choice: 'lozzo-m' (did you mean lozo-m?)"),
         (
             ["finetune", "--method", "sgd"],
-            "invalid choice: 'sgd' (choose from forward-grad, kerzoo, lozo,",
+            "invalid choice: 'sgd' (choose from forward-grad, hizoo, kerzoo, lozo,",
         ),
         (["finetune", "--steps", str(10**30)], "--steps: must be a whole number >= 1, got '1000"),
         (["finetune", "--rank", str(2**31)], "argument --rank: must be below 2**31, got '2147"),

@@ -75,7 +75,8 @@ NEW_SEEDS = itertools.count(2**40)
 
 # With a reason each (`test_what_cannot_be_captured_says_why`).
 NOT_CAPTURED = re.compile(
-    "ZOConservative|KerZOO|LOZO-M|LOZO.*deferred|.*(history|factored|paired|in turn)"
+    "ZOConservative|KerZOO|SparseMeZO|HiZOO|LOZO-M|LOZO.*deferred"
+    "|.*(history|factored|paired|in turn)"
 )
 
 

@@ -42,6 +42,8 @@ EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "zo-conservative": {"lr": 1e-4},
     "forward-grad": {"lr": 1e-5},
     "kerzoo": {"lr": 3e-5},
+    "sparse-mezo": {"lr": 1e-4},
+    "hizoo": {"lr": 3e-5},
 }
 
 # Adapters: MeZO's README; prompts: that of SubZero. Their matrices are too small for side paths

@@ -23,7 +23,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "{methods}: of z, or U and V ({default})",
     },
     "rank": {"type": whole, "help": "{methods}: columns of U and V ({default})"},
-    "interval": {"type": whole, "help": "{methods}: steps for which V stays ({default})"},
+    "interval": {
+        "type": whole,
+        "help": "{methods}: steps for which V, or a mask, stays ({default})",
+    },
     "momentum": {"type": float, "help": "{methods}: in [0, 1) (default: 0, with -m 0.9)"},
     "history": {
         "metavar": "STEPS",
