@@ -199,10 +199,12 @@ def cases(target: str) -> Iterator[Case]:
     keys = torch.zeros(3, dtype=torch.int64)
     key, one = keys[:1], torch.zeros(1)
 
-    def noise_unit(block: int, *dtypes: torch.dtype) -> Unit:
+    def noise_unit(block: int, *dtypes: torch.dtype, read_only: bool = False) -> Unit:
+        """read_only: only the first of the dtypes is written. (The bits of masks don't count.)"""
         elements = block // (launch.NOISE_WARPS * warp)
         width = sum(dtype.itemsize for dtype in dtypes)
-        return Unit(elements, elements * width // 16, launch.CHUNK // block, 2 * width)
+        written = dtypes[0].itemsize if read_only else width
+        return Unit(elements, elements * written // 16, launch.CHUNK // block, width + written)
 
     def dense(dtype: torch.dtype, directions: int, rounding: bool, transform: str) -> None:
         sweeps.dense(
@@ -296,7 +298,12 @@ def cases(target: str) -> Iterator[Case]:
                 lambda dtype=dtype, shape=shape, transform=transform: shaped(  # type: ignore[misc]
                     dtype, shape, transform
                 ),
-                None,
+                noise_unit(
+                    launch.moments_block(transform),
+                    dtype,
+                    *([shape] if shape == torch.float32 else []),
+                    read_only=True,
+                ),
             )
         yield Case(f"moments, hizoo {name}", lambda dtype=dtype: hizoo(dtype), None)  # type: ignore[misc]
         yield Case(f"moments, adam of squares {name}", lambda dtype=dtype: squares(dtype), None)  # type: ignore[misc]

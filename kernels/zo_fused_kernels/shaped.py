@@ -68,6 +68,15 @@ def root_of(scale, mask):
 
 
 @triton.jit
+def over(z, root):
+    """z / root, or z where there is none"""
+    if root is None:
+        return z
+    else:
+        return tl.div_rn(z, root)
+
+
+@triton.jit
 def shaped_run(
     p_ptr,  # to the first of some neighbouring weights
     shape_ptr,  # to the scale of the first; or to the byte that has the bit of element 0
@@ -80,6 +89,7 @@ def shaped_run(
     decay,
     rounding_ptr,  # [1] or None
     MASKED: tl.constexpr,
+    SINGLE: tl.constexpr,  # K is 1
     TRANSFORM: tl.constexpr,
     COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -91,11 +101,15 @@ def shaped_run(
     acc = decay * before
     if not MASKED:
         root = root_of(load_run(pointers(shape_ptr, COUNT, WIDTH), mask, COUNT, WIDTH), mask)
-    for k in range(directions):
-        z = normals(first, tl.load(keys_ptr + k), id, COUNT, WIDTH, TRANSFORM)
-        if not MASKED:
-            z = tl.div_rn(z, root)
-        acc = fma(tl.load(coeffs_ptr + k), z, acc)
+    else:
+        root = None
+    if SINGLE:
+        z = normals(first, tl.load(keys_ptr), id, COUNT, WIDTH, TRANSFORM)
+        acc = fma(tl.load(coeffs_ptr), over(z, root), acc)
+    else:
+        for k in range(directions):
+            z = normals(first, tl.load(keys_ptr + k), id, COUNT, WIDTH, TRANSFORM)
+            acc = fma(tl.load(coeffs_ptr + k), over(z, root), acc)
     if MASKED:
         if mask is None:
             bits = bits_of_run(shape_ptr + first // 8, COUNT, WIDTH)
@@ -119,6 +133,7 @@ def _shaped_kernel(
     directions,  # K
     DTYPE: tl.constexpr,
     MASKED: tl.constexpr,
+    SINGLE: tl.constexpr,
     TRANSFORM: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -145,7 +160,7 @@ def _shaped_kernel(
                 tl.multiple_of(p_ptr + (low - offset), 16),
                 shape_ptr if MASKED else tl.multiple_of(shape_ptr + (low - offset), 16),
                 None, block * BLOCK, id, keys_ptr, coeffs_ptr, directions, decay, rounding_ptr,
-                MASKED, TRANSFORM, BLOCK, WIDTH,
+                MASKED, SINGLE, TRANSFORM, BLOCK, WIDTH,
             )  # fmt: skip
         else:
             for i in range(low, high, STRAY):
@@ -154,7 +169,7 @@ def _shaped_kernel(
                     p_ptr + (first - offset),
                     shape_ptr if MASKED else shape_ptr + (first - offset),
                     first + tl.arange(0, STRAY) < high, first, id, keys_ptr, coeffs_ptr,
-                    directions, decay, rounding_ptr, MASKED, TRANSFORM, STRAY, 1,
+                    directions, decay, rounding_ptr, MASKED, False, TRANSFORM, STRAY, 1,
                 )  # fmt: skip
 
 
@@ -181,6 +196,7 @@ def shaped(
         keys.numel(),
         DTYPE=DTYPES[launch.dtype],
         MASKED=launch.state_dtypes[0] == torch.uint8,
+        SINGLE=keys.numel() == 1,
         TRANSFORM=transform_of(transform),
         CHUNK=launch.chunk,
         BLOCK=block,

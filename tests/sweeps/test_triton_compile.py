@@ -101,6 +101,8 @@ INSTRUCTIONS: dict[str, dict[str, tuple[float, ...]]] = {
     },
 }
 
+ROOTS = re.compile("moments, adam|scale|hizoo")  # kernels with roots and quotients
+
 # Local accesses, that is registers that didn't suffice, where there are any.
 LOCAL: dict[str, dict[str, tuple[int, ...]]] = {
     "sm_80": {
@@ -143,6 +145,9 @@ def wanted(target: str, name: str) -> bool:
     several = (
         "stochastic",
         "moments, adam",
+        "shaped, scale fp16",
+        "hizoo fp16",
+        "shaped, mask fp",
         "directions fp32",
         "dense, signs fp",
         "hadamard fp16",
@@ -269,7 +274,7 @@ def test_kernels_neither_widen_nor_flush(
         if target in NVIDIA:
             assert not facts["double"], case
             # (Root and quotient scale what is subnormal on their slow paths.)
-            assert not facts["flushes"] or "fast" in case or "moments, adam" in case, case
+            assert not facts["flushes"] or "fast" in case or ROOTS.search(case), case
         else:
             assert facts["stack"] == 0, case
 
@@ -290,14 +295,10 @@ def test_amd_rounds_as_the_source_says(reports: Callable[[str], dict[str, Any]])
             assert facts["inexact"], case
         else:
             # Triton 3.6 makes the root itself, of this and the fma that follow it.
-            own = (
-                {"v_rsq_f32_e32"}
-                if "moments, adam" in case and version.startswith("3.6.")
-                else set()
-            )
+            own = {"v_rsq_f32_e32"} if ROOTS.search(case) and version.startswith("3.6.") else set()
             assert set(facts["inexact"]) == own, case
             assert facts["refined"] == facts["asked_refined"], case
-            assert any(facts["refined"]) == ("moments, adam" in case), case
+            assert any(facts["refined"]) == bool(ROOTS.search(case)), case
 
 
 @pytest.mark.parametrize("target", sass.TARGETS)
