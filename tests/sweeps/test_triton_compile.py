@@ -339,7 +339,7 @@ def test_weights_and_states_move_128_bits_at_a_time(
         assert fast is not None, f"{case}: no path with all stores in 128 bits"
         # A thread reads a byte of a mask for eight weights.
         bytes_ = [op for op in fast["inside"] if re.match(narrow, op)]
-        assert not bytes_ or "mask" in case and all("LDG" in op or "load" in op for op in bytes_)
+        assert not bytes_ or ("mask" in case and all("LDG" in op or "load" in op for op in bytes_))
         stores = [op for op in fast["inside"] if re.match(r"STG|(buffer|global)_store", op)]
         assert all("128" in op or "x4" in op for op in stores), case
 
