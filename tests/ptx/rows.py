@@ -177,9 +177,29 @@ FAMILIES: dict[str, tuple[Callable[..., Iterator[Call]], dict[str, Iterable[Any]
     "moments, squares": (
         _moments,
         {
-            "kind": KINDS[-2:],
+            "kind": KINDS[-2:-1],
             "dtype": DTYPES,
             "directions": (3,),
+            "rounding": ROUNDINGS,
+            "transform": EXACT[:1],
+        },
+    ),
+    "moments, hizoo": (
+        _moments,
+        {
+            "kind": KINDS[-1:],
+            "dtype": DTYPES,
+            "directions": (2,),
+            "rounding": ROUNDINGS,
+            "transform": EXACT[:1],
+        },
+    ),
+    "shaped, scale": (
+        _shaped,
+        {
+            "kind": ("scale",),
+            "dtype": DTYPES,
+            "directions": (2,),
             "rounding": ROUNDINGS,
             "transform": EXACT[:1],
         },
@@ -191,7 +211,7 @@ FAMILIES: dict[str, tuple[Callable[..., Iterator[Call]], dict[str, Iterable[Any]
 }
 
 
-CUDA_ONLY = ("moments, squares", "low rank, rank known")
+CUDA_ONLY = ("moments, squares", "moments, hizoo", "shaped, scale", "low rank, rank known")
 
 
 @functools.cache
