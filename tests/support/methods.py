@@ -23,6 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "in turn": {"block_order": "sequential"},
     "at once": {"block_order": "simultaneous"},
     "history": {"history": 4},
+    "random mask": {"mask": "random"},
     "factored": {"mode": "factored"},
     "refresh": {"refresh": 3, "interval": 3},
     "frozen": {"others": "frozen"},
@@ -110,6 +111,15 @@ METHODS = {
     ),
     "ZOSignSGD": Method(zo_fused.ZOSignSGD, {}),
     "ZOSignSGD scalar": Method(zo_fused.ZOSignSGD, {"sign": "scalar"}, ("deferred",)),
+    "SparseMeZO": Method(
+        zo_fused.SparseMeZO,
+        {"interval": 2, "share": 0.5},
+        (
+            *("one-sided", "queries", "queries, one-sided", "rademacher", "hadamard"),
+            *("at once", "random mask"),
+        ),
+    ),
+    "HiZOO": Method(zo_fused.HiZOO, {"hessian_smooth": 1e-2}, ("queries", "hadamard")),
     "KerZOO": Method(zo_fused.KerZOO, {}),
     "PGAP": Method(
         zo_fused.PGAP,

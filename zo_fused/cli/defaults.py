@@ -55,6 +55,8 @@ EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "conmezo": {"lr": 1e-4},
     "fzoo": {"lr": 1e-3},
     "meazo": {"lr": 1e-4},
+    "sparse-mezo": {"lr": 1e-4},
+    "hizoo": {"lr": 3e-5},
 }
 
 # Adapters: MeZO's README; prompts: that of SubZero. Their matrices are too small for side paths
