@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from zo_fused.methods.meazo import MEAZO as MEAZO
     from zo_fused.methods.mezo import MeZO as MeZO
     from zo_fused.methods.pgap import PGAP as PGAP
+    from zo_fused.methods.seezo import SeeZO as SeeZO
     from zo_fused.methods.sign import ZOSignSGD as ZOSignSGD
     from zo_fused.methods.sparse_mezo import SparseMeZO as SparseMeZO
     from zo_fused.methods.subzero import SubZero as SubZero

@@ -55,6 +55,7 @@ EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "conmezo": {"lr": 1e-4},
     "fzoo": {"lr": 1e-3},
     "meazo": {"lr": 1e-4},
+    "seezo": {"lr": 2e-3, "schedule": "deferred"},
     "sparse-mezo": {"lr": 1e-4},
     "hizoo": {"lr": 3e-5},
 }

@@ -37,18 +37,33 @@ class Activations:
         module: the model that the closure evaluates.
         refresh: steps after which V is made anew; None: it stays for the run.
         still: whether a layer of which nothing was seen stays as it is; else its V is random.
+        unit: V is A, without the factor sqrt(n).
+        shared: weights that other modules may hold, too.
 
     Attributes:
         found: how often `find` has found something.
     """
 
-    def __init__(self, module: nn.Module | None, refresh: int | None, still: bool) -> None:
+    def __init__(
+        self,
+        module: nn.Module | None,
+        refresh: int | None,
+        still: bool,
+        unit: bool = False,
+        shared: Sequence[Tensor] = (),
+    ) -> None:
         self.module = module
+        self.unit = unit
+        self._shared = list(shared)
         self.refresh = refresh
         self.found = 0
         self._still = still
         self._read: Any = None  # what a replay has handed over
         self._written: tuple[list[Tensor], list[Any]] = ([], [])
+
+    def layers(self) -> dict[int, list[nn.Linear]]:
+        """Those that are looked at, by the id of their weight."""
+        return linear_layers(self.module, {id(p) for p in self._shared})
 
     def right(self, state: dict[str, Any], step: int) -> Tensor | None:
         """V of a parameter in a step; None: it is random."""
@@ -71,7 +86,7 @@ class Activations:
         ]
         if not everyone:
             return {}
-        layers = linear_layers(self.module)
+        layers = self.layers()
         return {id(p): (p, id_, rank) for p, id_, rank in everyone if id(p) in layers}
 
     def _is_due(self, state: dict[str, Any], step: int) -> bool:
@@ -105,7 +120,7 @@ class Activations:
             if known is not None:
                 noise = torch.cat([known.cpu(), noise[:, rank:]], dim=1)
             starts[key] = noise.to(p.device)
-        everywhere = linear_layers(self.module)
+        everywhere = self.layers()
         inputs = Inputs({key: everywhere[key] for key in wanting}, starts)
         first = any("basis" not in state[p] for p, _, _ in wanting.values())
         for again in range(FIRST_PASSES if first else 1):
@@ -120,7 +135,7 @@ class Activations:
             found |= {key: top for key, top in tops.items() if wanting[key][2] == rank}
         for key, (p, _, rank) in wanting.items():
             if key in found:
-                basis = found[key] * len(found[key]) ** 0.5
+                basis = found[key] * (1 if self.unit else len(found[key]) ** 0.5)
             elif "basis" in state[p]:
                 basis = state[p]["basis"]  # an expert that got no token: as it was
             else:

@@ -28,7 +28,7 @@ from zo_fused.sweeps.conversions import int64_tensor
 Pair = tuple[list[Tensor], list[Tensor]]
 Flat = tuple[Tensor, list[Tensor]]  # one tensor, and its parts
 Basis = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-Right = Callable[[Tensor, int], Tensor | None]
+Right = Callable[[Tensor, Tensor, int], None]
 
 
 @dataclass
@@ -55,8 +55,9 @@ class Factors:
         form: what the coordinates of a matrix are.
         basis: from a matrix and normals of the shapes of Q and V to Q and V.
         options: of the sweeps that draw, as `Direction.options`.
-        right: from a matrix and a step to V, or to None where V is drawn.
+        right: changes the V of a matrix, as it was drawn, for a step.
         fresh: V is drawn anew for each query, from stream (V, step, query).
+        rows: from a matrix to the rows that move, or to None where all do.
 
     Attributes:
         shapes: of the coordinates of each parameter.
@@ -71,8 +72,10 @@ class Factors:
         options: Mapping[str, Any] = MappingProxyType({}),
         right: Right | None = None,
         fresh: bool = False,
+        rows: Callable[[Tensor], Tensor | None] = lambda p: None,
     ) -> None:
         self._bucket = bucket
+        self._rows = rows
         self._fresh = fresh
         self._options = options
         self._form, self._basis, self._right = form, basis, right
@@ -158,6 +161,10 @@ class Factors:
         keys = stream_keys(seed, streams, self._bucket.device)[self._is_vector]
         fill = self._bucket.fill(slot.parts, self._all, ("coordinates", slot.number))
         fill(keys, **self._options)
+        for i in self._matrices:
+            if (rows := self._rows(self._bucket.params[i])) is not None:
+                moving = slot.parts[i][rows]
+                slot.parts[i].zero_()[rows] = moving
         if slot.qs:
             self.shape_cores([slot.parts[i] for i in self._matrices], seed, step, query)
 
@@ -169,8 +176,7 @@ class Factors:
         if self._right is not None:
             assert isinstance(step, int)
             for i, v in zip(self._matrices, vs, strict=True):
-                if (found := self._right(self._bucket.params[i], step)) is not None:
-                    v.copy_(found)
+                self._right(self._bucket.params[i], v, step)
         if not slot.qs:
             return
         other = self._slots[1 - slot.number]

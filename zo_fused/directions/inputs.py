@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 SPARE = 8
 
 
-def linear_layers(module: nn.Module | None) -> dict[int, list[nn.Linear]]:
+def linear_layers(
+    module: nn.Module | None, shared: Collection[int] = ()
+) -> dict[int, list[nn.Linear]]:
     """The `nn.Linear` layers of a module by the id of their weight, but for weights that something
-    else holds as well (a head tied to an embedding)."""
+    else holds as well (a head tied to an embedding), unless they are among `shared`."""
     layers: dict[int, list[nn.Linear]] = {}
     others: set[int] = set()
     for owner in module.modules() if module is not None else ():
@@ -28,7 +30,7 @@ def linear_layers(module: nn.Module | None) -> dict[int, list[nn.Linear]]:
                 layers.setdefault(id(p), []).append(owner)
             else:
                 others.add(id(p))
-    return {key: held for key, held in layers.items() if key not in others}
+    return {key: held for key, held in layers.items() if key not in others or key in shared}
 
 
 class Inputs:

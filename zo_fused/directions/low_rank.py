@@ -68,17 +68,24 @@ class LowRank(Direction):
 
     def square(self, n: int) -> float:
         """V^T V of a matrix (m, n) is about this number times the identity."""
-        return n
+        return 1 if self.activations is not None and self.activations.unit else n
 
     def factors(self, bucket: Bucket) -> Factors:
         """The factors of a bucket."""
         right = None if self.activations is None else self._right
-        make = partial(Factors, bucket, self.form, self.basis, self.options, right)
+        make = partial(Factors, bucket, self.form, self.basis, self.options, right, rows=self.rows)
         return bucket.once("factors", make)
 
-    def _right(self, p: Tensor, step: int) -> Tensor | None:
+    def rows(self, p: Tensor) -> Tensor | None:
+        """The rows of a matrix that move, int64; None: all."""
+        return self.state.get(p, {}).get("rows")
+
+    def _right(self, p: Tensor, drawn: Tensor, step: int) -> None:
         assert self.activations is not None
-        return self.activations.right(self.state.get(p, {}), step)
+        if (found := self.activations.right(self.state.get(p, {}), step)) is not None:
+            drawn.copy_(found)
+        elif self.activations.unit:
+            drawn.mul_(len(drawn) ** -0.5)
 
     def bases(self, params: Sequence[Tensor]) -> list[Any]:
         return [] if self.activations is None else self.activations.to_json(params, self.state)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
 
 from zo_fused.directions.activations import FIRST_PASSES, Activations
-from zo_fused.directions.inputs import linear_layers
 from zo_fused.directions.low_rank import LowRank
 from zo_fused.step.buckets import labels
 from zo_fused.step.estimates import Estimate
@@ -36,11 +35,19 @@ class SeesActivations(ZerothOrderOptimizer):
 
     def forwards_of(self, steps: int) -> int:
         total, activations = super().forwards_of(steps), self._activations
-        if not steps or activations is None or not linear_layers(activations.module):
+        if not steps or activations is None or not activations.layers():
             return total
         alone = 0 if self.schedule.one_sided else 1  # of a look; else it is the baseline, too
         again = 0 if activations.refresh is None else (steps - 1) // activations.refresh
         return total + FIRST_PASSES - 1 + alone * (1 + again)
+
+    def leave_all_but(self, those: Collection[int]) -> None:
+        """The parameters whose ids are not among these are no business of this optimizer."""
+        for group in self.param_groups:
+            kept = [i for i, p in enumerate(group["params"]) if id(p) in those]
+            for name in ("params", "param_names"):
+                if group.get(name):
+                    group[name] = [group[name][i] for i in kept]
 
     def _wanting(self) -> dict[int, tuple[Tensor, int, int]]:
         """The weights that need a V before this step."""
@@ -113,7 +120,7 @@ class SeesActivations(ZerothOrderOptimizer):
         assert self._activations is not None
         if self._activations.found > 1:
             return
-        linear = linear_layers(self._activations.module)
+        linear = self._activations.layers()
         moving = {id(p) for bucket in self.weights.buckets for p in bucket.params}
         params = [p for group in self.param_groups for p in group["params"]]
         for label, p in zip(labels(self.param_groups), params, strict=True):

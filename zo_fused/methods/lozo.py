@@ -180,15 +180,7 @@ class LOZO(SeesActivations):
         direction = LowRank(**of_z) if evaluated is None else Factored(evaluated, paired, **of_z)
         super().__init__(params, direction, rule, defaults, options, **common)
         if others == "frozen":
-            self._leave_all_but(set(linear_layers(model)))
-
-    def _leave_all_but(self, those: set[int]) -> None:
-        """The other parameters are no business of this optimizer."""
-        for group in self.param_groups:
-            kept = [i for i, p in enumerate(group["params"]) if id(p) in those]
-            for name in ("params", "param_names"):
-                if group.get(name):
-                    group[name] = [group[name][i] for i in kept]
+            self.leave_all_but(linear_layers(model).keys())
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)

@@ -6,8 +6,9 @@ import hashlib
 import inspect
 import os
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from zo_fused.task.data import SPLITS, Example, read_examples
 from zo_fused.task.encoding import Encoded, Encoder, maximum_length
 from zo_fused.task.errors import UserError, first_line, optional, warn
 from zo_fused.task.files import to_json, write_text, writing
+from zo_fused.task.generation import SCORES
 from zo_fused.task.loop import Finetuning, Plan
 from zo_fused.task.masked import MaskEncoder, MaskScorer
 from zo_fused.task.models import (
@@ -144,11 +146,13 @@ def finetune(options: Options) -> dict[str, Any]:
     data, cut = _encode(encoder, examples)
     print(sizes({split: len(encoded) for split, encoded in data.items()}, cut, max_length))
     plan = options.plan
-    optimizer = make_optimizer(options.method, options.hyper, model, plan.seed, plan.steps)
+    tokens = None if options.plan.loss in SCORES else encoder.answers
+    make = partial(make_optimizer, options.method, options.hyper, model, plan.seed, tokens=tokens)
+    optimizer = make(plan.steps)
     options = replace(options, plan=_plan(options, optimizer))
     if options.plan.steps != plan.steps:
         plan = options.plan
-        optimizer = make_optimizer(options.method, options.hyper, model, plan.seed, plan.steps)
+        optimizer = make(plan.steps)
     settings = _settings(options, encoder, data["train"])
     if checkpoint is None:
         clear(options.output)
@@ -295,13 +299,20 @@ def _model(options: Options, checkpoint: Path | None, device: torch.device) -> A
 
 
 def make_optimizer(
-    method: str, hyper: dict[str, Any], model: Any, seed: int = 0, steps: int = 1
+    method: str,
+    hyper: dict[str, Any],
+    model: Any,
+    seed: int = 0,
+    steps: int = 1,
+    tokens: Iterable[Sequence[int]] | None = None,
 ) -> Any:
     """The optimizer of a method.
 
     Args:
         method, hyper: as in `Options`.
         steps: of the run, for methods with a schedule over all of it.
+        tokens: of the answers, for methods that leave the other rows of the head alone; None: all
+            tokens may be answers.
 
     Raises:
         UserError: the method has no such schedule, or refuses an argument.
@@ -317,6 +328,8 @@ def make_optimizer(
         raise UserError(f"the schedule {schedule!r} is not for the method {method}")
     if "total_steps" in takes:
         hyper["total_steps"] = steps
+    if "rows" in takes and tokens is not None:
+        hyper["rows"] = _rows_of_head(model, tokens)
     try:
         params = model
         if blocks is not None:
@@ -324,6 +337,17 @@ def make_optimizer(
         return made(params, **hyper, **arguments, seed=seed)
     except ValueError as error:
         raise UserError(first_line(error)) from error
+
+
+def _rows_of_head(model: Any, tokens: Iterable[Sequence[int]]) -> dict[str, list[int]]:
+    """The rows of these tokens in what the model has for a head, if it is tuned."""
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    return {
+        name: sorted({token for answer in tokens for token in answer})
+        for name, p in model.named_parameters()
+        if p is weight and bool(p.requires_grad)
+    }
 
 
 def _plan(options: Options, optimizer: Any) -> Plan:
