@@ -48,8 +48,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Methods meet the values of other parameters in turn (`support.thinning`), unless tests are
-    given by name. The long rows of the parity suite are hours of work for Triton's interpreter. It gets the
-    first of each test, besides the covering pairs of `make test`; a GPU gets all."""
+    given by name. The long rows of the parity suite are hours of work for Triton's interpreter. It
+    gets the first of each test, besides the covering pairs of `make test`; a GPU gets all."""
     seen: set[Any] = set()
     named = any("::" in argument for argument in config.args)
     later = [] if named else list(left_out(items))

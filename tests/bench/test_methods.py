@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import subprocess
 import sys
@@ -35,10 +36,11 @@ def test_every_method_of_the_protocol_exists_and_has_as_many_rates() -> None:
 
 
 def test_the_grid_is_centred() -> None:
-    low, *_, middle, _, high = map(float, methods.grid("opinions", "mezo"))
-    assert middle == methods.PROTOCOL["methods"]["mezo"]["embedded"]
-    assert high / middle == pytest.approx(10, rel=0.01)
-    assert middle / low == pytest.approx(10, rel=0.01)
+    rates = list(map(float, methods.grid("opinions", "mezo")))
+    centre = methods.PROTOCOL["methods"]["mezo"]["embedded"]
+    assert rates[0] * rates[-1] == pytest.approx(centre**2, rel=0.02)  # two digits each
+    for low, high in itertools.pairwise(rates):
+        assert high / low == pytest.approx(10**0.5, rel=0.02)
 
 
 def test_the_criterion() -> None:

@@ -27,6 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "factored": {"mode": "factored"},
     "refresh": {"refresh": 3, "interval": 3},
     "frozen": {"others": "frozen"},
+    "looks": {"refresh": 3},
     "adam": {"moments": "adam"},
     "paired": {"mode": "factored", "paired": True},
     "antithetic": {"antithetic": True},
@@ -80,6 +81,11 @@ METHODS = {
         zo_fused.LOZO,
         {**LOW_RANK, "basis": "activations", "momentum": 0.9},
         ("refresh, deferred", "refresh, factored"),
+    ),
+    "SeeZO": Method(
+        zo_fused.SeeZO,
+        {"rank": 2, "queries": 2, "others": "random"},
+        ("deferred", "looks, deferred", "looks, factored", "factored, frozen", "in turn"),
     ),
     "SubZero": Method(
         zo_fused.SubZero,
@@ -189,7 +195,7 @@ class Case:
         module = params if isinstance(params, nn.Module) else None
         if module is not None and "block_order" in given:
             params = blocks(module)
-        if params is not module and {"mode", "basis"} & given.keys():
+        if params is not module and {"mode", "basis", "others"} & given.keys():
             # a list of parameters belongs to no module: all are written, every V is random
             given.setdefault("module", module or nn.Module())
         return self.optimizer(params, **given)

@@ -101,12 +101,12 @@ class Activations:
         state: dict[Any, Any],
         seed: int,
         step: int,
-        evaluate: Callable[[AbstractContextManager[None]], Any],
+        evaluate: Callable[[Callable[[], AbstractContextManager[None]]], Any],
     ) -> bool:
         """Give these weights a new V.
 
         Args:
-            evaluate: evaluates the model at theta within a context.
+            evaluate: evaluates the model at theta, each time within a context that it is given to make.
 
         Returns:
             False, and nothing is changed, if an input was not finite.
@@ -126,7 +126,7 @@ class Activations:
         for again in range(FIRST_PASSES if first else 1):
             if again and not inputs.iterate():
                 return False
-            evaluate(inputs.watched())
+            evaluate(inputs.watched)
         found: dict[int, Tensor] = {}
         for rank in {rank for _, _, rank in wanting.values()}:
             tops = inputs.top(rank)
@@ -153,12 +153,16 @@ class Activations:
     # ---- the replay log -------------------------------------------------------------------------
 
     def to_json(self, params: Sequence[Tensor], state: dict[Any, Any]) -> list[Any]:
-        """``[position, V as base64 of float32, little endian, row by row]`` of the parameters."""
+        """``[position, V as base64 of float32, little endian, row by row]`` of the parameters, and
+        the rows that move where not all do."""
         kept = {i: state[p]["basis"] for i, p in enumerate(params) if "basis" in state.get(p, {})}
         before, lines = self._written
         bases = list(kept.values())
         if len(before) != len(bases) or any(a is not b for a, b in zip(before, bases, strict=True)):
-            lines = [[i, _text(basis)] for i, basis in kept.items()]
+            lines = [
+                [i, _text(basis), *(rows.tolist() for rows in _rows(state[params[i]]))]
+                for i, basis in kept.items()
+            ]
             self._written = bases, lines
         return lines
 
@@ -177,8 +181,8 @@ class Activations:
         """
         if lines is self._read:
             return False
-        known = {} if self._read is None else dict(self._read)
-        for position, text in lines:
+        known = {} if self._read is None else {line[0]: line[1] for line in self._read}
+        for position, text, *rows in lines:
             if known.get(position) == text and position in known and self.refresh is None:
                 continue
             p, rank = params[position], ranks[position]
@@ -189,8 +193,17 @@ class Activations:
                     f"{list(p.shape)} and rank {rank}"
                 )
             self._put(state[p], torch.from_numpy(flat).view(-1, rank).to(p.device), step)
+            for moving in rows:
+                if max(moving, default=0) >= len(p):
+                    raise ValueError(f"the log has a row {max(moving)} of a matrix with {len(p)}")
+                state[p]["rows"] = int64_tensor(moving).to(p.device)
         self._read = lines
         return True
+
+
+def _rows(state: dict[str, Any]) -> list[Tensor]:
+    """The rows of a parameter that move, if not all do."""
+    return [state["rows"]] if "rows" in state else []
 
 
 def _text(basis: Tensor) -> str:

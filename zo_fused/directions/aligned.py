@@ -75,8 +75,8 @@ class Aligned(LowRank):
         with_matrices = [b for b in buckets if any(p.dim() >= 2 for p in b.params)]
         if self.align == "joint" and len(with_matrices) > 1:
             raise ValueError(
-                'align="joint" needs all matrices on one device and, in mode "factored", with a side '
-                'path; use align="matrix"'
+                'align="joint" needs all matrices on one device and, in mode "factored", with a '
+                'side path; use align="matrix"'
             )
         self.state[LEARNT] = {"step": step, "grads": list(grads)}
         self.forget(buckets)

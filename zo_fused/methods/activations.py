@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -97,9 +97,9 @@ class SeesActivations(ZerothOrderOptimizer):
         weights.flush()  # in the windows that it began with
         losses: dict[Position, Any] = {}
 
-        def evaluate(watched: AbstractContextManager[None]) -> None:
-            def watching() -> Any:
-                with watched:
+        def evaluate(watched: Callable[[], AbstractContextManager[None]]) -> None:
+            def watching() -> Any:  # twice, where factored mode finds other uses of weights
+                with watched():
                     return closure()
 
             losses.update(self.losses_at([Position(0.0)], watching, again=bool(losses)))

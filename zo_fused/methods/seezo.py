@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,7 +111,6 @@ class SeeZO(SeesActivations):
                 "mode": mode,
                 "distribution": distribution,
                 "refresh": refresh,
-                "rows": named,
                 "others": "random",
             },
             eps=eps,
@@ -127,18 +126,18 @@ class SeeZO(SeesActivations):
                 id(p) for group in self.param_groups for p in group["params"] if p.dim() < 2
             }
             self.leave_all_but(kept)
-        self._keep_rows(named, modules)
+        self._keep_rows(named, modules, activations.layers())
 
-    def _keep_rows(self, named: Mapping[str, list[int]], modules: Mapping[str, Tensor]) -> None:
-        known: dict[str, Tensor] = dict(modules)
-        moving: set[int] = set()
-        for group in self.param_groups:
-            known.update(zip(group.get("param_names", ()), group["params"], strict=False))
-            moving |= {id(p) for p in group["params"]}
+    def _keep_rows(
+        self, named: Mapping[str, list[int]], known: Mapping[str, Tensor], layers: Container[int]
+    ) -> None:
+        moving = {id(p) for group in self.param_groups for p in group["params"]}
         for name, rows in named.items():
             p = known.get(name)
-            if p is None or id(p) not in moving or p.dim() != 2:
-                raise ValueError(f"rows has {name!r}, which is no name of a matrix that moves")
+            if p is None or id(p) not in layers or id(p) not in moving:
+                raise ValueError(
+                    f"rows has {name!r}, which is no weight of a linear layer that moves"
+                )
             if not rows or rows[0] < 0 or rows[-1] >= len(p):
                 raise ValueError(f"rows of {name!r} must be some of 0 to {len(p) - 1}, got {rows}")
             self.state[p]["rows"] = torch.tensor(rows, dtype=torch.int64, device=p.device)

@@ -184,9 +184,11 @@ class _Reader:
 
     def _check_bases(self, bases: list[Any]) -> None:
         for entry in bases:
-            right = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
+            right = isinstance(entry, list) and len(entry) in (2, 3) and isinstance(entry[1], str)
             _must(right, f"{_short(entry)} is no basis")
             _whole(entry[0], "a position in bases", len(self._owners))
+            for row in _list(entry[2], "rows of a basis") if len(entry) == 3 else ():
+                _whole(row, "a row of a basis", 2**63)
             try:
                 numbers = np.frombuffer(base64.b64decode(entry[1], validate=True), dtype="<f4")
             except ValueError:

@@ -346,7 +346,7 @@ def _rows_of_head(model: Any, tokens: Iterable[Sequence[int]]) -> dict[str, list
     return {
         name: sorted({token for answer in tokens for token in answer})
         for name, p in model.named_parameters()
-        if p is weight and bool(p.requires_grad)
+        if p is weight and p is not None and p.requires_grad
     }
 
 
