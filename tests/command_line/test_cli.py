@@ -122,7 +122,7 @@ def test_options_not_given_get_the_defaults(tmp_path):
     assert options.hyper == {
         "lr": 1e-6, "eps": 0.01, "weight_decay": 0.0, "rounding": "nearest", "schedule": "deferred",
         "momentum": 0.0, "queries": 1, "one_sided": False, "distribution": "gaussian",
-        "blocks": None,
+        "blocks": None, "prior": None, "pool": None,
     }  # fmt: skip
     assert options.plan.steps == defaults.COMMON["steps"]
     assert options.sources == {"train": "t.jsonl"}

@@ -103,6 +103,8 @@ def recorder_of(optimizer: ZerothOrderOptimizer) -> Recorder | None:
     direction = optimizer.direction
     if optimizer.rule.takes != (Direction,) or not isinstance(direction, Dense):
         return None
+    if type(direction).sweep is not Dense.sweep:  # a script would know nothing of its shapes
+        return None
     recorder = Recorder(direction)
     optimizer.weights.direction = recorder
     return recorder

@@ -89,7 +89,8 @@ class ZerothOrderOptimizer(BetweenSteps):
             self.weights.look()  # what blocks there are
         probes = self.probes()
         if probes:
-            _check_probes(type(self).__name__, probes, self.schedule.deferred)
+            ahead = self.schedule.deferred and not self.direction.begins_with_probe
+            _check_probes(type(self).__name__, probes, ahead)
             if not self._learn(self.losses_at(probes, closure)):  # then the step is skipped
                 self.weights.go(THETA)
                 return self.difference(dict.fromkeys(self.positions(), math.nan))
@@ -269,11 +270,11 @@ class ZerothOrderOptimizer(BetweenSteps):
         return self._capture.record(self.rule, lambda: self._finish(self.measure(evaluate)))
 
 
-def _check_probes(name: str, probes: Sequence[Position], deferred: bool) -> None:
+def _check_probes(name: str, probes: Sequence[Position], ahead: bool) -> None:
     """Raises:
-    ValueError: probes can't be taken there, or not now.
+    ValueError: probes can't be taken there, or not now: a sweep has gone ahead of them.
     """
-    if deferred:
+    if ahead:
         raise ValueError(
             f"{name} learns its directions before a step, which a deferred sweep would need at the "
             "end of the last one: deferred=False"
