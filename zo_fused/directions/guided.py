@@ -33,7 +33,7 @@ class Guided(Dense):
 
     def __init__(self, prior: str, pool: int, distribution: str = "gaussian") -> None:
         super().__init__(distribution)
-        self.pool = pool
+        self.prior, self.pool = prior, pool
         self._ranked = _weights(prior, pool)
         self._learnt: tuple[int, list[list[float]]] | None = None  # a step, and w of its queries
 
@@ -51,13 +51,18 @@ class Guided(Dense):
             weights.append([self._ranked[order.index(j)] for j in range(self.pool)])
         self._learnt = step, weights
 
+    def best(self) -> list[int]:
+        """The probe with the lowest loss, for every query."""
+        assert self._learnt is not None
+        _, weights = self._learnt
+        return [self.pool * query + w.index(max(w)) for query, w in enumerate(weights)]
+
     def keep_survivors(self) -> None:
         """The step was made: the better ones go on to the next. Not earlier, as a step that fails
         begins again."""
         assert self._learnt is not None
-        step, weights = self._learnt
-        best = [self.pool * query + w.index(max(w)) for query, w in enumerate(weights)]
-        self.state[SURVIVORS] = [self._name(step, probe) for probe in best]
+        step, _ = self._learnt
+        self.state[SURVIVORS] = [self._name(step, probe) for probe in self.best()]
 
     def _name(self, step: int, probe: int) -> list[int]:
         """The step that a candidate was drawn in, and its number there."""

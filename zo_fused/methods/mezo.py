@@ -6,16 +6,14 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from zo_fused.checks import choice, whole
-from zo_fused.directions.dense import Dense
-from zo_fused.directions.guided import PRIORS, Guided
+from zo_fused.checks import choice
+from zo_fused.directions.guided import Guided
+from zo_fused.methods.prior import TakesPrior, direction_of
 from zo_fused.methods.table import Recipe, method
 from zo_fused.rules.moments import STATE_DTYPES, Momentum
 from zo_fused.rules.sgd import SGD
 from zo_fused.step.hyper import hyper
-from zo_fused.step.optimizer import ZerothOrderOptimizer
-from zo_fused.step.schedule import Position, StepOptions
-from zo_fused.step.vectors import Vector, all_finite
+from zo_fused.step.schedule import StepOptions
 
 
 @method(
@@ -24,7 +22,7 @@ from zo_fused.step.vectors import Vector, all_finite
     Recipe("mezo-gv", "MeZO-GV", {"lr": 4e-7, "prior": "guiding"}),
     Recipe("mezo-greedy", "MeZO-Greedy", {"lr": 2e-7, "prior": "greedy"}),
 )
-class MeZO(ZerothOrderOptimizer):
+class MeZO(TakesPrior):
     """Memory-efficient zeroth-order SGD (Malladi et al. 2023, arXiv 2305.17333, algorithm 1).
 
     ``z ~ N(0, I)``, ``g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)``,
@@ -39,9 +37,10 @@ class MeZO(ZerothOrderOptimizer):
     ``u_j ~ N(0, I)``, whose losses are taken at ``theta + eps u_j`` first: the mean of the better
     half minus that of the worse ("guiding"), the best ("greedy"), or the better of two minus the
     worse, one of them the better one of the last step ("survivor"); in each case with elements of
-    variance 1. ``pool + 2`` forward passes and ``pool + 3`` sweeps (one less with ``deferred``),
-    the update with `pool` directions, and the host waits for the losses of the candidates. No
-    state; with "survivor" the step of one candidate. Such a step needs a closure.
+    variance 1. ``pool + 2`` forward passes and ``pool + 3`` sweeps, the last ones with `pool`
+    directions ("greedy": ``pool + 1``, ``pool + 2`` and one; all one sweep less with ``deferred``).
+    The host waits for the losses of the candidates, once a step, which needs a closure. No state;
+    with "survivor" the name of a candidate.
 
     Args:
         params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
@@ -78,38 +77,11 @@ class MeZO(ZerothOrderOptimizer):
             defaults |= {"momentum": momentum, "dampening": dampening}
         rule = Momentum(state_dtype) if momentum else SGD()
         options = {"momentum": momentum, "state_dtype": state_dtype, "distribution": distribution}
-        self._prior, self._pool = prior, 0
-        direction = Dense(distribution)
-        if prior is None and pool is not None:
-            raise ValueError(f"pool={pool!r} is of a prior: give prior, one of {PRIORS}")
-        if prior is not None:
-            self._pool = _pool_of(choice("prior", prior, PRIORS), pool)
+        direction = direction_of(prior, pool, distribution)
+        if isinstance(direction, Guided):
             if momentum:
                 raise ValueError("a prior makes z anew in each step, without momentum: momentum=0")
             if common.get("block_order") is not None:
                 raise ValueError("the candidates of a prior move all weights: no block_order")
-            direction = Guided(prior, self._pool, distribution)
-            options |= {"prior": prior, "pool": self._pool}  # states without have neither
+            options |= {"prior": prior, "pool": direction.pool}  # states without have neither
         super().__init__(params, direction, rule, defaults, options, **common)
-
-    def probes(self) -> list[Position]:
-        """The candidates of all queries."""
-        return [Position(1.0, j, True) for j in range(self._pool * self.schedule.queries)]
-
-    def update(self, grads: Vector) -> None:
-        super().update(grads)
-        if self._prior == "survivor" and all_finite(grads):
-            assert isinstance(self.direction, Guided)
-            self.direction.keep_survivors()
-
-
-def _pool_of(prior: str, pool: int | None) -> int:
-    """Raises:
-    ValueError: so many candidates are none of this prior.
-    """
-    if pool is None:
-        return 2 if prior == "survivor" else 4
-    if whole("pool", pool, 1) < 2 or (prior == "survivor" and pool != 2):
-        wanted = "2" if prior == "survivor" else "at least 2"
-        raise ValueError(f"pool must be {wanted} with prior={prior!r}, got {pool}")
-    return pool
