@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.equality import in_memory
 from support.models import loss_of, network, snapshot
 from support.textbook import EPS, SEED, STEPS, Loss, Weights, follow, moved_by
 from torch import Tensor, nn
@@ -69,17 +70,15 @@ def textbook(
     "kw",
     [
         {"prior": "guiding", "pool": 4},
-        {"prior": "guiding", "pool": 5, "deferred": True, "queries": 2},
-        {"prior": "greedy", "pool": 3},
-        {"prior": "greedy", "pool": 4, "deferred": True, "queries": 2, "one_sided": True},
-        {"prior": "survivor"},
+        {"prior": "guiding", "pool": 3, "deferred": True, "queries": 2},
+        {"prior": "greedy", "pool": 3, "one_sided": True},
         {"prior": "survivor", "deferred": True, "queries": 2, "one_sided": True},
     ],
     ids=str,
 )
 def test_fifty_float32_steps_follow_the_float64_textbook(kw: dict[str, Any]) -> None:
-    """Tolerances as in test_textbook.py, for steps that round each weight up to 15 times (pools of
-    5, two queries) instead of 3: sqrt(5) as much, and twice that where losses are eps apart. No two
+    """Tolerances as in test_textbook.py, for steps that round each weight up to 11 times (pools of
+    3, two queries) instead of 3: twice as much, and twice that where losses are eps apart. No two
     losses of a pool are so near each other that rounding could exchange them: a step that took
     another candidate would be off by the size of g.
     """
@@ -89,9 +88,9 @@ def test_fifty_float32_steps_follow_the_float64_textbook(kw: dict[str, Any]) -> 
         lambda model: zo_fused.MeZO(model, lr=3e-4, eps=EPS, seed=SEED, **kw),
         lambda loss, theta: textbook(loss, theta, 3e-4, **textbooks),
     )
-    torch.testing.assert_close(run.grads, run.expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(run.grads, run.expected, rtol=0, atol=8e-4)
     assert run.moved > 0.05
-    assert run.off < 2.5e-6
+    assert run.off < 2e-6
 
 
 # ---- what a step looks at -----------------------------------------------------------------------
@@ -188,7 +187,7 @@ def test_what_a_step_costs(
         sweeps.clear()
         opt.step(closure)
         assert calls == losses * (step + 1) == opt.forwards_of(step + 1)
-        assert len(sweeps) <= sweeps_of_a_step - (deferred and step > 0)
+        assert len(sweeps) == sweeps_of_a_step - (deferred and step > 0)
     assert opt.forwards == losses
 
 
@@ -196,14 +195,12 @@ def test_a_deferred_step_rests_at_its_first_candidate() -> None:
     model = network()
     opt = zo_fused.MeZO(model, lr=1e-2, eps=1e-2, prior="guiding", deferred=True, seed=5)
     opt.step(loss_of(model))
-    with opt._access.alone():  # without the guard, which would put theta there
-        opt._access._guard.lift()
-        at_rest = [torch.Tensor.detach(p).clone() for p in model.parameters()]
+    at_rest = in_memory(model).split([p.numel() for p in model.parameters()])
     opt.flush()
     key = derive_key(5, Purpose.PROBE, 1, 0)
     for (name, p), before in zip(model.named_parameters(), at_rest, strict=True):
         u = normal(p.numel(), key, parameter_id(name)).view_as(p)
-        torch.testing.assert_close(before - p.detach(), 1e-2 * u, rtol=0, atol=1e-6)
+        torch.testing.assert_close(before.view_as(p) - p.detach(), 1e-2 * u, rtol=0, atol=1e-6)
 
 
 # ---- what a direction is worth ------------------------------------------------------------------
