@@ -17,7 +17,7 @@ struct BFloat16 {
 template <class T>
 inline constexpr bool rounds = sizeof(T) == 2;
 
-enum class Rule { momentum, sign, adam };
+enum class Rule { momentum, sign, adam, hizoo };
 
 // How words become normals or signs. Only GPUs have `fast`.
 enum class Transform { portable, signs, hadamard, fast };
@@ -58,6 +58,13 @@ ZO_HD typename L::F32 adam(typename L::F32 first, typename L::F32 second, float 
 template <class L>
 ZO_HD typename L::F32 add_square(typename L::F32 second, float square, typename L::F32 z) {
   return L::fma(L::mul(L::splat(square), z), z, second);
+}
+
+// HiZOO's Hessian after a step whose directions have the sum v of squares.
+template <class L>
+ZO_HD typename L::F32 new_hessian(typename L::F32 hessian, typename L::F32 v,
+                                  const MomentCoeffs& c) {
+  return L::at_least(L::fma(v, hessian, L::mul(hessian, L::splat(c.beta2))), c.eps);
 }
 
 // The estimate g goes into the first moment, which is `kept` from step to step or not, and with

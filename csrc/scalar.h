@@ -78,6 +78,10 @@ struct Scalar {
   ZO_HD static F32 ones(uint32_t bits) {
     return as_float(and_or(bits << 31, 0x80000000u, 0x3F800000u));
   }
+  // x, or the floor where x is not above it: also where it is NaN.
+  ZO_HD static F32 at_least(F32 x, float floor) { return x > floor ? x : floor; }
+  // a where a bit is set, else b: the lowest bit is the first lane's.
+  ZO_HD static F32 choose(uint32_t bits, F32 a, F32 b) { return bits & 1 ? a : b; }
   // -1, 0 or 1; 0 for NaN.
   ZO_HD static F32 sign(F32 x) { return static_cast<F32>((x > 0) - (x < 0)); }
   ZO_HD static U32 unless_nan(F32 x, U32 value, uint32_t nan) { return x != x ? nan : value; }

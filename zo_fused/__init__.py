@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what editors and type checkers see
     from zo_fused import noise as noise
     from zo_fused.methods.adam import ZOAdam as ZOAdam
+    from zo_fused.methods.conmezo import ConMeZO as ConMeZO
     from zo_fused.methods.conservative import ZOConservative as ZOConservative
     from zo_fused.methods.es import ES as ES
     from zo_fused.methods.forward_grad import ForwardGrad as ForwardGrad
     from zo_fused.methods.fzoo import FZOO as FZOO
+    from zo_fused.methods.hizoo import HiZOO as HiZOO
     from zo_fused.methods.hybrid import Hybrid as Hybrid
     from zo_fused.methods.kerzoo import KerZOO as KerZOO
     from zo_fused.methods.layers import first_layers as first_layers
@@ -24,6 +26,7 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from zo_fused.methods.mezo import MeZO as MeZO
     from zo_fused.methods.pgap import PGAP as PGAP
     from zo_fused.methods.sign import ZOSignSGD as ZOSignSGD
+    from zo_fused.methods.sparse_mezo import SparseMeZO as SparseMeZO
     from zo_fused.methods.subzero import SubZero as SubZero
     from zo_fused.methods.tezo import TeZO as TeZO
     from zo_fused.methods.zo_muon import ZOMuon as ZOMuon

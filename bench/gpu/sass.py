@@ -199,10 +199,12 @@ def cases(target: str) -> Iterator[Case]:
     keys = torch.zeros(3, dtype=torch.int64)
     key, one = keys[:1], torch.zeros(1)
 
-    def noise_unit(block: int, *dtypes: torch.dtype) -> Unit:
+    def noise_unit(block: int, *dtypes: torch.dtype, read_only: bool = False) -> Unit:
+        """read_only: only the first of the dtypes is written. (The bits of masks don't count.)"""
         elements = block // (launch.NOISE_WARPS * warp)
         width = sum(dtype.itemsize for dtype in dtypes)
-        return Unit(elements, elements * width // 16, launch.CHUNK // block, 2 * width)
+        written = dtypes[0].itemsize if read_only else width
+        return Unit(elements, elements * written // 16, launch.CHUNK // block, width + written)
 
     def dense(dtype: torch.dtype, directions: int, rounding: bool, transform: str) -> None:
         sweeps.dense(
@@ -220,6 +222,15 @@ def cases(target: str) -> Iterator[Case]:
         table = torch.zeros(1, 3)
         scalars = (table, table, torch.zeros(1, 6), one)
         sweeps.moments(FakeLaunch(dtype), keys, *scalars, "adam", None, "portable", table)
+
+    def shaped(dtype: torch.dtype, shape: torch.dtype, transform: str) -> None:
+        launch = FakeLaunch(dtype, (shape,))
+        sweeps.shaped(launch, key, torch.zeros(1, 1), one, None, transform)
+
+    def hizoo(dtype: torch.dtype) -> None:
+        row, launch = torch.zeros(1, 1), FakeLaunch(dtype, (torch.float32,))
+        scalars = (row, row, torch.zeros(1, 6), one)
+        sweeps.moments(launch, key, *scalars, "hizoo", None, "portable", row)
 
     def lowrank(dtype: torch.dtype, rank: int, rounding: bool = False) -> None:
         sweeps.lowrank(FakeLaunch(dtype, rank=rank), one, one, key if rounding else None)
@@ -276,6 +287,25 @@ def cases(target: str) -> Iterator[Case]:
                 lambda dtype=dtype, rule=rule, states=states: moments(dtype, rule, states),  # type: ignore[misc]
                 noise_unit(launch.MOMENTS_BLOCK, dtype, *states),
             )
+        for label, shape, transform in (
+            ("mask", torch.uint8, "portable"),
+            ("mask, hadamard", torch.uint8, "hadamard"),
+            ("scale", torch.float32, "portable"),
+        ):
+            # The loop over directions is taken once, here and where most sweeps have one.
+            yield Case(
+                f"shaped, {label} {name}",
+                lambda dtype=dtype, shape=shape, transform=transform: shaped(  # type: ignore[misc]
+                    dtype, shape, transform
+                ),
+                noise_unit(
+                    launch.moments_block(transform),
+                    dtype,
+                    *([shape] if shape == torch.float32 else []),
+                    read_only=True,
+                ),
+            )
+        yield Case(f"moments, hizoo {name}", lambda dtype=dtype: hizoo(dtype), None)  # type: ignore[misc]
         yield Case(f"moments, adam of squares {name}", lambda dtype=dtype: squares(dtype), None)  # type: ignore[misc]
         for rank in RANKS:
             yield Case(

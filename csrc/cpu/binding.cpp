@@ -136,7 +136,7 @@ struct Noise {
   int64_t dtype, numel;
   uint64_t id;
   int64_t offset;
-  char* first;  // null if not kept
+  char* first;  // null if not kept; of shaped, the shape: float32, or the bits of a mask
   int64_t first_dtype;
   float* second;
 };
@@ -263,6 +263,26 @@ void dense(const Tensor& table, const Tensor& keys, const Tensor& coeffs, const 
   });
 }
 
+void shaped(const Tensor& table, const Tensor& keys, const Tensor& coeffs, const Tensor& decay,
+            std::optional<Tensor> rounding, int64_t transform) {
+  const NoiseSweeps& sweeps = by(transform);
+  const std::vector<Noise> rows = rows_of<Noise>(table);
+  const Updates updates(keys, coeffs, decay, rounding);
+  for_spans(rows, [&](size_t i, const Span& span, int64_t start) {
+    const Noise& row = rows[i];
+    char* const weights = row.data + start * item_size(row.dtype);
+    if (!row.first) {
+      sweeps.dense[row.dtype](weights, span, updates[i]);
+    } else if (row.first_dtype == float32) {
+      const auto* const scales = reinterpret_cast<const float*>(row.first) + start;
+      sweeps.scaled[row.dtype](weights, scales, span, updates[i]);
+    } else {
+      const auto* const mask = reinterpret_cast<const uint8_t*>(row.first);
+      sweeps.masked[row.dtype](weights, mask + span.first / 8 - row.offset / 8, span, updates[i]);
+    }
+  });
+}
+
 void dense_steps(const Tensor& table, const Tensor& keys, const Tensor& script,
                  const Tensor& coeffs, const Tensor& decay, int64_t transform) {
   const NoiseSweeps& sweeps = by(transform);
@@ -293,6 +313,10 @@ void moments(const Tensor& table, const Tensor& keys, const Tensor& grads, const
     const Moments moments = {static_cast<Rule>(rule), grad + at, square ? square + at : nullptr,
                              c[i]};
     char* const weights = row.data + start * item_size(row.dtype);
+    if (moments.rule == Rule::hizoo) {
+      sweeps.hizoo[row.dtype](weights, row.second + start, span, update, moments);
+      return;
+    }
     if (squares) {  // of no directions, they have no address
       sweeps.adam_of_squares[row.dtype](weights, span, update, moments);
       return;
@@ -424,6 +448,9 @@ STABLE_TORCH_LIBRARY(zo_fused_C, m) {
       "dense(Tensor table, Tensor keys, Tensor coeffs, Tensor decay, Tensor? rounding, "
       "int transform) -> ()");
   m.def(
+      "shaped(Tensor table, Tensor keys, Tensor coeffs, Tensor decay, Tensor? rounding, "
+      "int transform) -> ()");
+  m.def(
       "dense_steps(Tensor table, Tensor keys, Tensor script, Tensor coeffs, Tensor decay, "
       "int transform) -> ()");
   m.def(
@@ -441,6 +468,7 @@ STABLE_TORCH_LIBRARY_IMPL(zo_fused_C, CPU, m) {
   m.impl("bits", TORCH_BOX(&zo_fused::operators::bits));
   m.impl("normal", TORCH_BOX(&zo_fused::operators::normal));
   m.impl("dense", TORCH_BOX(&zo_fused::operators::dense));
+  m.impl("shaped", TORCH_BOX(&zo_fused::operators::shaped));
   m.impl("dense_steps", TORCH_BOX(&zo_fused::operators::dense_steps));
   m.impl("moments", TORCH_BOX(&zo_fused::operators::moments));
   m.impl("lowrank", TORCH_BOX(&zo_fused::operators::lowrank));

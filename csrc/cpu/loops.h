@@ -183,6 +183,23 @@ ZO_HD void copy(T* to, const T* from, int64_t count) {
   if (to && from) __builtin_memcpy(to, from, count * sizeof(T));
 }
 
+// The same on the way back; what is only read stays.
+template <class T>
+ZO_HD void copy_back(T* to, const T* from, int64_t count) {
+  copy(to, from, count);
+}
+template <class T>
+ZO_HD void copy_back(const T*, const T*, int64_t) {}
+
+template <class T>
+struct Mutable {
+  using type = T;
+};
+template <class T>
+struct Mutable<const T> {
+  using type = T;
+};
+
 // body(counter, data...) for a block of which only `count` elements from element `skip` exist. It
 // goes through buffers, so that one code path computes all elements.
 template <int64_t size, class Body, class... T>
@@ -191,9 +208,9 @@ ZO_HD void partial_block(int64_t skip, int64_t count, uint64_t counter, const Bo
   const auto run = [&](auto... buffer) ZO_LAMBDA {
     (copy(buffer.x + skip, data, count), ...);
     body(counter, (data ? buffer.x : nullptr)...);
-    (copy(data, buffer.x + skip, count), ...);
+    (copy_back(data, buffer.x + skip, count), ...);
   };
-  run(Buffer<T, size>{}...);
+  run(Buffer<typename Mutable<T>::type, size>{}...);
 }
 
 // body(first element / 4, data...) for every block of the span, `data` moved to the block. Null
@@ -278,6 +295,58 @@ void dense(void* weights, const Span& span, const Update& u) {
     store_block<L>(block, acc, first, span.id, u.rounding);
   };
   for_blocks<block_elements<L, transform>>(span, body, static_cast<T*>(weights));
+}
+
+// acc + sum_k coeffs[k] * z_k of a block, with z made `of` it.
+template <class L, Transform transform, int count, class Of>
+ZO_HD void add_directions(typename L::F32 (&acc)[count], uint64_t first, const Span& span,
+                          const Update& u, const Of& of) {
+  for (int64_t k = 0; k < u.directions; ++k) {
+    Block<L, transform> z;
+    block_normals<L, transform>(z, first, span.id, u.keys[k]);
+    for (int i = 0; i < count; ++i) acc[i] = step<L>(acc[i], u.coeffs[k], of(z[i], i));
+  }
+}
+
+template <class L, Transform transform, class T>
+void masked(void* weights, const uint8_t* mask, const Span& span, const Update& u) {
+  // Of the whole chunk, so that partial blocks find bits for all of their elements.
+  Buffer<uint8_t, chunk_elements / 8> bytes;
+  const int64_t start = span.first % chunk_elements;
+  copy(bytes.x + start / 8, mask, (start + span.count + 7) / 8 - start / 8);
+  const auto body = [&](uint64_t first, T* block) ZO_LAMBDA {
+    constexpr int count = vectors<L, transform>;
+    typename L::F32 acc[count], w[count];
+    for (int i = 0; i < count; ++i) {
+      w[i] = L::load(block + i * L::lanes);
+      acc[i] = decayed<L>(w[i], u.decay);
+    }
+    add_directions<L, transform>(acc, first, span, u, [](auto z, int) ZO_LAMBDA { return z; });
+    const uint8_t* const own = bytes.x + first % (chunk_elements / 4) / 2;
+    for (int i = 0; i < count; ++i) {
+      const int64_t at = i * L::lanes;
+      uint32_t bits = 0;
+      __builtin_memcpy(&bits, own + at / 8, L::lanes < 8 ? 1 : L::lanes / 8);
+      acc[i] = L::choose(bits >> at % 8, acc[i], w[i]);
+    }
+    store_block<L>(block, acc, first, span.id, u.rounding);
+  };
+  for_blocks<block_elements<L, transform>>(span, body, static_cast<T*>(weights));
+}
+
+template <class L, Transform transform, class T>
+void scaled(void* weights, const float* scales, const Span& span, const Update& u) {
+  const auto body = [&](uint64_t first, T* block, const float* scale) ZO_LAMBDA {
+    constexpr int count = vectors<L, transform>;
+    typename L::F32 acc[count], root[count];
+    for (int i = 0; i < count; ++i) {
+      acc[i] = decayed<L>(L::load(block + i * L::lanes), u.decay);
+      root[i] = L::sqrt(L::load(scale + i * L::lanes));
+    }
+    add_directions<L, transform>(acc, first, span, u, [&](auto z, int i) ZO_LAMBDA { return L::div(z, root[i]); });
+    store_block<L>(block, acc, first, span.id, u.rounding);
+  };
+  for_blocks<block_elements<L, transform>>(span, body, static_cast<T*>(weights), scales);
 }
 
 // Sweep after sweep over a block, which stays in the first-level cache. Neighbouring sweeps share
@@ -365,6 +434,8 @@ void moment_sweep(void* weights, void* firsts, float* seconds, const Span& span,
       case Rule::adam:
         update_moments<L, Rule::adam>(acc, g, firsts, seconds, m.coeffs);
         break;
+      case Rule::hizoo:  // is a sweep of its own
+        break;
     }
     store_block<L>(block, acc, first, span.id, u.rounding);
   };
@@ -397,6 +468,38 @@ void adam_of_squares(void* weights, const Span& span, const Update& u, const Mom
     store_block<L>(block, acc, first, span.id, u.rounding);
   };
   for_blocks<block_elements<L, transform>>(span, body, static_cast<T*>(weights));
+}
+
+// HiZOO: back with the old Hessian, on with the new one.
+template <class L, Transform transform, class T>
+void hizoo(void* weights, float* hessian, const Span& span, const Update& u, const Moments& m) {
+  const auto body = [&](uint64_t first, T* block, float* scale) ZO_LAMBDA {
+    constexpr int count = vectors<L, transform>;
+    typename L::F32 acc[count], g[count], v[count];
+    for (int i = 0; i < count; ++i) {
+      acc[i] = decayed<L>(L::load(block + i * L::lanes), u.decay);
+      g[i] = v[i] = L::splat(0.0f);
+    }
+    for (int64_t k = 0; k < u.directions; ++k) {
+      Block<L, transform> z;
+      block_normals<L, transform>(z, first, span.id, u.keys[k]);
+      for (int i = 0; i < count; ++i) {
+        const auto root = L::sqrt(L::load(scale + i * L::lanes));
+        g[i] = step<L>(g[i], m.grads[k], z[i]);
+        acc[i] = step<L>(acc[i], u.coeffs[k], L::div(z[i], root));
+        v[i] = add_square<L>(v[i], m.squares[k], z[i]);
+      }
+    }
+    for (int i = 0; i < count; ++i) {
+      float* const at = scale + i * L::lanes;
+      const auto made = new_hessian<L>(L::load(at), v[i], m.coeffs);
+      L::store(at, made);
+      const auto mean = L::mul(g[i], L::splat(m.coeffs.gain));
+      acc[i] = step<L>(acc[i], m.coeffs.step, L::div(mean, L::sqrt(made)));
+    }
+    store_block<L>(block, acc, first, span.id, u.rounding);
+  };
+  for_blocks<block_elements<L, transform>>(span, body, static_cast<T*>(weights), hessian);
 }
 
 // ---- low rank ---------------------------------------------------------------------------------
@@ -541,11 +644,14 @@ template <class N, Transform t>
 constexpr NoiseSweeps noise_sweeps_of = {
     normal<N, t>,
     {dense<N, t, Half>, dense<N, t, BFloat16>, dense<N, t, float>},
+    {masked<N, t, Half>, masked<N, t, BFloat16>, masked<N, t, float>},
+    {scaled<N, t, Half>, scaled<N, t, BFloat16>, scaled<N, t, float>},
     {dense_steps<N, t, Half>, dense_steps<N, t, BFloat16>, dense_steps<N, t, float>},
     {{moment_sweep<N, t, Half, Half>, moment_sweep<N, t, Half, float>},
      {moment_sweep<N, t, BFloat16, BFloat16>, moment_sweep<N, t, BFloat16, float>},
      {moment_sweep<N, t, float, float>, moment_sweep<N, t, float, float>}},
     {adam_of_squares<N, t, Half>, adam_of_squares<N, t, BFloat16>, adam_of_squares<N, t, float>},
+    {hizoo<N, t, Half>, hizoo<N, t, BFloat16>, hizoo<N, t, float>},
 };
 
 // Noise over two vectors at a time.

@@ -88,6 +88,12 @@ struct Avx2 {
     const __m256i to_sign = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
     return as_float(and_or(_mm256_sllv_epi32(splat(bits), to_sign), 0x80000000u, 0x3F800000u));
   }
+  // vmaxps has its second operand where one is NaN.
+  ZO_HD static F32 at_least(F32 x, float floor) { return _mm256_max_ps(x, splat(floor)); }
+  ZO_HD static F32 choose(uint32_t bits, F32 a, F32 b) {
+    const __m256i to_sign = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    return _mm256_blendv_ps(b, a, as_float(_mm256_sllv_epi32(splat(bits), to_sign)));
+  }
   ZO_HD static F32 sign(F32 x) {
     const __m256 one = _mm256_or_ps(_mm256_and_ps(x, splat(-0.0f)), splat(1.0f));
     return _mm256_and_ps(one, _mm256_cmp_ps(x, splat(0.0f), _CMP_NEQ_OQ));

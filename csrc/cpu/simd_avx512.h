@@ -88,6 +88,11 @@ struct Avx512 {
   ZO_HD static F32 ones(uint32_t bits) {
     return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), splat(1.0f), splat(-1.0f));
   }
+  // vmaxps has its second operand where one is NaN.
+  ZO_HD static F32 at_least(F32 x, float floor) { return _mm512_max_ps(x, splat(floor)); }
+  ZO_HD static F32 choose(uint32_t bits, F32 a, F32 b) {
+    return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), b, a);
+  }
   ZO_HD static F32 sign(F32 x) {
     const __mmask16 some = _mm512_cmp_ps_mask(x, splat(0.0f), _CMP_NEQ_OQ);
     const U32 one = and_or(bits(x), 0x80000000u, 0x3F800000u);

@@ -64,6 +64,10 @@ struct Tile {
 struct NoiseSweeps {
   void (*normal)(float* out, const Span& span, const RoundKeys& keys);
   void (*dense[3])(void* weights, const Span& span, const Update& update);
+  // `dense` of the weights whose bits are set; the first byte has element span.first. And with z
+  // divided by the roots of the scales.
+  void (*masked[3])(void* weights, const uint8_t* mask, const Span& span, const Update& update);
+  void (*scaled[3])(void* weights, const float* scales, const Span& span, const Update& update);
   void (*dense_steps[3])(void* weights, const Span& span, const Script& script);
   // The second index: whether `firsts` are float32, or of the weights' type. `firsts` may be null;
   // for all rules but Adam, `seconds` are.
@@ -71,6 +75,8 @@ struct NoiseSweeps {
                         const Update& update, const Moments& moments);
   void (*adam_of_squares[3])(void* weights, const Span& span, const Update& update,
                              const Moments& moments);
+  void (*hizoo[3])(void* weights, float* hessian, const Span& span, const Update& update,
+                   const Moments& moments);
 };
 
 struct Sweeps {

@@ -71,6 +71,12 @@ struct Twice {
     return {L::fnma(x.a, y.a, z.a), L::fnma(x.b, y.b, z.b)};
   }
   ZO_HD static F32 ones(uint32_t bits) { return {L::ones(bits), L::ones(bits >> L::lanes)}; }
+  ZO_HD static F32 at_least(F32 x, float floor) {
+    return {L::at_least(x.a, floor), L::at_least(x.b, floor)};
+  }
+  ZO_HD static F32 choose(uint32_t bits, F32 x, F32 y) {
+    return {L::choose(bits, x.a, y.a), L::choose(bits >> L::lanes, x.b, y.b)};
+  }
   ZO_HD static F32 sign(F32 x) { return {L::sign(x.a), L::sign(x.b)}; }
   ZO_HD static U32 unless_nan(F32 x, U32 value, uint32_t nan) {
     return {L::unless_nan(x.a, value.a, nan), L::unless_nan(x.b, value.b, nan)};

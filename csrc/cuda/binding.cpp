@@ -85,6 +85,19 @@ void dense(const Tensor& table, int64_t programs, int64_t dtype, const Tensor& k
                      stream_of(stream)));
 }
 
+// masked: 0, 1, or -1 for rows that have no shape.
+void shaped(const Tensor& table, int64_t programs, int64_t dtype, int64_t masked,
+            const Tensor& keys, const Tensor& coeffs, const Tensor& decay,
+            std::optional<Tensor> rounding, int64_t transform, int64_t stream) {
+  if (masked < 0) {
+    dense(table, programs, dtype, keys, coeffs, decay, rounding, transform, stream);
+    return;
+  }
+  check(launch_shaped(table_of(table, programs), static_cast<Dtype>(dtype), masked != 0,
+                      directions_of(keys), read<float>(coeffs), writing_of(decay, rounding),
+                      transform_of(transform), stream_of(stream)));
+}
+
 void moments(const Tensor& table, int64_t programs, int64_t dtype, int64_t first,
              const Tensor& keys, const Tensor& grads, const Tensor& restores,
              const Tensor& coeffs, const Tensor& decay, int64_t rule,
@@ -127,6 +140,9 @@ ZO_STABLE_LIBRARY(ZO_FUSED_CUDA_LIBRARY, m) {
       "dense(Tensor table, int programs, int dtype, Tensor keys, Tensor coeffs, Tensor decay, "
       "Tensor? rounding, int transform, int stream) -> ()");
   m.def(
+      "shaped(Tensor table, int programs, int dtype, int masked, Tensor keys, Tensor coeffs, "
+      "Tensor decay, Tensor? rounding, int transform, int stream) -> ()");
+  m.def(
       "moments(Tensor table, int programs, int dtype, int first, Tensor keys, Tensor grads, "
       "Tensor restores, Tensor coeffs, Tensor decay, int rule, Tensor? rounding, "
       "int transform, Tensor? squares, int stream) -> ()");
@@ -144,6 +160,7 @@ ZO_STABLE_LIBRARY_IMPL(ZO_FUSED_CUDA_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("bits", TORCH_BOX(&zo_fused::operators::bits));
   m.impl("normal", TORCH_BOX(&zo_fused::operators::normal));
   m.impl("dense", TORCH_BOX(&zo_fused::operators::dense));
+  m.impl("shaped", TORCH_BOX(&zo_fused::operators::shaped));
   m.impl("moments", TORCH_BOX(&zo_fused::operators::moments));
   m.impl("lowrank", TORCH_BOX(&zo_fused::operators::lowrank));
   m.impl("factor_momentum", TORCH_BOX(&zo_fused::operators::factor_momentum));

@@ -271,6 +271,65 @@ __global__ void __launch_bounds__(threads, 3)
   });
 }
 
+// The same by a transform that is known when the kernel runs.
+template <int N>
+ZO_HD void normals(Transform transform, float (&z)[N], const Chunk& chunk, int i,
+                   const RoundKeys& keys) {
+  if (transform == Transform::portable) {
+    normals<Transform::portable>(z, chunk, i, keys);
+  } else if (transform == Transform::signs) {
+    normals<Transform::signs>(z, chunk, i, keys);
+  } else if (transform == Transform::hadamard) {
+    normals<Transform::hadamard>(z, chunk, i, keys);
+  } else {
+    normals<Transform::fast>(z, chunk, i, keys);
+  }
+}
+
+// `dense` of the weights whose bits are set, or with z divided by the roots of scales.
+template <class T, bool masked, bool stochastically>
+__global__ void __launch_bounds__(threads, 2)
+    shaped(Table table, const int64_t* keys, int directions, const float* coeffs,
+           const float* decays, const int64_t* rounding, Transform transform) {
+  constexpr int N = group<T>;
+  const RoundKeys rounding_key = stochastically ? kept_keys_of(rounding) : RoundKeys{};
+  for_programs(table, [&](const int64_t* row, int64_t program) {
+    const Chunk chunk = chunk_of(row, program);
+    T* const weights = base<T>(row[address_], chunk);
+    const float* const scales = base<float>(row[states_], chunk);
+    // The byte of the chunk's first element; the tensor's may begin behind it.
+    const uint8_t* const mask =
+        reinterpret_cast<const uint8_t*>(row[states_]) + chunk.start / 8 - row[offset_] / 8;
+    const float* const coeff = coeffs + chunk.index * directions;
+    const float decay = decays[chunk.index];
+    for_groups<N>(chunk, [&](int i, auto part) {
+      float before[N], acc[N], root[N] = {};
+      widen(load<T, N>(weights + i, part), before);
+      if constexpr (!masked) widen(load<float, N>(scales + i, part), root);
+      ZO_UNROLL
+      for (int j = 0; j < N; ++j) {
+        acc[j] = decayed<Lane>(before[j], decay);
+        root[j] = Lane::sqrt(root[j]);
+      }
+      ZO_LOOP
+      for (int k = 0; k < directions; ++k) {
+        float z[N];
+        normals(transform, z, chunk, i, keys_of(keys + k));
+        ZO_UNROLL
+        for (int j = 0; j < N; ++j) {
+          acc[j] = step<Lane>(acc[j], coeff[k], masked ? z[j] : Lane::div(z[j], root[j]));
+        }
+      }
+      if constexpr (masked) {  // a group lies within a byte
+        const uint32_t bits = static_cast<uint32_t>(global(mask)[i / 8]) >> i % 8;
+        ZO_UNROLL
+        for (int j = 0; j < N; ++j) acc[j] = Lane::choose(bits >> j, acc[j], before[j]);
+      }
+      store(weights + i, part, rounded<T, stochastically>(acc, chunk, i, rounding_key));
+    });
+  });
+}
+
 template <class T, int N, class Some>
 ZO_HD void load_first(float (&x)[N], First first, int64_t address, const Chunk& chunk, int i,
                       Some part) {
@@ -371,6 +430,56 @@ __global__ void __launch_bounds__(threads, 2)
       store_first<T>(first, kept, firsts, chunk, i, part);
       ZO_UNROLL
       for (int j = 0; j < N; ++j) acc[j] = step<Lane>(acc[j], c.step, g[j]);
+      store(weights + i, part, rounded<T, stochastically>(acc, chunk, i, rounding_key));
+    });
+  });
+}
+
+// HiZOO: back with the old Hessian, on with the new one.
+template <class T, bool stochastically>
+__global__ void __launch_bounds__(threads, 2)
+    hizoo(Table table, const int64_t* keys, int directions, const float* grads,
+          const float* restores, const float* squares, const float* coeffs, const float* decays,
+          const int64_t* rounding, Transform transform) {
+  constexpr int N = group<T>;
+  const RoundKeys rounding_key = stochastically ? kept_keys_of(rounding) : RoundKeys{};
+  for_programs(table, [&](const int64_t* row, int64_t program) {
+    const Chunk chunk = chunk_of(row, program);
+    T* const weights = base<T>(row[address_], chunk);
+    float* const hessians = base<float>(row[states_], chunk);
+    const float* const grad = grads + chunk.index * directions;
+    const float* const restore = restores + chunk.index * directions;
+    const float* const square = squares + chunk.index * directions;
+    const float* const own = coeffs + chunk.index * 6;
+    const MomentCoeffs c = {own[0], own[1], own[2], own[3], own[4], own[5]};
+    const float decay = decays[chunk.index];
+    for_groups<N>(chunk, [&](int i, auto part) {
+      float acc[N], hessian[N], root[N], g[N] = {}, v[N] = {};
+      widen(load<T, N>(weights + i, part), acc);
+      widen(load<float, N>(hessians + i, part), hessian);
+      ZO_UNROLL
+      for (int j = 0; j < N; ++j) {
+        acc[j] = decayed<Lane>(acc[j], decay);
+        root[j] = Lane::sqrt(hessian[j]);
+      }
+      ZO_LOOP
+      for (int k = 0; k < directions; ++k) {
+        float z[N];
+        normals(transform, z, chunk, i, keys_of(keys + k));
+        ZO_UNROLL
+        for (int j = 0; j < N; ++j) {
+          g[j] = step<Lane>(g[j], grad[k], z[j]);
+          acc[j] = step<Lane>(acc[j], restore[k], Lane::div(z[j], root[j]));
+          v[j] = add_square<Lane>(v[j], square[k], z[j]);
+        }
+      }
+      ZO_UNROLL
+      for (int j = 0; j < N; ++j) {
+        hessian[j] = new_hessian<Lane>(hessian[j], v[j], c);
+        const float moved = Lane::div(Lane::mul(g[j], c.gain), Lane::sqrt(hessian[j]));
+        acc[j] = step<Lane>(acc[j], c.step, moved);
+      }
+      store(hessians + i, part, narrow<float>(hessian));
       store(weights + i, part, rounded<T, stochastically>(acc, chunk, i, rounding_key));
     });
   });

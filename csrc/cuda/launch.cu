@@ -141,10 +141,30 @@ Error launch_dense(const Table& table, Dtype dtype, const Directions& directions
   });
 }
 
+Error launch_shaped(const Table& table, Dtype dtype, bool masked, const Directions& directions,
+                    const float* coeffs, const Writing& writing, Transform transform,
+                    void* stream) {
+  return with_writing(dtype, writing, [&](auto weight, auto stochastically) {
+    return with_flag(masked, [&](auto flag) {
+      return launch(
+          shaped<decltype(weight), decltype(flag)::value, decltype(stochastically)::value>, stream,
+          table, directions.keys, directions.count, coeffs, writing.decays, writing.rounding,
+          transform);
+    });
+  });
+}
+
 Error launch_moments(const Table& table, Dtype dtype, First first, Rule rule,
                      const Directions& directions, const float* grads, const float* restores,
                      std::optional<const float*> squares, const float* coeffs,
                      const Writing& writing, Transform transform, void* stream) {
+  if (rule == Rule::hizoo) {
+    return with_writing(dtype, writing, [&](auto weight, auto stochastically) {
+      return launch(hizoo<decltype(weight), decltype(stochastically)::value>, stream, table,
+                    directions.keys, directions.count, grads, restores, squares.value_or(nullptr),
+                    coeffs, writing.decays, writing.rounding, transform);
+    });
+  }
   return with_writing(dtype, writing, [&](auto weight, auto stochastically) {
     return with_flag(squares.has_value(), [&](auto squared) {
       return launch(moments<decltype(weight), decltype(stochastically)::value,

@@ -57,7 +57,11 @@ Error launch_bits(const Table&, const int64_t* keys, void* stream);
 Error launch_normal(const Table&, const int64_t* keys, Transform, void* stream);
 Error launch_dense(const Table&, Dtype, const Directions&, const float* coeffs, const Writing&,
                    Transform, void* stream);
-// With `squares` (of no directions, a null pointer) the rule is Adam and nothing is kept.
+// All rows have scales, or all have masks.
+Error launch_shaped(const Table&, Dtype, bool masked, const Directions&, const float* coeffs,
+                    const Writing&, Transform, void* stream);
+// With `squares` (of no directions, a null pointer) the rule is Adam and nothing is kept, or it is
+// that of HiZOO.
 Error launch_moments(const Table&, Dtype, First, Rule, const Directions&, const float* grads,
                      const float* restores, std::optional<const float*> squares,
                      const float* coeffs, const Writing&, Transform, void* stream);

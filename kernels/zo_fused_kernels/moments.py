@@ -16,6 +16,7 @@ from .fma import fma
 from .launch import DTYPES, NOISE_WARPS, OPTIONS, STRAY, moments_block, width
 from .normal import as_bits, as_float, hidden, normals, transform_of
 from .rounding import narrow, rounded, widen
+from .shaped import root_of
 from .table import ADDRESS, ID, INDEX, OFFSET, STATES, find, pointer
 
 
@@ -31,7 +32,7 @@ def zeros(x):
 def moments_run(
     p_ptr,  # to the first of some neighbouring weights
     m_ptr,  # to the first of their first moments, or None
-    v_ptr,  # to the first of their second moments, or None
+    v_ptr,  # to the first of their second moments, or of the Hessian, or None
     mask,  # [COUNT] or None
     first,  # index of the first weight in the full parameter
     id,
@@ -62,10 +63,17 @@ def moments_run(
         g = zeros(acc)
         if squares_ptr is not None:
             v = g
+        if RULE == "hizoo":
+            h_ptrs = pointers(v_ptr, COUNT, WIDTH)
+            h = load_run(h_ptrs, mask, COUNT, WIDTH)
+            root = root_of(h, mask)
         for k in range(directions):
             z = normals(first, tl.load(keys_ptr + k), id, COUNT, WIDTH, TRANSFORM)
             g = fma(tl.load(grads_ptr + k), z, g)
-            acc = fma(tl.load(restores_ptr + k), z, acc)
+            if RULE == "hizoo":
+                acc = fma(tl.load(restores_ptr + k), tl.div_rn(z, root), acc)
+            else:
+                acc = fma(tl.load(restores_ptr + k), z, acc)
             if squares_ptr is not None:
                 v = fma(tl.load(squares_ptr + k) * z, z, v)
 
@@ -77,7 +85,13 @@ def moments_run(
         m = load_run(m_ptrs, mask, COUNT, WIDTH)
         s = fma(gain, g, tl.load(coeffs_ptr) * widen(m))
         store_run(m_ptrs, narrow(s, m.dtype), mask, COUNT, WIDTH)
-    if RULE == "adam":
+    if RULE == "hizoo":
+        h = fma(v, h, tl.load(coeffs_ptr + 2) * h)
+        floor = tl.load(coeffs_ptr + 4)
+        h = tl.where(h > floor, h, floor)
+        store_run(h_ptrs, h, mask, COUNT, WIDTH)
+        s = tl.div_rn(s, root_of(h, mask))
+    elif RULE == "adam":
         if v_ptr is not None:
             v_ptrs = pointers(v_ptr, COUNT, WIDTH)
             v = load_run(v_ptrs, mask, COUNT, WIDTH)
@@ -136,6 +150,8 @@ def _moments_kernel(
         m_ptr = pointer(tl.load(row_ptr + STATES), M_DTYPE)
     if RULE == "adam" and squares_ptr is None:
         v_ptr = pointer(tl.load(row_ptr + STATES + 1), tl.float32)
+    elif RULE == "hizoo":
+        v_ptr = pointer(tl.load(row_ptr + STATES), tl.float32)
     offset = tl.load(row_ptr + OFFSET)
     begin, end = chunk_elements(row_ptr, program, CHUNK)
     for block in range(begin // BLOCK, tl.cdiv(end, BLOCK)):
@@ -187,7 +203,7 @@ def moments(
         rounding,
         keys.numel(),
         DTYPE=DTYPES[launch.dtype],
-        M_DTYPE=DTYPES[states[0]] if states else None,
+        M_DTYPE=DTYPES[states[0]] if states and rule != "hizoo" else None,
         RULE=rule,
         SINGLE=keys.numel() == 1 and squares is None,
         TRANSFORM=transform_of(transform),

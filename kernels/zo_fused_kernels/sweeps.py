@@ -6,6 +6,7 @@ from .keys import key
 from .launch import TILE, chunk
 from .lowrank import factor_momentum, lowrank
 from .moments import moments
+from .shaped import shaped
 from .steps import dense_steps
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "lowrank",
     "moments",
     "normal",
+    "shaped",
 ]

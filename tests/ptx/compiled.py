@@ -25,6 +25,7 @@ from torch import Tensor
 from bench.gpu import sass
 from tests.ptx.assembler import entries
 from tests.ptx.machine import Kernel, Machine, Memory
+from zo_fused.sweeps.arguments import mask_bytes
 from zo_fused.sweeps.backends import table
 from zo_fused.sweeps.backends.multi_tensor import MultiTensor
 from zo_fused.sweeps.backends.table import Launch
@@ -50,6 +51,8 @@ def memory_of(sweep: str, launch: Launch, given: tuple[Any, ...]) -> Memory:
             memory.allow(row[table.ADDRESS], row[table.NUMEL] * size, writable=True)
             for i, dtype in enumerate(launch.state_dtypes):
                 size = row[table.NUMEL] * dtype.itemsize
+                if dtype == torch.uint8:
+                    size = mask_bytes(row[table.NUMEL], row[table.OFFSET])
                 memory.allow(row[table.STATES + i], size, writable=sweep == "moments")
     return memory
 

@@ -167,6 +167,8 @@ inline uint32_t dot2(uint32_t a, uint32_t b, uint32_t c) {
   X("cvt.u32.u64", u32(a))                                                   \
   X("cvt.u64.u32", uint64_t{u32(a)})                                         \
   X("cvt.s64.s32", int64_t{s32(a)})                                          \
+  X("setp.lt.s16", static_cast<int16_t>(u16(a)) < static_cast<int16_t>(u16(b))) \
+  X("cvt.s16.s8", static_cast<uint16_t>(static_cast<int8_t>(u16(a))))        \
   X("cvt.rn.f32.u32", static_cast<float>(u32(a)))                            \
   X("cvt.rn.f32.s32", static_cast<float>(s32(a)))                            \
   X("cvt.f32.f16", static_cast<float>(std::bit_cast<_Float16>(u16(a))))      \

@@ -25,6 +25,7 @@ from support.calls import (
     lowrank,
     moments,
     places,
+    shaped,
     steps,
     turn,
 )
@@ -40,6 +41,7 @@ KINDS = (
     *("momentum, nothing", "momentum, float32", "momentum, like weights"),
     *("sign, nothing", "sign, float32", "sign, like weights"),
     *("adam, float32", "adam, like weights", "adam, squares"),
+    "hizoo, hessian",
 )
 RANKS = (1, 2, 3, 4, 8, 16, 17, 64)
 SHAPES = ((17, 256), (5, 40), (1, 200), (200, 1), (9,), (2, 8, 1, 1), (3, 0), (3, 5))
@@ -68,6 +70,14 @@ def _dense(
 ) -> Iterator[Call]:
     start = turn(dtype, directions, rounding, transform)
     yield dense(noise(served, dtype, start), directions, rounding == STOCHASTIC, transform)
+
+
+def _shaped(
+    served: Served, kind: str, dtype: torch.dtype, directions: int, rounding: str, transform: str
+) -> Iterator[Call]:
+    start = turn(kind, dtype, directions, rounding, transform)
+    where = noise(served, dtype, start)
+    yield shaped(where, (kind,), directions, rounding == STOCHASTIC, transform)
 
 
 def _steps(served: Served, dtype: torch.dtype, transform: str, rounding: str) -> Iterator[Call]:
@@ -127,6 +137,16 @@ FAMILIES: dict[str, tuple[Callable[..., Iterator[Call]], dict[str, Iterable[Any]
             "transform": TRANSFORMS,
         },
     ),
+    "shaped": (
+        _shaped,
+        {
+            "kind": ("mask", "scale"),
+            "dtype": DTYPES,
+            "directions": (1, 2),
+            "rounding": ROUNDINGS,
+            "transform": EXACT,
+        },
+    ),
     "steps": (_steps, {"dtype": DTYPES, "transform": EXACT, "rounding": ROUNDINGS}),
     "moments": (
         _moments,
@@ -157,9 +177,29 @@ FAMILIES: dict[str, tuple[Callable[..., Iterator[Call]], dict[str, Iterable[Any]
     "moments, squares": (
         _moments,
         {
-            "kind": KINDS[-1:],
+            "kind": KINDS[-2:-1],
             "dtype": DTYPES,
             "directions": (3,),
+            "rounding": ROUNDINGS,
+            "transform": EXACT[:1],
+        },
+    ),
+    "moments, hizoo": (
+        _moments,
+        {
+            "kind": KINDS[-1:],
+            "dtype": DTYPES,
+            "directions": (2,),
+            "rounding": ROUNDINGS,
+            "transform": EXACT[:1],
+        },
+    ),
+    "shaped, scale": (
+        _shaped,
+        {
+            "kind": ("scale",),
+            "dtype": DTYPES,
+            "directions": (2,),
             "rounding": ROUNDINGS,
             "transform": EXACT[:1],
         },
@@ -171,7 +211,7 @@ FAMILIES: dict[str, tuple[Callable[..., Iterator[Call]], dict[str, Iterable[Any]
 }
 
 
-CUDA_ONLY = ("moments, squares", "low rank, rank known")
+CUDA_ONLY = ("moments, squares", "moments, hizoo", "shaped, scale", "low rank, rank known")
 
 
 @functools.cache

@@ -18,18 +18,25 @@ from tests.ptx.rows import CUDA_ONLY, FAMILIES, rows
 from tests.ptx.worker import Report, report
 
 COMPILERS = ("triton", "cuda")
-KERNELS = ("key", "fill", "dense", "dense_steps", "moments", "lowrank", "momentum")  # of Triton
+# Of Triton.
+KERNELS = ("key", "fill", "dense", "shaped", "dense_steps", "moments", "lowrank", "momentum")
 
 # Every kernel, rule and transform, straight-line code and loops; the dtypes take turns.
 SLICE = (
     *("keys: 5", "fills: words", "fills: portable", "factors: 1 2 8"),
     *("dense: float32, 1, nearest, portable", "dense: float16, 1, stochastic, hadamard"),
     *("dense: bfloat16, 2, nearest, signs", "dense: float16, 3, nearest, fast"),
+    *("shaped: mask, float16, 1, stochastic, hadamard", "shaped: mask, float32, 2, nearest, signs"),
+    *(
+        "shaped: scale, float32, 2, nearest, portable",
+        "shaped: mask, bfloat16, 1, nearest, portable",
+    ),
     "steps: bfloat16, portable, stochastic",
     "moments: momentum, like weights, float16, 1, stochastic, portable",
     "moments: sign, nothing, bfloat16, 2, nearest, hadamard",
     "moments: adam, float32, float32, 1, nearest, signs",
     "moments: adam, squares, bfloat16, 3, stochastic, portable",
+    "moments: hizoo, hessian, bfloat16, 1, nearest, portable",
     "low rank: 4, float16, momentum, nearest",
     "low rank: 17, bfloat16, nothing, stochastic",
     "low rank: 1, float32, nothing, nearest",
@@ -78,7 +85,7 @@ def test_every_kernel_of_cuda(run: Callable[..., Report]) -> None:
     wanted = [name for family in FAMILIES for name in rows(family, every=family == "dense")]
     found = run("cuda", "sm_90", [("", name) for name in wanted])
     assert not found.wrong
-    assert len(found.kernels) == 74
+    assert len(found.kernels) == 89
     assert found.kernels == found.entries
 
 

@@ -22,6 +22,7 @@ TYPES: dict[str, Any] = {
     **{f"{letter}16": np.uint16 for letter in ("b", "u", "f", "bf")},
     **{f"{letter}32": np.uint32 for letter in "bu"},
     **{f"{letter}64": np.uint64 for letter in "bu"},
+    "s16": np.int16,
     "s32": np.int32,
     "s64": np.int64,
     "f32": np.float32,
@@ -143,6 +144,8 @@ CASES["fma.rn.f32"] = ("f32", ("f32",) * 3, fused)
 CASES["fma.rn.f32x2"] = ("f32x2", ("f32x2",) * 3, each(fused))
 for to, from_ in (("u16", "u32"), ("u32", "u16"), ("u32", "u64"), ("u64", "u32"), ("s64", "s32")):
     CASES[f"cvt.{to}.{from_}"] = (to, (from_,), lambda a: a)
+CASES["setp.lt.s16"] = ("pred", ("s16", "s16"), operator.lt)
+CASES["cvt.s16.s8"] = ("b16", ("b16",), lambda a: (a & 0xFF ^ 0x80) - 0x80)
 for letter in "us":
     CASES[f"cvt.rn.f32.{letter}32"] = ("f32", (f"{letter}32",), np.float32)
     CASES[f"mul.wide.{letter}32"] = (f"{letter}64", (f"{letter}32",) * 2, operator.mul)

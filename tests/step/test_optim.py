@@ -38,6 +38,8 @@ def most_sweeps(case: Case) -> int:
         return 6
     if case.optimizer is zo_fused.ES:
         return case.options["population"] + 1
+    if case.optimizer is zo_fused.ConMeZO:  # rounds when it adds u, and when it adds m
+        return 2 * (2 * case.options.get("queries", 1) + 1)
     several_blocks = case.options.get("block_order") == "simultaneous"
     candidates = len(case(network()).probes()) if case.has("prior") else 0
     losses = 2 * case.options.get("queries", 1) + candidates

@@ -11,7 +11,7 @@ import itertools
 import math
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from zo_fused.noise.streams import Purpose, as_int64, derive_key
 from zo_fused.sweeps import reference
+from zo_fused.sweeps.arguments import mask_bytes
 from zo_fused.sweeps.numbers import EXACT as EXACT
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -120,7 +121,7 @@ class Call:
     written: dict[str, list[Tensor]]
     rest: Rows
     read: dict[str, list[Tensor]] = field(default_factory=dict)
-    read_misalignment: int = 0
+    read_misalignment: int | None = 0  # None: that of the place
 
     @functools.cached_property
     def wanted(self) -> dict[str, list[Tensor]]:
@@ -144,7 +145,12 @@ def check(served: Served, call: Call) -> None:
             for name, xs in call.written.items()
         }
         read = {
-            name: [islands.put(x, call.read_misalignment) for x in xs]
+            name: [
+                islands.put(
+                    x, p.misalignment if call.read_misalignment is None else call.read_misalignment
+                )
+                for x, p in zip(xs, call.places, strict=True)
+            ]
             for name, xs in call.read.items()
         }
         with setting():
@@ -213,6 +219,42 @@ def dense(
     return Call("dense_", where, {"params": parameters(where)}, rest)
 
 
+def packed_mask(place: Place, seed: int) -> Tensor:
+    """Random bits, and in some bytes none or all."""
+    size = mask_bytes(math.prod(place.shape), place.offset)
+    made = torch.randint(0, 256, (size,), generator=torch.Generator().manual_seed(seed))
+    made[::5], made[1::5] = 0, 255
+    return made.to(torch.uint8)
+
+
+@functools.lru_cache(maxsize=64)
+def shaped(
+    where: Places,
+    kinds: tuple[str, ...] = ("mask", "scale", "none"),
+    directions: int = 1,
+    rounding: bool = False,
+    transform: str = "portable",
+) -> Call:
+    """Kinds of shapes take turns, not in step with dtypes."""
+    call = dense(where, directions, rounding, transform)
+    shapes = []
+    for i, place in enumerate(where):
+        kind = kinds[(i + i // len(kinds)) % len(kinds)]
+        if kind == "mask":
+            shapes.append(packed_mask(place, 400 + i))
+        elif kind == "scale":
+            shapes.append(scales(*place.shape, seed=400 + i))
+        else:
+            shapes.append(torch.empty(0))
+    return replace(call, sweep="shaped_", read={"shapes": shapes}, read_misalignment=None)
+
+
+def scales(*shape: int, seed: int) -> Tensor:
+    """Of all sizes, zeros among them."""
+    made = random(*shape, seed=seed).square() * random(*shape, seed=seed + 1).mul(9).exp()
+    return torch.where(made > 1e-3, made, torch.zeros(()))
+
+
 # A direction again and again, two at once, one from before, roundings of both kinds.
 SCRIPT = ((0, -1, -1), (0, 1, 4), (1, -1, -1), (1, 2, -1), (0, 1, 3), (2, 2, 4))
 
@@ -241,14 +283,17 @@ def moments(
     transform: str = "portable",
 ) -> Call:
     """state: "nothing" is kept; "float32", "like weights": the dtype of first moments; "squares":
-    the call has them."""
+    the call has them; "hessian": seconds are that, and the call has squares."""
     count = len(where)
     numbered = list(enumerate(where))
     firsts, seconds = [], []
+    if state == "hessian":
+        seconds = [scales(*p.shape, seed=i + 10) for i, p in numbered]
     if state in ("float32", "like weights"):
         kept = [torch.float32 if state == "float32" else p.dtype for p in where]
         firsts = [weights(*p.shape, dtype=kept[i], seed=i + 9) for i, p in numbered]
         seconds = [random(*p.shape, seed=i + 10).square() for i, p in numbered]
+    squares = random(count, directions, seed=5).square()
     coeffs = random(count, 6, seed=3)
     coeffs[:, 2:5].abs_()  # of second moments, and eps
     rest = {
@@ -261,12 +306,12 @@ def moments(
         "rule": rule,
         "rounding": ROUNDING if rounding else None,
         "transform": transform,
-        "squares": random(count, directions, seed=5).square() if state == "squares" else None,
+        "squares": squares if state in ("squares", "hessian") else None,
     }
     written = {
         "params": parameters(where),
         "firsts": firsts,
-        "seconds": seconds if rule == "adam" else [],
+        "seconds": seconds if rule in ("adam", "hizoo") else [],
     }
     return Call("moments_", where, written, rest)
 

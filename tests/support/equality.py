@@ -9,7 +9,9 @@ from torch import Tensor
 def bits(x: Tensor) -> Tensor:
     """The bits of a tensor as integers, on the CPU."""
     x = x.detach().cpu().contiguous()
-    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    return x.view(
+        {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    )
 
 
 def same_bits(got: Tensor, wanted: Tensor) -> bool:

@@ -23,6 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "in turn": {"block_order": "sequential"},
     "at once": {"block_order": "simultaneous"},
     "history": {"history": 4},
+    "random mask": {"mask": "random"},
     "factored": {"mode": "factored"},
     "refresh": {"refresh": 3, "interval": 3},
     "frozen": {"others": "frozen"},
@@ -125,6 +126,15 @@ METHODS = {
     ),
     "ZOSignSGD": Method(zo_fused.ZOSignSGD, {}),
     "ZOSignSGD scalar": Method(zo_fused.ZOSignSGD, {"sign": "scalar"}, ("deferred",)),
+    "SparseMeZO": Method(
+        zo_fused.SparseMeZO,
+        {"interval": 2, "share": 0.5},
+        (
+            *("one-sided", "queries", "queries, one-sided", "rademacher", "hadamard"),
+            *("at once", "random mask"),
+        ),
+    ),
+    "HiZOO": Method(zo_fused.HiZOO, {"hessian_smooth": 1e-2}, ("queries", "hadamard")),
     "KerZOO": Method(zo_fused.KerZOO, {}),
     "PGAP": Method(
         zo_fused.PGAP,
@@ -156,6 +166,7 @@ METHODS = {
     "ZOMuon, no sign": Method(
         zo_fused.ZOMuon, {**LOW_RANK, "queries": 1, "vector_lr": None, "sign": False}, ()
     ),
+    "ConMeZO": Method(zo_fused.ConMeZO, {"momentum": 0.9, "warmup": 0}),
     "FZOO": Method(zo_fused.FZOO, {"queries": 3}, ("deferred", "hadamard", "in turn", "at once")),
     "MEAZO": Method(zo_fused.MEAZO, {}, (*USUAL, "in turn", "queries, at once")),
     "ZOConservative": Method(zo_fused.ZOConservative, {}, ("in turn",)),

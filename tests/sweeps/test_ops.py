@@ -362,12 +362,19 @@ def operator_calls() -> dict[str, tuple]:
         "bits_": (words, i64, zeros, i64),
         "normal_": ([torch.empty(9), torch.empty(2, 3)], i64, zeros, i64),
         "dense_": (p, i64, zeros, torch.tensor([1, 2, 3]), torch.randn(2, 3), one, i64[:1]),
+        "shaped_": (
+            *(p, [torch.tensor([5, 6, 7], dtype=torch.uint8), torch.ones(5)]),
+            *(i64, zeros, torch.tensor([1, 2, 3]), torch.randn(2, 3), one, i64[:1]),
+        ),
         "dense_steps_": (p, i64, zeros, torch.tensor([1, 2, 3]), script, *lines),
         "dense_steps_ of signs": (
             *(p, i64, zeros, torch.tensor([1, 2, 3]), script, *lines, "signs"),
         ),
         "moments_": (p, firsts, seconds, *moments_of),
         "moments_ of squares": (*(p, [], [], *moments_of, None, "signs", torch.rand(2, 3)),),
+        "moments_ of hizoo": (
+            *(p, [], seconds, *moments_of[:-1], "hizoo", None, "portable", torch.rand(2, 3)),
+        ),
         "lowrank_": (p, us, vs, torch.randn(2), one, i64, zeros, i64[:1]),
         "factor_momentum_": (moments, us, torch.randn(2), one),
         "lowrank_momentum_": (p, moments, us, vs, torch.randn(2, 4), one),
@@ -394,6 +401,12 @@ def test_compiles_without_graph_breaks() -> None:
 
 
 # ---- bad input leaves weights as they were ------------------------------------------------------
+
+
+def by_shape(p: Tensor, shape: Tensor) -> None:
+    """A sweep over a tensor that begins with element 7."""
+    ids, one = torch.zeros(1, dtype=torch.int64), torch.ones(1)
+    torch.ops.zo_fused.shaped_([p], [shape], ids, ids + 7, ids, one[:, None], one)
 
 
 BAD: dict[str, tuple[type[Exception], str, Callable[[Tensor], None]]] = {
@@ -511,6 +524,22 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[Tensor], None]]] = {
         ValueError,
         "rounding",
         lambda p: zo_fused.update_([p], [KEY], [1.0], rounding_key=torch.zeros(2).long()),
+    ),
+    "a mask of another size": (
+        ValueError,
+        r"shapes\[0\], a packed mask of 12 weights from element 7 on, must have shape \(3,\)",
+        lambda p: by_shape(p, torch.zeros(2, dtype=torch.uint8)),
+    ),
+    "a scale of another shape": (ValueError, r"shapes\[0\]", lambda p: by_shape(p, torch.ones(12))),
+    "a shape of another dtype": (
+        TypeError,
+        r"shapes\[0\] must be uint8, a packed mask, or float32",
+        lambda p: by_shape(p, torch.ones(3, 4, dtype=torch.float64)),
+    ),
+    "hizoo without squares": (
+        ValueError,
+        "needs squares",
+        lambda p: zo_fused.moments_update_([p], [KEY], [1.0], "hizoo", 0.1, seconds=[p.clone()]),
     ),
     "moment shape": (
         ValueError,

@@ -36,6 +36,7 @@ from support.calls import (
     moments,
     on,
     places,
+    shaped,
     steps,
     turn,
     weights,
@@ -47,8 +48,10 @@ from torch import Tensor
 
 from zo_fused.sweeps import reference
 
-# Weights of all sizes overflow, and NumPy warns of it in Triton's interpreter.
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) enc:RuntimeWarning")
+# Weights of all sizes overflow, scales are zero, and NumPy warns of it in Triton's interpreter.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value|divide by zero) enc:RuntimeWarning"
+)
 
 ROUNDED = {"rounding": (False, True)}
 SIZES = (0, 9, 300)
@@ -153,6 +156,31 @@ def test_dense_at_every_offset(served: Served, rounding: bool) -> None:
 @covering(**ROUNDED, transform=EXACT, start=range(3))
 def test_dense_over_chunks(served: Served, rounding: bool, transform: str, start: int) -> None:
     check(served, dense(chunks(served, start), 2, rounding, transform))
+
+
+SHAPES = ("mask", "scale", "none")
+
+
+@covering(kind=SHAPES[:2], directions=(0, 1, 2), **ROUNDED, transform=EXACT)
+def test_shaped(served: Served, kind: str, directions: int, rounding: bool, transform: str) -> None:
+    start = turn(kind, directions, rounding, transform)
+    where = places((0, 9), start=start) + blocks(served.block // 2, start)
+    check(served, shaped(where, (kind,), directions, rounding, transform))
+
+
+@long_in_triton
+@covering(directions=(0, 1, 3), **ROUNDED, transform=EXACT)
+def test_shaped_of_every_size(
+    served: Served, directions: int, rounding: bool, transform: str
+) -> None:
+    where = places(EVERY_SIZE, start=turn(directions, rounding, transform))
+    check(served, shaped(where, SHAPES, directions, rounding, transform))
+
+
+@long_in_triton
+@covering(**ROUNDED, transform=EXACT, start=range(2))
+def test_shaped_over_chunks(served: Served, rounding: bool, transform: str, start: int) -> None:
+    check(served, shaped(chunks(served, start), SHAPES, 2, rounding, transform))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -328,6 +356,7 @@ def test_lowrank_keeps_the_sign_of_zero(served: Served, rank: int) -> None:
 KINDS = (
     *itertools.product(("momentum", "sign"), ("nothing", "float32", "like weights")),
     *itertools.product(("adam",), ("float32", "like weights", "squares")),
+    ("hizoo", "hessian"),
 )
 moment_options = covering(kind=KINDS, directions=(1, 2), **ROUNDED, transform=EXACT)
 

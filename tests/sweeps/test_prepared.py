@@ -48,6 +48,7 @@ def rows_of(name: str, count: int, seed: int = 0) -> tuple[Any, ...]:
             *(two, random(count, 2, seed=seed), random(count, 2, seed=seed + 1)),
             *(random(count, 6, seed=seed).abs(), decay, "adam", ROUNDING),
         ),
+        "shaped_": (two, random(count, 2, seed=seed), decay, ROUNDING, "portable"),
         "dense_steps_": (
             *(two, torch.tensor([[0, -1, -1], [0, 1, -1], [1, -1, 0]])),
             *(random(count, 3, 2, seed=seed), random(count, 3, seed=seed), "portable"),
@@ -57,6 +58,13 @@ def rows_of(name: str, count: int, seed: int = 0) -> tuple[Any, ...]:
         "lowrank_momentum_": (random(count, 4, seed=seed), decay, ROUNDING),
     }
     return rows[name]
+
+
+def shape_of(p: Tensor, i: int) -> Tensor:
+    """A scale, or where there are more weights than one a packed mask; `i` is the offset."""
+    if p.numel() < 2:
+        return torch.ones_like(p, dtype=torch.float32)
+    return torch.arange(90, 90 + arguments.mask_bytes(p.numel(), i)).to(torch.uint8)
 
 
 def call_of(name: str, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> Call:
@@ -74,6 +82,7 @@ def call_of(name: str, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> Call:
             [random(*s, dtype=DTYPES[i % 3], seed=i + 1) for i, s in numbered],
             [random(*s, seed=i + 2).abs() for i, s in numbered],
         ],
+        "shaped_": [params, [shape_of(p, i) for i, p in enumerate(params)]],
         "dense_steps_": [params],
         "lowrank_": [params, us, vs],
         "factor_momentum_": [moments, us],

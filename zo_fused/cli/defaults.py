@@ -54,8 +54,11 @@ EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "tezo-m": {"lr": 3e-6, "schedule": "deferred"},
     "subzero": {"lr": 3e-5, "schedule": "deferred", "interval": 50},
     "subzero-adam": {"lr": 3e-4, "schedule": "deferred", "interval": 50},
+    "conmezo": {"lr": 1e-4},
     "fzoo": {"lr": 1e-3},
     "meazo": {"lr": 1e-4},
+    "sparse-mezo": {"lr": 1e-4},
+    "hizoo": {"lr": 3e-5},
 }
 
 # Adapters: MeZO's README; prompts: that of SubZero. Their matrices are too small for side paths

@@ -34,7 +34,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "survivor 2)",
     },
     "rank": {"type": whole, "help": "{methods}: columns of U and V ({default})"},
-    "interval": {"type": whole, "help": "{methods}: steps for which V stays ({default})"},
+    "interval": {
+        "type": whole,
+        "help": "{methods}: steps for which V, or a mask, stays ({default})",
+    },
     "population": {"type": whole, "help": "{methods}: members of a step ({default})"},
     "shaping": {
         **choice(("zscore", "centered_rank", "none")),

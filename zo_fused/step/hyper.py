@@ -55,6 +55,7 @@ _HYPER: dict[str, Callable[[str, Any], Any]] = {
     "dampening": _FRACTION,
     "betas": _betas,
     "adam_eps": _POSITIVE,
+    "hessian_smooth": _FRACTION,
     "rank": partial(whole, low=1),
     "interval": partial(whole, low=1),
     "block": whole,

@@ -44,6 +44,8 @@ def check_lists(name: str, lists: Lists, ids: Tensor | None, offsets: Tensor | N
     _check_tensors(signature.lists[0], params, signature.dtypes)
     if name == "moments_":
         _check_moments(*lists)
+    if name == "shaped_":
+        _check_shapes(params, lists[1], offsets)
     if "vs" in signature.lists:
         _check_factors(params, lists[-2], lists[-1])
     if "moments" in signature.lists:
@@ -146,6 +148,40 @@ def _check_moments(
         )
     if seconds:
         _check_state("seconds", seconds, params, float32_only=True)
+
+
+def mask_bytes(numel: int, offset: int) -> int:
+    """The size of a packed mask: a bit an element, eight neighbours of the full parameter a byte
+    (`zo_fused.sweeps.reference.shaped_`)."""
+    return (offset % 8 + numel + 7) // 8 if numel else 0
+
+
+def _check_shapes(
+    params: Sequence[Tensor], shapes: Sequence[Tensor], offsets: Tensor | None
+) -> None:
+    _check_length("shapes", len(shapes), len(params))
+    # Traced, offsets are not known, nor is the size of a mask.
+    starts = offsets.tolist() if type(offsets) is Tensor else [None] * len(params)
+    for i, (shape, param, start) in enumerate(zip(shapes, params, starts, strict=False)):
+        if shape.device != param.device:
+            raise ValueError(f"zo_fused: shapes[{i}] is on {shape.device}, not on {param.device}")
+        if shape.dtype == torch.uint8:
+            size = shape.numel() if start is None else mask_bytes(param.numel(), start)
+            if shape.shape not in ((size,), (0,)):
+                raise ValueError(
+                    f"zo_fused: shapes[{i}], a packed mask of {param.numel()} weights from element "
+                    f"{start} on, must have shape ({size},), got {tuple(shape.shape)}"
+                )
+            _check(shape.is_contiguous(), f"shapes[{i}] must be contiguous")
+        elif shape.dtype != torch.float32:
+            raise TypeError(
+                f"zo_fused: shapes[{i}] must be uint8, a packed mask, or float32, got {shape.dtype}"
+            )
+        elif shape.numel() and (shape.shape != param.shape or shape.stride() != param.stride()):
+            raise ValueError(
+                f"zo_fused: shapes[{i}] must have the shape {tuple(param.shape)} and strides of "
+                f"params[{i}], got {tuple(shape.shape)}"
+            )
 
 
 def _check_length(name: str, length: int, count: int) -> None:
@@ -288,7 +324,11 @@ def _check_device(name: str, tensor: Tensor, device: torch.device | None) -> Non
 def _check_kept(checked: Checked, given: Mapping[str, Any]) -> None:
     """The moments that are kept are those of the rule."""
     rule, (count, firsts, seconds) = given["rule"], checked.lengths
-    if given["squares"] is not None:
+    if rule == "hizoo":
+        _check(given["squares"] is not None, "rule 'hizoo' needs squares")
+        _check(not firsts, "rule 'hizoo' has no first moments")
+        _check_length("seconds", seconds, count)
+    elif given["squares"] is not None:
         _check(rule == "adam", f"rule {rule!r} has no squares")
         _check(not firsts and not seconds, "with squares no firsts and no seconds are kept")
     elif rule == "adam":

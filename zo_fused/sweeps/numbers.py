@@ -11,7 +11,7 @@ import torch
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRANSFORMS = ("portable", "signs", "hadamard", "fast")
 EXACT = ("portable", "signs", "hadamard")  # the same bits on every device; all that a CPU has
-RULES = ("momentum", "sign", "adam")
+RULES = ("momentum", "sign", "adam", "hizoo")
 FIRSTS = ("nothing", "float32", "like_weights")  # what is kept of first moments
 
 NUMBER_OF_DTYPE = {dtype: number for number, dtype in enumerate(WEIGHT_DTYPES)}

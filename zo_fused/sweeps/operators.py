@@ -46,9 +46,9 @@ def _route(name: str, args: tuple[Any, ...]) -> None:
     sweep = getattr(backend_for(checked.device, transform), name)
     # Backends see contiguous memory. A permuted parameter (rare) goes through a copy of itself.
     written = lists[: signature.written]
-    dense = [[tensor.contiguous() for tensor in tensors] for tensors in written]
-    sweep(*dense, *args[len(written) :])
-    for tensors, copies in zip(written, dense, strict=True):
+    dense = [[tensor.contiguous() for tensor in tensors] for tensors in lists]
+    sweep(*dense, *args[len(lists) :])
+    for tensors, copies in zip(written, dense, strict=False):
         for tensor, copy in zip(tensors, copies, strict=True):
             if copy is not tensor:
                 tensor.copy_(copy)
@@ -76,6 +76,7 @@ for _name in SWEEPS:
 bits_ = torch.ops.zo_fused.bits_
 normal_ = torch.ops.zo_fused.normal_
 dense_ = torch.ops.zo_fused.dense_
+shaped_ = torch.ops.zo_fused.shaped_
 dense_steps_ = torch.ops.zo_fused.dense_steps_
 moments_ = torch.ops.zo_fused.moments_
 lowrank_ = torch.ops.zo_fused.lowrank_

@@ -111,6 +111,50 @@ def dense_(
             _store(part, acc, rounding, id_, offset + start)
 
 
+def unpacked(mask: Tensor, offset: int, start: int, size: int) -> Tensor:
+    """Bits start .. start + size of a tensor's packed mask, bool."""
+    first = offset % 8 + start  # of the first byte on
+    some = mask[first // 8 : (first + size + 7) // 8]
+    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bits = (some[:, None] >> places & 1).flatten()
+    return bits[first % 8 : first % 8 + size].bool()
+
+
+def shaped_(
+    params: Sequence[Tensor],
+    shapes: Sequence[Tensor],
+    ids: Tensor,
+    offsets: Tensor,
+    keys: Tensor,
+    coeffs: Tensor,
+    decay: Tensor,
+    rounding: Tensor | None = None,
+    transform: str = "portable",
+) -> None:
+    """`dense_` with a shape for each parameter. If that is
+
+    * empty: nothing more.
+    * float32, of the parameter's shape: each z_k is divided by its root, ``z_k / sqrt(shape)``,
+      root and quotient those of IEEE 754.
+    * uint8, a packed mask: a weight whose bit is 0 stays as it is, without decay. Element e of the
+      full parameter has bit ``e % 8`` of byte ``e // 8 - offset // 8``.
+    """
+    for i, (param, shape) in enumerate(zip(params, shapes, strict=True)):
+        flat, (id_, offset) = param.view(-1), (int(row[i]) for row in (ids, offsets))
+        for start, size in _chunks(flat.numel()):
+            here = slice(start, start + size)
+            weights = flat[here].float()
+            acc = weights * decay[i]
+            scaled = shape.numel() and shape.dtype == torch.float32
+            root = _sqrt(shape.view(-1)[here]) if scaled else None
+            for k, key in enumerate(keys.tolist()):
+                z = normal(size, key, id_, offset + start, param.device, transform)
+                acc = fma(coeffs[i, k], z if root is None else z / root, acc)
+            if shape.numel() and shape.dtype == torch.uint8:
+                acc = torch.where(unpacked(shape, offset, start, size), acc, weights)
+            _store(flat[here], acc, rounding, id_, offset + start)
+
+
 def dense_steps_(
     params: Sequence[Tensor],
     ids: Tensor,
@@ -154,6 +198,10 @@ def moments_(
     kept in 16 bits; s takes it unrounded. Root and quotient are those of IEEE 754.
 
     With `squares` rule "adam" keeps neither: ``m = gain * g``, ``v = sum_k squares[k] * z_k**2``.
+
+    Rule "hizoo" has squares, and H in `seconds`: with v as above ``acc = acc + sum_k restores[k] *
+    (z_k / sqrt(H))``, then ``H = max(beta2 * H + v * H, eps)`` and ``p = round(acc + step *
+    (gain * g) / sqrt(H))`` with the new H.
     """
     stream_keys = keys.tolist()
     rows = zip(params, _integers(ids, offsets), grads, restores, coeffs, decay, strict=True)
@@ -170,13 +218,20 @@ def moments_(
             here = slice(start, start + size)
             acc = flat[here].float() * d
             g, v = torch.zeros_like(acc), torch.zeros_like(acc)
+            root = _sqrt(seconds[i].view(-1)[here]) if rule == "hizoo" else None
             for k, key in enumerate(stream_keys):
                 z = normal(size, key, id_, offset + start, param.device, transform)
                 g = fma(grad[k], z, g)
-                acc = fma(restore[k], z, acc)
+                acc = fma(restore[k], z if root is None else z / root, acc)
                 if squares is not None:
                     v = fma(squares[i, k] * z, z, v)
             m = g * gain
+            if rule == "hizoo":
+                hessian = seconds[i].view(-1)[here]
+                hessian.copy_(_floored(fma(v, hessian, hessian * beta2), eps))
+                s = m / _sqrt(hessian)
+                _store(flat[here], fma(step, s, acc), rounding, id_, offset + start)
+                continue
             if firsts:
                 first = firsts[i].view(-1)[here]
                 m = fma(gain, g, first.float() * beta)
@@ -189,6 +244,11 @@ def moments_(
             else:
                 s = (m > 0).float() - (m < 0).float() if rule == "sign" else m
             _store(flat[here], fma(step, s, acc), rounding, id_, offset + start)
+
+
+def _floored(x: Tensor, floor: Tensor) -> Tensor:
+    """x, or the floor where x is not above it (also where it is no number)."""
+    return torch.where(x > floor, x, floor)
 
 
 def _sqrt(x: Tensor) -> Tensor:

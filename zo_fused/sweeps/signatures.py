@@ -23,6 +23,9 @@ _TABLE = {
     "bits_": "outs! | ids[P] offsets[P] keys[P]",
     "normal_": "outs! | ids[P] offsets[P] keys[P] transform",
     "dense_": ("params! | ids[P] offsets[P] keys[K] coeffs[P,K] decay[P] rounding[1]? transform"),
+    "shaped_": (
+        "params! shapes | ids[P] offsets[P] keys[K] coeffs[P,K] decay[P] rounding[1]? transform"
+    ),
     "dense_steps_": (
         "params! | ids[P] offsets[P] keys[K] script[S,3] coeffs[P,S,2] decay[P,S] transform"
     ),

@@ -49,6 +49,9 @@ def isa() -> str:
 # Addresses are all that C++ sees of a tensor, so dtypes are checked once more here.
 
 
+SCALE, MASK = NUMBER_OF_DTYPE[torch.float32], len(NUMBER_OF_DTYPE)  # what a shape is, in C++
+
+
 def _dtypes(name: str, tensors: Sequence[Tensor]) -> list[int]:
     try:
         return [NUMBER_OF_DTYPE[tensor.dtype] for tensor in tensors]
@@ -78,6 +81,13 @@ def _table(*columns: Sequence[int]) -> Tensor:
 def noise_table(name: str, lists: Lists, ids: Tensor | None, offsets: Tensor | None) -> Tensor:
     """The table of a sweep over noise or factors, int64 [P, 8]: `Noise` of csrc/cpu/binding.cpp."""
     tensors, firsts, seconds = (*lists, (), ())[:3]
+    if name == "shaped_":
+        kinds = [MASK if shape.dtype == torch.uint8 else SCALE for shape in firsts]
+        _addresses(
+            "shapes", [shape for shape in firsts if shape.dtype != torch.uint8], torch.float32
+        )
+    else:
+        kinds = _dtypes("firsts", firsts)
     count, label, dtypes = len(tensors), SWEEPS[name].lists[0], SWEEPS[name].dtypes
     only = dtypes[0] if len(dtypes) == 1 else None
     return _table(
@@ -87,7 +97,7 @@ def noise_table(name: str, lists: Lists, ids: Tensor | None, offsets: Tensor | N
         _numbers(ids, count),
         _numbers(offsets, count),
         _addresses("firsts", firsts) or _numbers(None, count),
-        _dtypes("firsts", firsts) or _numbers(None, count),
+        kinds or _numbers(None, count),
         _addresses("seconds", seconds, torch.float32) or _numbers(None, count),
     )
 

@@ -58,11 +58,17 @@ def _first(launch: Launch) -> int:
     return FIRSTS.index("float32" if launch.state_dtypes[0] == torch.float32 else "like_weights")
 
 
+def _masked(launch: Launch) -> int:
+    """Whether its weights have bits: 1, 0 for scales, -1 for nothing."""
+    return int(launch.state_dtypes[0] == torch.uint8) if launch.state_dtypes else -1
+
+
 # What an operator is told of a launch besides its table.
 _ABOUT: dict[str, Callable[[Launch], tuple[int, ...]]] = {
     "bits": lambda launch: (),
     "normal": lambda launch: (),
     "dense": lambda launch: (NUMBER_OF_DTYPE[launch.dtype],),
+    "shaped": lambda launch: (NUMBER_OF_DTYPE[launch.dtype], _masked(launch)),
     "moments": lambda launch: (NUMBER_OF_DTYPE[launch.dtype], _first(launch)),
     "lowrank": lambda launch: (NUMBER_OF_DTYPE[launch.dtype], launch.rank),
     "factor_momentum": lambda launch: (),

@@ -74,13 +74,17 @@ def noise_rows(
     between two multiples of `chunk`."""
     rows = []
     for index, (tensor, id_, offset) in enumerate(zip(tensors, ids, offsets, strict=True)):
-        together = [tensor, *(state[index] for state in states)]
+        together = [tensor, *(state[index] for state in states if state[index].numel())]
         cells = {
             ADDRESS: tensor.data_ptr(),
             INDEX: index,
             ID: id_,
             OFFSET: offset,
-            ALIGNED: all(aligned(t.data_ptr(), offset, t.element_size()) for t in together),
+            ALIGNED: all(
+                aligned(t.data_ptr(), offset, t.element_size())
+                for t in together
+                if t.dtype != torch.uint8  # bits are read byte by byte
+            ),
             NUMEL: tensor.numel(),
         }
         for number, state in enumerate(together[1:]):
