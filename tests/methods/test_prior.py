@@ -270,11 +270,11 @@ def test_the_better_one_goes_on() -> None:
     # the first two of each four: the new one, and the survivor
     for new, old in ((1.0, 2.0), (3.0, 2.0), (3.0, 1.0), (1.0, 2.0), (2.0, 2.0)):
         opt.step(losses_in_turn(new, old, 1.0, 2.0))
-        kept.append(opt.state[SURVIVORS])
-    assert kept == [[[0, 0]], [[0, 0]], [[0, 0]], [[3, 0]], [[4, 0]]]
+        kept.append(opt.state[SURVIVORS][0])
+    assert kept == [[0, 0], [0, 0], [0, 0], [3, 0], [4, 0]]
     other = zo_fused.MeZO(network(), prior="survivor")
     other.step(losses_in_turn(2.0, 1.0, 1.0, 2.0))
-    assert other.state[SURVIVORS] == [[0, 1]]
+    assert other.state[SURVIVORS] == {0: [0, 1]}
 
 
 def test_what_is_not_applied_leaves_the_survivor() -> None:
@@ -282,7 +282,7 @@ def test_what_is_not_applied_leaves_the_survivor() -> None:
     opt = zo_fused.MeZO(model, prior="survivor")
     opt.step(losses_in_turn(1.0, 2.0, 1.0, 2.0))
     state = copy.deepcopy(opt.state_dict()["state"])
-    assert state == {SURVIVORS: [[0, 0]]}
+    assert state == {SURVIVORS: {0: [0, 0]}}
     opt.estimate(losses_in_turn(1.0, 2.0, 1.0, 2.0))
     opt.flush()  # the estimate is dropped
     with pytest.raises(StopIteration):
@@ -292,7 +292,7 @@ def test_what_is_not_applied_leaves_the_survivor() -> None:
         assert opt.state_dict()["state"] == state
     assert opt.skipped_steps == 2
     opt.step(losses_in_turn(1.0, 2.0, 1.0, 2.0))
-    assert opt.state[SURVIVORS] == [[3, 0]]
+    assert opt.state[SURVIVORS] == {0: [3, 0]}
 
 
 def test_only_survivors_are_a_state(tmp_path: Path) -> None:

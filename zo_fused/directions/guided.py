@@ -13,7 +13,7 @@ from zo_fused.step.direction import Sweep, Term
 from zo_fused.step.vectors import Vector, float32, table
 
 PRIORS = ("guiding", "greedy", "survivor")
-SURVIVORS = "survivors"  # in the optimizer's state: a step and a probe of it for every query
+SURVIVORS = "survivors"  # in the optimizer's state: by query, a step and a probe of it
 
 
 class Guided(Dense):
@@ -62,13 +62,14 @@ class Guided(Dense):
         begins again."""
         assert self._learnt is not None
         step, _ = self._learnt
-        self.state[SURVIVORS] = [self._name(step, probe) for probe in self.best()]
+        names = [self._name(step, probe) for probe in self.best()]
+        self.state[SURVIVORS] = dict(enumerate(names))
 
     def _name(self, step: int, probe: int) -> list[int]:
         """The step that a candidate was drawn in, and its number there."""
         query, j = divmod(probe, self.pool)
-        kept: list[list[int]] | None = self.state.get(SURVIVORS)
-        return kept[query] if kept and j else [step, probe]
+        kept: dict[int, list[int]] = self.state.get(SURVIVORS, {}) if j else {}
+        return kept.get(query, [step, probe])
 
     def _candidate(self, step: Step, probe: int) -> Stream:
         assert isinstance(step, int)  # it is not captured
