@@ -128,7 +128,7 @@ METHODS = {
     "ZOSignSGD scalar": Method(zo_fused.ZOSignSGD, {"sign": "scalar"}, ("deferred",)),
     "SparseMeZO": Method(
         zo_fused.SparseMeZO,
-        {"interval": 2, "share": 0.5},
+        {"interval": 3, "share": 0.5},
         (
             *("one-sided", "queries", "queries, one-sided", "rademacher", "hadamard"),
             *("at once", "random mask"),
