@@ -25,6 +25,7 @@ if not GPU:
 
 from support.backends import ON_THE_CPU  # noqa: E402
 from support.methods import CASES, Case  # noqa: E402
+from support.thinning import left_out  # noqa: E402
 
 # A run started in the background inherits an ignored SIGINT, and the tests of Ctrl-C need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -46,10 +47,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The long rows of the parity suite are hours of work for Triton's interpreter. It gets the
+    """Methods meet the values of other parameters in turn (`support.thinning`), unless tests are
+    given by name. The long rows of the parity suite are hours of work for Triton's interpreter. It gets the
     first of each test, besides the covering pairs of `make test`; a GPU gets all."""
     seen: set[Any] = set()
-    later = []
+    named = any("::" in argument for argument in config.args)
+    later = [] if named else list(left_out(items))
     for item in items if not GPU else []:
         called = getattr(item, "callspec", None)
         if called is not None and called.params.get("served") == "triton":

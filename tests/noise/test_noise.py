@@ -83,6 +83,11 @@ def test_purposes_are_fixed() -> None:
     }
 
 
+def test_the_key_of_a_right_factor() -> None:
+    """The vector of docs/noise.md."""
+    assert derive_key(42, Purpose.RIGHT, 7, 0) == 0xC62B3114629B7560
+
+
 def test_parameter_id_is_the_start_of_sha256() -> None:
     digest = hashlib.sha256(b"model.layers.0.weight").digest()
     assert parameter_id("model.layers.0.weight") == int.from_bytes(digest[:8], "little")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from support.equality import assert_same_bits
-from support.methods import CASES, METHODS, rounds
+from support.methods import CASES, rounds
 from support.models import loss_of, network
 from torch import Tensor, nn
 
@@ -72,12 +72,7 @@ def hybrid(model: nn.Sequential) -> Any:
     )
 
 
-# A variant of each in every run, and all with `make test-all`.
-FULLEST = {[case for case in CASES if f"{case},".startswith(f"{name},")][-1] for name in METHODS}
-METHODS_IN_STATES: list[Any] = [
-    pytest.param(case, marks=() if name in FULLEST | METHODS.keys() else pytest.mark.slow, id=name)
-    for name, case in CASES.items()
-]
+METHODS_IN_STATES: list[Any] = [pytest.param(case, id=name) for name, case in CASES.items()]
 METHODS_IN_STATES.append(pytest.param(hybrid, id="Hybrid"))
 in_states = pytest.mark.parametrize("method", METHODS_IN_STATES)
 

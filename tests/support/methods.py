@@ -139,7 +139,7 @@ METHODS = {
     "PGAP": Method(
         zo_fused.PGAP,
         {**LOW_RANK, "probes": 2, "total_steps": 20},
-        ("one-sided", "queries", "queries, one-sided"),
+        ("one-sided", "queries", "factored", "queries, factored"),
     ),
     "PGAP joint": Method(
         zo_fused.PGAP,

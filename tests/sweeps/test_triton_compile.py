@@ -116,6 +116,7 @@ LOCAL: dict[str, dict[str, tuple[float, ...]]] = {
         "dense, any directions fp32": (0, 8, 0, 0),
         "script, stochastic fp16": (12, 0, 0, 0),
         "shaped, mask fp16": (UNKNOWN, 4, UNKNOWN, UNKNOWN),
+        "shaped, mask fp32": (UNKNOWN, 4, UNKNOWN, UNKNOWN),
     },
     "sm_90": {
         "moments, momentum, m fp32, hadamard fp16": (0, 0, 0, 2),

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo_fused.directions.dense import Dense
+from zo_fused.directions.factored.direction import Factored
 from zo_fused.directions.factors import Factors
 from zo_fused.directions.gradient_space import Estimate, space_of
 from zo_fused.directions.low_rank import LowRank
@@ -17,6 +19,7 @@ from zo_fused.directions.products import GRID
 from zo_fused.noise.keys import Step, Stream, on_device, stream_keys
 from zo_fused.noise.streams import Purpose, uniform
 from zo_fused.step.buckets import Bucket
+from zo_fused.step.direction import Sweep
 from zo_fused.step.vectors import vector
 from zo_fused.sweeps.arguments import matrix_shape
 from zo_fused.sweeps.conversions import int64_tensor
@@ -69,13 +72,29 @@ class Aligned(LowRank):
     def learn(
         self, buckets: Sequence[Bucket], seed: int, step: int, grads: Sequence[float]
     ) -> None:
-        if self.align == "joint" and len(buckets) > 1:
-            raise ValueError('align="joint" needs all matrices on one device: align="matrix"')
+        with_matrices = [b for b in buckets if any(p.dim() >= 2 for p in b.params)]
+        if self.align == "joint" and len(with_matrices) > 1:
+            raise ValueError(
+                'align="joint" needs all matrices on one device and, in mode "factored", with a side '
+                'path; use align="matrix"'
+            )
         self.state[LEARNT] = {"step": step, "grads": list(grads)}
         self.forget(buckets)
 
     def factors(self, bucket: Bucket) -> Factors:
         return bucket.once("factors", lambda: AlignedFactors(bucket, self))
+
+
+class BesideAligned(Factored, Aligned):
+    """`Aligned` with cores that are kept beside the weights; probes are made in place."""
+
+    def sweep(self, sweep: Sweep) -> None:
+        if sweep.bucket.beside and (probes := [term for term in sweep.terms if term.probe]):
+            Dense().sweep(sweep._replace(terms=probes))
+            sweep = sweep._replace(terms=[term for term in sweep.terms if not term.probe])
+            if not sweep.terms:
+                return
+        super().sweep(sweep)
 
 
 class AlignedFactors(Factors):
@@ -93,6 +112,10 @@ class AlignedFactors(Factors):
         sizes = int64_tensor([rank * rank for rank in ranks])
         self._owner_of_core = on_device(owner.repeat_interleave(sizes), bucket.device)
         self._signs, self._parts = self.buffer([(1, 1)] * len(ranks))
+
+    def windows(self, seed: int, step: Step) -> Any:
+        learnt: dict[str, Any] = self._direction.state.get(LEARNT, {})
+        return (*super().windows(seed, step), learnt.get("step"))
 
     def make_basis(self, row: int, seed: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """U, with the scale in it, and V."""

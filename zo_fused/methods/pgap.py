@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from zo_fused.checks import FLOAT32_MAX, bounded, choice, switch, whole
-from zo_fused.directions.aligned import ALIGNMENTS, LEARNT, Aligned
+from zo_fused.directions.aligned import ALIGNMENTS, LEARNT, Aligned, BesideAligned
+from zo_fused.methods.beside import evaluated_module, mode_of, rounding_of
 from zo_fused.methods.table import Recipe, method
 from zo_fused.methods.vectors_apart import vectors_apart
 from zo_fused.rules.sgd import SGD
@@ -32,7 +33,7 @@ class PGAP(ZerothOrderOptimizer):
     delta falls linearly from ``delta[0]`` to ``delta[1]`` over `total_steps`. One-dimensional
     parameters get dense z. With ``delta=None, probes=1, interval=1000`` this is SVD-0.
 
-    Two forward passes and three sweeps; at a window's start 2 h more of both (with
+    Two forward passes and three sweeps (factored: none); at a window's start 2 h more of both (with
     `probes_one_sided` h + 1 forwards), and six passes over the noise of G^, which is never in
     memory: 64 MB whatever the layer. Kept beside the weights: (2 m + n + 2 r) r float32 a matrix.
     State: what the probes found.
@@ -54,7 +55,14 @@ class PGAP(ZerothOrderOptimizer):
         probes_one_sided: take L(theta) once instead of a second side of every probe.
         vector_lr, vector_eps: of one-dimensional parameters, which then have param groups of their
             own (after those of the matrices); None: as the matrices.
-        eps, weight_decay, rounding, seed, one_sided, queries: see `ZerothOrderOptimizer`. There is
+        mode: "inplace", or "factored": within a window cores are kept beside the weights, in
+            float32, and the forward pass adds what they stand for: see `LOZO`. Only probes and the
+            end of a window sweep over the weights then. None: "factored" for a rank of 32 or more
+            where the model is known.
+        module: the model that the closure evaluates, for mode "factored" where `params` is not it.
+        rounding: of updates in 16-bit weights: "nearest", or "stochastic"; the default is
+            "stochastic" in mode "factored".
+        eps, weight_decay, seed, one_sided, queries: see `ZerothOrderOptimizer`. There is
             no `deferred`: a sweep can't go along a z that is not learnt yet; and no `block_order`:
             probes move all blocks.
     """
@@ -75,10 +83,12 @@ class PGAP(ZerothOrderOptimizer):
         probes_one_sided: bool = False,
         vector_lr: float | None = None,
         vector_eps: float | None = None,
+        rounding: str | None = None,
+        mode: str | None = None,
+        module: nn.Module | None = None,
         *,
         eps: float = 1e-3,
         weight_decay: float = 0.0,
-        rounding: str = "nearest",
         seed: int = 0,
         one_sided: bool = False,
         queries: int = 1,
@@ -89,6 +99,13 @@ class PGAP(ZerothOrderOptimizer):
         ends = _delta(delta, total_steps)
         scale = switch("scale", scale)
         choice("align", align, ALIGNMENTS)
+        mode = mode_of(mode, rank, params, module, {})
+        evaluated = evaluated_module("PGAP", params, module, mode, False, {})
+        direction = Aligned(ends, total_steps, align, scale)
+        if evaluated is not None:
+            direction = BesideAligned(
+                evaluated, delta=ends, total_steps=total_steps, align=align, scale=scale
+            )
         probes_one_sided = switch("probes_one_sided", probes_one_sided)
         plus = [Position(1.0, probe, True) for probe in range(probes)]
         self._of_window = [Position(0.0), *plus]
@@ -103,16 +120,17 @@ class PGAP(ZerothOrderOptimizer):
             "probes_one_sided": probes_one_sided,
             "vector_lr": vector_lr,
             "vector_eps": vector_eps,
+            "mode": mode,
         }
         super().__init__(
             vectors_apart(params, lr=vector_lr, eps=vector_eps),
-            Aligned(ends, total_steps, align, scale),
+            direction,
             SGD(),
             {"lr": lr, "rank": rank, "interval": interval},
             options,
             eps=eps,
             weight_decay=weight_decay,
-            rounding=rounding,
+            rounding=rounding_of(rounding, mode),
             seed=seed,
             one_sided=one_sided,
             queries=queries,
