@@ -149,6 +149,8 @@ def test_a_run_leaves_its_outputs_and_replays_bit_for_bit(arguments, base, tmp_p
 METHODS = [
     ("mezo", "--queries", "3", "--distribution", "rademacher"),
     ("mezo", "--one-sided", "--queries", "2"),
+    ("mezo", "--prior", "greedy", "--pool", "3"),
+    ("mezo", "--prior", "survivor"),
     ("mezo-m", "--blocks", "sequential"),
     ("lozo", "--blocks", "simultaneous"),
     ("lozo", "--schedule", "paired"),
@@ -178,6 +180,7 @@ def test_every_method_keeps_to_its_budget(arguments, base, tmp_path, capsys, wor
     if method not in ("zo-conservative", "forward-grad"):
         each *= 4 if settings["blocks"] == "simultaneous" else 1
         each = each + 1 if settings["one_sided"] else 2 * each
+        each += 2 if settings.get("prior") else 0  # of three, one is a side of the query
     assert summary["steps"] == 29 // each
     assert summary["forwards"] == 29 // each * each
     history = read(out / "history.jsonl")

@@ -80,9 +80,10 @@ def textbook(loss: Loss, theta: Weights) -> list[float]:
     "kw", [{}, {"deferred": True}, {"mode": "factored", "rounding": "nearest"}], ids=str
 )
 def test_fifty_float32_steps_follow_the_float64_textbook(kw: dict[str, Any]) -> None:
-    """A step has four sweeps at most, each of which rounds: a weight near 1 is off by sqrt(200) 2^-25
-    or 4e-7 at the end. At random, that moves a loss by the gradient's norm (below 10) times as
-    much, and g by twice 4e-6 over eps; of 100 numbers the worst is three times as far off."""
+    """A step has four sweeps at most, each of which rounds: a weight near 1 is off by
+    sqrt(200) 2^-25 or 4e-7 at the end. At random, that moves a loss by the gradient's norm (below
+    10) times as much, and g by twice 4e-6 over eps; of 100 numbers the worst is three times as far
+    off."""
     run = follow(lambda model: made(model, **kw), textbook)
     torch.testing.assert_close(run.grads, run.expected, rtol=0, atol=2.4e-3)
     assert run.moved > 0.5

@@ -250,7 +250,7 @@ def test_new_buckets_wait_for_the_old_ones(tmp_path: Path, sweeps: list[str]) ->
     assert_same_models(model, base)
 
 
-@pytest.mark.parametrize("method", ["LOZO", "LOZO-M", "MeZO-M", "ZOAdam", "ZOSignSGD"])
+@pytest.mark.parametrize("method", ["LOZO", "LOZO-M", "MeZO-M", "MeZO-GV", "ZOAdam", "ZOSignSGD"])
 def test_other_sweeps_than_dense_ones_are_not_recorded(method: str) -> None:
     assert rebuild.recorder_of(CASES[method](network())) is None
 

@@ -41,7 +41,9 @@ def most_sweeps(case: Case) -> int:
     if case.optimizer is zo_fused.ConMeZO:  # rounds when it adds u, and when it adds m
         return 2 * (2 * case.options.get("queries", 1) + 1)
     several_blocks = case.options.get("block_order") == "simultaneous"
-    return (2 * case.options.get("queries", 1) + 1) * (1 + several_blocks) + several_blocks
+    candidates = len(case(network()).probes()) if case.has("prior") else 0
+    losses = 2 * case.options.get("queries", 1) + candidates
+    return (losses + 1) * (1 + several_blocks) + several_blocks
 
 
 def within_rounding(now: list[Tensor], before: list[Tensor], eps: float, sweeps: int) -> bool:

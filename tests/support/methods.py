@@ -58,6 +58,21 @@ METHODS = {
         ),
     ),
     "MeZO-M": Method(zo_fused.MeZO, {"momentum": 0.9, "dampening": 0.5}),
+    "MeZO-GV": Method(
+        zo_fused.MeZO,
+        {"prior": "guiding"},
+        (*USUAL, "queries, one-sided", "hadamard"),
+    ),
+    "MeZO-Greedy": Method(
+        zo_fused.MeZO,
+        {"prior": "greedy", "pool": 3},
+        ("deferred",),
+    ),
+    "MeZO survivor": Method(
+        zo_fused.MeZO,
+        {"prior": "survivor"},
+        ("deferred", "queries, one-sided, deferred"),
+    ),
     "LOZO": Method(
         zo_fused.LOZO,
         {**LOW_RANK, "divide_by_rank": True},
@@ -230,5 +245,5 @@ def rounds(case: Case) -> bool:
 
 def evaluates_both_sides(case: Case) -> bool:
     """All weights at theta + eps z, then at theta - eps z, and nothing else."""
-    several = case.has("one_sided", "queries", "block_order", "paired", "basis")
+    several = case.has("one_sided", "queries", "block_order", "paired", "basis", "prior")
     return not (several or case.optimizer.needs_closure)  # type: ignore[attr-defined]

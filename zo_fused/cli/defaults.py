@@ -35,6 +35,8 @@ EMBEDDED_COMMON: dict[str, Any] = {"steps": 600, "eval_steps": 50}
 EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "mezo": {"lr": 3e-5},
     "mezo-m": {"lr": 1e-5},
+    "mezo-gv": {"lr": 1e-4},
+    "mezo-greedy": {"lr": 3e-5},
     "lozo": {"lr": 3e-5, "schedule": "deferred"},
     "lozo-m": {"lr": 3e-5, "schedule": "deferred"},
     "agzo": {"lr": 3e-5, "rank": 1, "schedule": "deferred"},

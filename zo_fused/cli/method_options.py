@@ -22,6 +22,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
         **choice(("gaussian", "hadamard", "rademacher")),
         "help": "{methods}: of z, or U and V ({default})",
     },
+    "prior": {
+        **choice(("guiding", "greedy", "survivor")),
+        "help": "{methods}: make z of candidates whose losses are taken first, the better half "
+        "minus the worse, the best, or the better of a new one and the last step's minus the worse "
+        "(default: none, with mezo-gv guiding, with mezo-greedy greedy)",
+    },
+    "pool": {
+        "type": whole,
+        "help": "{methods}: candidates with --prior, a forward pass each (default: 4, with "
+        "survivor 2)",
+    },
     "rank": {"type": whole, "help": "{methods}: columns of U and V ({default})"},
     "interval": {
         "type": whole,

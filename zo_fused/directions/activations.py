@@ -106,7 +106,7 @@ class Activations:
         """Give these weights a new V.
 
         Args:
-            evaluate: evaluates the model at theta, each time within a context that it is given to make.
+            evaluate: evaluates the model at theta, within a context that it makes each time.
 
         Returns:
             False, and nothing is changed, if an input was not finite.

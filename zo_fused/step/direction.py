@@ -47,11 +47,14 @@ class Direction:
 
     Attributes:
         fixed: names of the hyper-parameters that z depends on (`Bucket.fixed` has their values).
+        begins_with_probe: whether every step takes its first loss along its first probe, whose z
+            does not depend on what is learnt: a deferred sweep then goes there.
         state: the optimizer's, by parameter. What a direction learns and can't make anew from the
             seed and the step belongs there: `state_dict` then saves it.
     """
 
     fixed: tuple[str, ...] = ()
+    begins_with_probe = False
     state: dict[Any, Any]
 
     def __init__(self, distribution: str = "gaussian") -> None:

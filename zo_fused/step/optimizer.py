@@ -87,14 +87,22 @@ class ZerothOrderOptimizer(BetweenSteps):
             return self.difference(self._evaluation.losses_in_pairs(self.schedule.queries, closure))
         if self.schedule.block_order is not None:
             self.weights.look()  # what blocks there are
-        probes = self.probes()
-        if probes:
-            _check_probes(type(self).__name__, probes, self.schedule.deferred)
-            if not self._learn(self.losses_at(probes, closure)):  # then the step is skipped
-                self.weights.go(THETA)
-                return self.difference(dict.fromkeys(self.positions(), math.nan))
-        losses = self._evaluation.losses_at(self.positions(), closure, again=bool(probes))
-        return self.difference(losses)
+        positions, probes = self.positions(), self.probes()
+        if not probes:
+            return self.difference(self._evaluation.losses_at(positions, closure))
+        ahead = self.schedule.deferred and not self.direction.begins_with_probe
+        _check_probes(type(self).__name__, probes, ahead)
+        of_probes = self.losses_at(probes, closure)
+        if not self._learn(of_probes):  # then the step is skipped
+            self.weights.go(THETA)
+            return self.difference(dict.fromkeys(positions, math.nan))
+        known = self.known(of_probes)
+        missing = [position for position in positions if position not in known]
+        return self.difference({**known, **self.losses_at(missing, closure, again=True)})
+
+    def known(self, of_probes: Mapping[Position, Any]) -> dict[Position, Any]:
+        """The losses of a step that its probes, which were learnt from, have taken already."""
+        return {}
 
     def transform(self, grads: Vector, plus: Sequence[Any], minus: Sequence[Any]) -> Vector:
         """What the rule gets instead of the projected gradients, float64 [queries]. It is what
@@ -269,11 +277,11 @@ class ZerothOrderOptimizer(BetweenSteps):
         return self._capture.record(self.rule, lambda: self._finish(self.measure(evaluate)))
 
 
-def _check_probes(name: str, probes: Sequence[Position], deferred: bool) -> None:
+def _check_probes(name: str, probes: Sequence[Position], ahead: bool) -> None:
     """Raises:
-    ValueError: probes can't be taken there, or not now.
+    ValueError: probes can't be taken there, or not now: a sweep has gone ahead of them.
     """
-    if deferred:
+    if ahead:
         raise ValueError(
             f"{name} learns its directions before a step, which a deferred sweep would need at the "
             "end of the last one: deferred=False"

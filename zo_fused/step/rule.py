@@ -62,7 +62,8 @@ class Update:
     def write(self, direction: Direction, *terms: Term) -> None:
         """``p = decay * p + sum of the terms``, and the next perturbation."""
         if self.ahead is not None:
-            terms = (*terms, Term(self.step + 1, self.ahead))
+            first = Term(self.step + 1, self.ahead, probe=direction.begins_with_probe)
+            terms = (*terms, first)
         direction.sweep(Sweep(self.bucket, self.seed, terms, self.factor, self.rounding))
 
 

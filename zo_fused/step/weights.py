@@ -274,7 +274,8 @@ class Weights:
             self.half_applied = True
         self.half_applied = False
         self.ahead = self.schedule.deferred
-        self.place = Place(tuple(self.groups.eps())) if self.ahead else THETA
+        first = Place(tuple(self.groups.eps()), probe=self.direction.begins_with_probe)
+        self.place = first if self.ahead else THETA
         self.beside.attach(self.buckets if self.ahead else [])
 
     def _rounding_key(self, device: torch.device, query: int = 0) -> Tensor | None:
