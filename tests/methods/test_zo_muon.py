@@ -131,11 +131,16 @@ def textbook(
 
 
 @pytest.mark.parametrize(
-    ("sign", "momentum", "deferred"),
-    [(True, 0.0, False), (True, 0.9, True), (False, 0.9, False)],
+    ("sign", "momentum", "kw"),
+    [
+        (True, 0.0, {}),
+        (True, 0.9, {"deferred": True}),
+        (False, 0.9, {}),
+        (True, 0.9, {"mode": "factored", "rounding": "nearest"}),
+    ],
 )
 def test_fifty_float32_steps_follow_the_float64_textbook(
-    sign: bool, momentum: float, deferred: bool
+    sign: bool, momentum: float, kw: dict[str, Any]
 ) -> None:
     """Tolerances as in test_textbook.py for what weights' rounding makes of a projected gradient,
     1e-4 (one-sided, so relative to eps: 2e-4). The sign divides M by its size, which is about
@@ -153,9 +158,10 @@ def test_fifty_float32_steps_follow_the_float64_textbook(
             sign=sign,
             vector_lr=vector_lr,
             weight_decay=decay,
-            deferred=deferred,
             eps=EPS,
             seed=SEED,
+            module=model,
+            **kw,
         ),
         lambda loss, theta: textbook(loss, theta, lr, vector_lr, decay, momentum, sign),
     )

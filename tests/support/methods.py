@@ -162,12 +162,12 @@ METHODS = {
     "ZOMuon": Method(
         zo_fused.ZOMuon,
         {**LOW_RANK, "queries": 2, "vector_lr": None},
-        ("deferred", "in turn", "at once"),
+        ("deferred", "in turn", "at once", "factored"),
     ),
     "ZOMuon, momentum": Method(
         zo_fused.ZOMuon,
         {**LOW_RANK, "queries": 2, "vector_lr": None, "momentum": 0.9, "one_sided": False},
-        ("deferred",),
+        ("deferred", "factored"),
     ),
     "ZOMuon, no sign": Method(
         zo_fused.ZOMuon, {**LOW_RANK, "queries": 1, "vector_lr": None, "sign": False}, ()

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from zo_fused.directions.factors import Factors
+from zo_fused.directions.factored.direction import Factored
+from zo_fused.directions.factors import Factors, Pair
 from zo_fused.directions.forms import Form
 from zo_fused.directions.low_rank import LowRank
 from zo_fused.directions.orthonormal import orthonormal
@@ -44,10 +45,17 @@ class LeftBasis(LowRank):
         self, bucket: Bucket, seed: int, terms: Sequence[Term]
     ) -> tuple[tuple[list[Tensor], list[Tensor], Any], Vector]:
         (us, vs, key), coeffs = super().product(bucket, seed, terms)
-        turned = [p.dim() >= 2 for p in bucket.params]
-        left = [v if turn else u for u, v, turn in zip(us, vs, turned, strict=True)]
-        right = [u if turn else v for u, v, turn in zip(us, vs, turned, strict=True)]
-        return (left, right, key), coeffs
+        return (*self.turned(bucket, us, vs), key), coeffs
+
+    def turned(self, bucket: Bucket, us: list[Tensor], vs: list[Tensor]) -> Pair:
+        of_matrix = [p.dim() >= 2 for p in bucket.params]
+        left = [v if turn else u for u, v, turn in zip(us, vs, of_matrix, strict=True)]
+        right = [u if turn else v for u, v, turn in zip(us, vs, of_matrix, strict=True)]
+        return left, right
+
+
+class BesideLeftBasis(Factored, LeftBasis):
+    """`LeftBasis` with sums of Psi that are kept beside the weights."""
 
 
 class LeftFactors(Factors):

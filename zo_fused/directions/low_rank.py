@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zo_fused.directions.activations import Activations
 from zo_fused.directions.dense import Dense
-from zo_fused.directions.factors import Factors, Flat, StepFactors
+from zo_fused.directions.factors import Factors, Flat, Pair, StepFactors
 from zo_fused.directions.forms import CORE, FACTOR, Form
 from zo_fused.step.buckets import Bucket
 from zo_fused.step.direction import Direction, Sweep, Term
@@ -86,6 +86,10 @@ class LowRank(Direction):
             drawn.copy_(found)
         elif self.activations.unit:
             drawn.mul_(len(drawn) ** -0.5)
+
+    def turned(self, bucket: Bucket, us: list[Tensor], vs: list[Tensor]) -> Pair:
+        """Coordinates' U and the window's V as the left and the right factor of weights."""
+        return us, vs
 
     def bases(self, params: Sequence[Tensor]) -> list[Any]:
         return [] if self.activations is None else self.activations.to_json(params, self.state)

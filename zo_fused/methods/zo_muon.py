@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from zo_fused.checks import switch
-from zo_fused.directions.left_basis import LeftBasis
+from zo_fused.directions.left_basis import BesideLeftBasis, LeftBasis
+from zo_fused.methods.beside import evaluated_module, mode_of, rounding_of
 from zo_fused.methods.table import Recipe, method
 from zo_fused.methods.vectors_apart import vectors_apart
 from zo_fused.rules.muon import Muon
@@ -30,8 +31,8 @@ class ZOMuon(ZerothOrderOptimizer):
     as ``P_new^T P_old M``, as in ZO-MOPI (arXiv 2605.09034; its power iteration in the place of
     Newton-Schulz is not built).
 
-    q + 1 forward passes and q + 1 sweeps (deferred: one less). No state; with momentum (r, n)
-    float32 a matrix.
+    q + 1 forward passes and q + 1 sweeps (deferred: one less; factored: one a window). No state;
+    with momentum (r, n) float32 a matrix.
 
     Args:
         params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
@@ -45,8 +46,13 @@ class ZOMuon(ZerothOrderOptimizer):
         sign: False: M in the place of its sign. lr is then one of SGD.
         vector_lr: of one-dimensional parameters, which then have param groups of their own (after
             those of the matrices); None: as the matrices.
-        eps, weight_decay, rounding, seed, deferred, block_order: see `ZerothOrderOptimizer`
-            ("sequential" without momentum only).
+        mode: "inplace", or "factored": sums of Psi are kept beside the weights, which one sweep
+            writes at a window's end; see `LOZO`. None: "factored" for a rank of 32 or more, where
+            the model is known and neither deferred nor block_order is given.
+        module: the model that the closure evaluates, for mode "factored", where `params` is not it.
+        rounding: see `LOZO`.
+        eps, weight_decay, seed, and for mode "inplace" deferred, block_order: see
+            `ZerothOrderOptimizer` ("sequential" without momentum only).
     """
 
     def __init__(
@@ -60,14 +66,19 @@ class ZOMuon(ZerothOrderOptimizer):
         momentum: float = 0.0,
         sign: bool = True,
         vector_lr: float | None = 1e-6,
+        mode: str | None = None,
+        module: nn.Module | None = None,
+        rounding: str | None = None,
         *,
         eps: float = 1e-3,
         weight_decay: float = 0.0,
-        rounding: str = "nearest",
         seed: int = 0,
         deferred: bool = False,
         block_order: str | None = None,
     ) -> None:
+        schedule = {"deferred": deferred, "block_order": block_order}
+        mode = mode_of(mode, rank, params, module, schedule)
+        evaluated = evaluated_module("ZOMuon", params, module, mode, False, schedule)
         momentum, sign = hyper("momentum", momentum), switch("sign", sign)
         if momentum and block_order == "sequential":
             raise ValueError("a block would miss the steps at which its momentum moves to a new P")
@@ -76,13 +87,13 @@ class ZOMuon(ZerothOrderOptimizer):
             defaults["momentum"] = momentum
         super().__init__(
             vectors_apart(params, lr=vector_lr),
-            LeftBasis(),
+            LeftBasis() if evaluated is None else BesideLeftBasis(evaluated),
             Muon(bool(momentum), sign),
             defaults,
-            {"momentum": momentum, "sign": sign, "vector_lr": vector_lr},
+            {"momentum": momentum, "sign": sign, "vector_lr": vector_lr, "mode": mode},
             eps=eps,
             weight_decay=weight_decay,
-            rounding=rounding,
+            rounding=rounding_of(rounding, mode),
             seed=seed,
             deferred=deferred,
             queries=queries,

@@ -172,7 +172,7 @@ class Factored(LowRank, Beside):
         assert kept.step is not None
         key = ("settle", kept.step.number)
         _, us = self.factors(bucket).lifted((kept.x, kept.xs), kept.step)
-        sweep = bucket.prepared("lowrank_", us, kept.step.vs, key=key)
+        sweep = bucket.prepared("lowrank_", *self.turned(bucket, us, kept.step.vs), key=key)
         sweep(torch.ones_like(kept.scale), kept.scale, rounding)
         kept.clear()
         return True
@@ -242,8 +242,9 @@ class Factored(LowRank, Beside):
             for bucket in beside:
                 kept = self._beside(bucket)
                 params += bucket.params
-                vs += kept.vs.parts
-                bs += kept.bs.parts
+                left, right = self.turned(bucket, kept.bs.parts, kept.vs.parts)
+                vs += right
+                bs += left
                 scales += [
                     scale if bucket.fixed[group]["weight_decay"] else None
                     for scale, group in zip(kept.scale.unbind(), bucket.group_of, strict=True)
