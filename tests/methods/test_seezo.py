@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import zo_fused
 from zo_fused.noise import Purpose, derive_key, normal, parameter_id
+from zo_fused.task.run import make_optimizer
 
 RANK, QUERIES, LR, DECAY = 3, 2, 2e-2, 0.1
 ROWS = {"head.weight": [7, 3, 30, 3]}
@@ -193,3 +194,16 @@ def test_forward_passes_are_counted() -> None:
     for step in range(5):
         opt.step(closure)
         assert calls == opt.forwards_of(step + 1) == 2 + 4 * (step + 1)
+
+
+def test_the_command_line_names_the_rows_of_the_answers() -> None:
+    pytest.importorskip("transformers")
+    from support.tiny_models import causal_model
+
+    model = causal_model("opt")
+    hyper = {"lr": 1e-3, "rank": 2, "schedule": "plain"}
+    opt = make_optimizer("seezo", hyper, model, tokens=[[5, 9], [5, 3]])
+    head = model.get_output_embeddings().weight
+    assert opt.state[head]["rows"].tolist() == [3, 5, 9]
+    head.requires_grad_(False)
+    assert not make_optimizer("seezo", hyper, model, tokens=[[5], [3]]).state
