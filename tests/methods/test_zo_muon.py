@@ -96,10 +96,22 @@ def haar(name: str, rows: int, window: int) -> Array:
     return q * np.sign(np.diag(r))
 
 
+def positive_qr(y: Array) -> Array:
+    q, r = np.linalg.qr(y)
+    return q * np.sign(np.diag(r))
+
+
 def textbook(
-    loss: Any, theta: Weights, lr: float, vector_lr: float, decay: float, beta: float, sign: bool
+    loss: Any,
+    theta: Weights,
+    lr: float,
+    vector_lr: float,
+    decay: float,
+    beta: float,
+    sign: bool | str,
 ) -> list[float]:
     grads: list[float] = []
+    right: dict[str, Array] = {}
     average: dict[str, Array] = {}
     for t in range(STEPS):
         p = {k: haar(k, len(w), t // INTERVAL) for k, w in theta.items() if w.dim() == 2}
@@ -123,8 +135,14 @@ def textbook(
         for k, w in theta.items():
             average[k] = beta * average.get(k, 0.0) + (1 - beta) * mean[k]
             step = average[k]
+            if k in p and sign == "power":
+                right[k] = positive_qr(step.T @ (step @ right.get(k, step.T)))
+                along = step @ right[k]
+                step = (along / np.linalg.norm(along, axis=0)) @ right[k].T
+            elif k in p and sign:
+                step = newton_schulz(step)
             if k in p:
-                step = p[k] @ (newton_schulz(step) if sign else step)
+                step = p[k] @ step
             rate = lr if k in p else vector_lr
             theta[k] = w - rate * (torch.from_numpy(step) + decay * w)
     return grads
@@ -137,10 +155,11 @@ def textbook(
         (True, 0.9, {"deferred": True}),
         (False, 0.9, {}),
         (True, 0.9, {"mode": "factored", "rounding": "nearest"}),
+        ("power", 0.9, {}),
     ],
 )
 def test_fifty_float32_steps_follow_the_float64_textbook(
-    sign: bool, momentum: float, kw: dict[str, Any]
+    sign: bool | str, momentum: float, kw: dict[str, Any]
 ) -> None:
     """Tolerances as in test_textbook.py for what weights' rounding makes of a projected gradient,
     1e-4 (one-sided, so relative to eps: 2e-4). The sign divides M by its size, which is about

@@ -169,6 +169,11 @@ METHODS = {
         {**LOW_RANK, "queries": 2, "vector_lr": None, "momentum": 0.9, "one_sided": False},
         ("deferred", "factored"),
     ),
+    "ZO-MOPI": Method(
+        zo_fused.ZOMuon,
+        {**LOW_RANK, "queries": 2, "vector_lr": None, "momentum": 0.9, "sign": "power"},
+        ("deferred", "factored"),
+    ),
     "ZOMuon, no sign": Method(
         zo_fused.ZOMuon, {**LOW_RANK, "queries": 1, "vector_lr": None, "sign": False}, ()
     ),

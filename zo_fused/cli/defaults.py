@@ -48,6 +48,7 @@ EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "kerzoo": {"lr": 3e-5},
     "es": {"lr": 3e-4, "population": 8, "steps": 150},  # 1200 forward passes, as the others
     "zo-muon": {"lr": 1e-3},
+    "zo-mopi": {"lr": 1e-3},
     "p-gap": {"lr": 3e-5},
     "svd-0": {"lr": 3e-5},
     "tezo": {"lr": 3e-6, "schedule": "deferred"},

@@ -16,7 +16,10 @@ from zo_fused.step.hyper import hyper
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 
 
-@method(Recipe("zo-muon", "ZO-Muon"))
+@method(
+    Recipe("zo-muon", "ZO-Muon"),
+    Recipe("zo-mopi", "ZO-MOPI", {"sign": "power", "momentum": 0.9, "one_sided": False}),
+)
 class ZOMuon(ZerothOrderOptimizer):
     """ZO-Muon (arXiv 2602.17155): zeroth-order steps along the matrix sign of an estimate.
 
@@ -28,11 +31,11 @@ class ZOMuon(ZerothOrderOptimizer):
     dense z, ``theta = theta - lr (1/q sum g_i z_i + weight_decay theta)``.
 
     With momentum, ``M = momentum M + (1 - momentum) 1/q sum g_i Psi_i``, which a new P takes over
-    as ``P_new^T P_old M``, as in ZO-MOPI (arXiv 2605.09034; its power iteration in the place of
-    Newton-Schulz is not built).
+    as ``P_new^T P_old M``; with ``sign="power"`` besides, a step of the power iteration in the
+    place of Newton-Schulz: ZO-MOPI (arXiv 2605.09034).
 
     q + 1 forward passes and q + 1 sweeps (deferred: one less; factored: one a window). No state;
-    with momentum (r, n) float32 a matrix.
+    with momentum (r, n) float32 a matrix, with ``sign="power"`` twice that.
 
     Args:
         params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
@@ -43,7 +46,8 @@ class ZOMuon(ZerothOrderOptimizer):
         one_sided: estimates from ``theta + eps z`` and theta; False: from both sides, 2 q forwards.
         momentum: 0 for the mean of a step's queries, else in [0, 1). Whether there is momentum is
             chosen for the run; a group can only set its coefficient.
-        sign: False: M in the place of its sign. lr is then one of SGD.
+        sign: True: by Newton-Schulz; "power": by the power iteration, which goes on from step to
+            step and needs momentum; False: M in the place of its sign. lr is then one of SGD.
         vector_lr: of one-dimensional parameters, which then have param groups of their own (after
             those of the matrices); None: as the matrices.
         mode: "inplace", or "factored": sums of Psi are kept beside the weights, which one sweep
@@ -64,7 +68,7 @@ class ZOMuon(ZerothOrderOptimizer):
         queries: int = 4,
         one_sided: bool = True,
         momentum: float = 0.0,
-        sign: bool = True,
+        sign: bool | str = True,
         vector_lr: float | None = 1e-6,
         mode: str | None = None,
         module: nn.Module | None = None,
@@ -79,7 +83,11 @@ class ZOMuon(ZerothOrderOptimizer):
         schedule = {"deferred": deferred, "block_order": block_order}
         mode = mode_of(mode, rank, params, module, schedule)
         evaluated = evaluated_module("ZOMuon", params, module, mode, False, schedule)
-        momentum, sign = hyper("momentum", momentum), switch("sign", sign)
+        momentum = hyper("momentum", momentum)
+        if sign != "power":
+            sign = switch("sign", sign)
+        elif not momentum:
+            raise ValueError('sign="power" iterates on a moving average: momentum above 0')
         if momentum and block_order == "sequential":
             raise ValueError("a block would miss the steps at which its momentum moves to a new P")
         defaults: dict[str, Any] = {"lr": lr, "rank": rank, "interval": interval}

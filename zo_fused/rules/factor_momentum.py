@@ -31,6 +31,9 @@ class FactorMomentum(Rule):
     """
 
     takes = (LowRank,)
+    names: tuple[str, ...] = (
+        "momentum_factor",
+    )  # in the state, of the shape of the coordinates; N first
     not_capturable = "whether the momentum moves to a new window is for the host to say"
 
     def prepare(self, update: Update, direction: LowRank, state: dict[Any, Any]) -> None:
@@ -38,9 +41,12 @@ class FactorMomentum(Rule):
 
     def averages(self, update: Update, factors: Factors, state: dict[Any, Any]) -> Flat:
         """N of all parameters in one tensor, and its parts."""
-        names = ["momentum_factor"]
-        make = partial(gathered, update, factors, state, names, "momentum_window")
-        return update.bucket.once("momentum", make)[0]
+        return self.gathered(update, factors, state)[0]
+
+    def gathered(self, update: Update, factors: Factors, state: dict[Any, Any]) -> list[Flat]:
+        """What the state has under `names`."""
+        make = partial(gathered, update, factors, state, self.names, "momentum_window")
+        return update.bucket.once("momentum", make)
 
     def apply(self, update: Update, direction: LowRank, state: dict[Any, Any]) -> None:
         u = update
