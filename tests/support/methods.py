@@ -138,6 +138,10 @@ METHODS = {
         zo_fused.ZOMuon, {**LOW_RANK, "queries": 1, "vector_lr": None, "sign": False}, ()
     ),
     "FZOO": Method(zo_fused.FZOO, {"queries": 3}, ("deferred", "hadamard", "in turn", "at once")),
+    "LOREN": Method(zo_fused.LOREN, {"queries": 3}, ("deferred", "hadamard", "in turn", "at once")),
+    "LOREN, no momentum": Method(
+        zo_fused.LOREN, {"queries": 2, "momentum": 0.0, "rho": 1.0}, ("deferred", "at once")
+    ),
     "MEAZO": Method(zo_fused.MEAZO, {}, (*USUAL, "in turn", "queries, at once")),
     "ZOConservative": Method(zo_fused.ZOConservative, {}, ("in turn",)),
     "ForwardGrad": Method(zo_fused.ForwardGrad, {}, ("queries",)),
