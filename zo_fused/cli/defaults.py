@@ -52,6 +52,7 @@ EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "subzero": {"lr": 3e-5, "schedule": "deferred", "interval": 50},
     "subzero-adam": {"lr": 3e-4, "schedule": "deferred", "interval": 50},
     "fzoo": {"lr": 1e-3},
+    "loren": {"lr": 1e-4},
     "meazo": {"lr": 1e-4},
 }
 

@@ -74,7 +74,7 @@ class Curved(Dense):
         coeffs = table([term.coeffs for term in terms])
         curvature = self.curvature(bucket, seed)
         rows = parts_of(row.float(), curvature.shapes)
-        for lot in panels_of(bucket).lots:
+        for lot in panels_of(bucket).lots():
             for part in lot.parts:
                 added = rows[part.row]
                 part.panel.copy_(added.T[part.rows] if curvature.flat_rows[part.row] else added)
@@ -152,7 +152,7 @@ class Curvature:
             parts = parts_of(total, self.shapes)
             stream = Stream(Purpose.DENSE, step, query=query)
             key = stream_keys(seed, [stream], self._bucket.device)
-            for lot in panels_of(self._bucket).lots:
+            for lot in panels_of(self._bucket).lots():
                 lot.draw(key, **self._direction.options)
                 lot.memory.mul_(FRACTION).round_()
                 for row, rows, panel in lot.parts:

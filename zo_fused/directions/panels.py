@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zo_fused.directions.factors import parts_of
 from zo_fused.noise.keys import on_device
 from zo_fused.step.buckets import Bucket
 from zo_fused.sweeps import operators
@@ -35,32 +36,42 @@ class Part(NamedTuple):
 
 
 class Lot:
-    """Panels that are filled together, in memory that the next lot overwrites."""
+    """Panels that are filled together, in memory that the next lot overwrites.
 
-    def __init__(self, bucket: Bucket, cuts: Sequence[tuple[int, slice]], memory: Tensor) -> None:
-        shapes = [matrix_shape(bucket.params[row]) for row, _ in cuts]
-        sizes = [
-            (part.stop - part.start) * n for (_, part), (_, n) in zip(cuts, shapes, strict=True)
-        ]
-        self.memory = memory[: sum(sizes)]
-        self.parts = [
-            Part(row, rows, piece.view(-1, n))
-            for (row, rows), (_, n), piece in zip(
-                cuts, shapes, self.memory.split(sizes), strict=True
-            )
-        ]
-        self.panels = [part.panel for part in self.parts]
-        self.rows = [row for row, _ in cuts]
-        starts = [rows.start * n for (_, rows), (_, n) in zip(cuts, shapes, strict=True)]
-        self.ids, self.offsets = bucket.ids[self.rows], int64_tensor(starts)
-        self._index = on_device(int64_tensor(self.rows), bucket.device)
-        columns = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float32, device="cpu")
-        self._columns = on_device(columns.expand(len(cuts), -1).contiguous(), bucket.device)
+    Attributes:
+        memory: float32, flat; only while the lot is in turn (`Panels.lots`).
+        parts: with the panels, one after the other in `memory`.
+    """
+
+    memory: Tensor
+    parts: list[Part]
+
+    def __init__(self, bucket: Bucket, cuts: Sequence[tuple[int, slice]]) -> None:
+        self._cuts = cuts
+        columns = [matrix_shape(bucket.params[row])[1] for row, _ in cuts]
+        pairs = [(part, n) for (_, part), n in zip(cuts, columns, strict=True)]
+        self._shapes = [(part.stop - part.start, n) for part, n in pairs]
+        self.size = sum(m * n for m, n in self._shapes)
+        rows = [row for row, _ in cuts]
+        self._ids = bucket.ids[rows]
+        self._offsets = int64_tensor([part.start * n for part, n in pairs])
+        self._index = on_device(int64_tensor(rows), bucket.device)
+
+    def move_to(self, memory: Tensor) -> None:
+        """Have panels there, with whatever it holds."""
+        self.memory = memory[: self.size]
+        panels = zip(self._cuts, parts_of(self.memory, self._shapes), strict=True)
+        self.parts = [Part(row, rows, panel) for (row, rows), panel in panels]
+
+    def leave(self) -> None:
+        """Have no panels."""
+        del self.memory, self.parts
 
     def draw(self, key: Tensor, **options: Any) -> None:
         """Fill the panels with the normals of these elements, of one stream, int64 [1]."""
         keys = key.expand(len(self.parts)).contiguous()
-        operators.normal_(self.panels, self.ids, self.offsets, keys, **options)
+        panels = [part.panel for part in self.parts]
+        operators.normal_(panels, self._ids, self._offsets, keys, **options)
 
     def write(
         self,
@@ -79,9 +90,11 @@ class Lot:
         """
         pieces = [part.of(tensors[part.row]) for part in self.parts]
         coeffs, decay = coeffs[self._index], decay[self._index]
-        grads = torch.zeros_like(coeffs)  # of what goes into the panel
-        rows = keys, grads, coeffs, self._columns, decay, "momentum", rounding
-        operators.moments_(pieces, self.panels, [], self.ids, self.offsets, *rows, **options)
+        one, zero = torch.ones_like(decay), torch.zeros_like(decay)
+        stays = torch.stack([one, zero, zero, zero, zero, one], 1)  # as moment; it is added once
+        rows = keys, torch.zeros_like(coeffs), coeffs, stays, decay, "momentum", rounding
+        panels = [part.panel for part in self.parts]
+        operators.moments_(pieces, panels, [], self._ids, self._offsets, *rows, **options)
         for part, piece in zip(self.parts, pieces, strict=True):
             tensor = tensors[part.row].detach()
             if not tensor.is_contiguous():  # the piece is a copy
@@ -91,36 +104,43 @@ class Lot:
 
 
 class Panels:
-    """The parameters of a bucket, cut into lots."""
+    """The parameters of a bucket, cut into lots of no more elements than `WORKSPACE` or the largest
+    parameter has."""
 
     def __init__(self, bucket: Bucket) -> None:
-        cuts = list(_cuts(bucket.params, WORKSPACE // 4))
-        shapes = [matrix_shape(p) for p in bucket.params]
-        sizes = [
-            sum((part.stop - part.start) * shapes[row][1] for row, part in lot) for lot in cuts
-        ]
-        memory = torch.empty(max(sizes), dtype=torch.float32, device=bucket.device)
-        self.lots = [Lot(bucket, lot, memory) for lot in cuts]
+        self._device = bucket.device
+        limit = min(WORKSPACE // 4, max(p.numel() for p in bucket.params))
+        self._lots = [Lot(bucket, cuts) for cuts in _cuts(bucket.params, limit)]
+
+    def lots(self) -> Iterator[Lot]:
+        """The lots in turn, in scratch memory that is given back after the last."""
+        size = max(lot.size for lot in self._lots)
+        memory = torch.empty(size, dtype=torch.float32, device=self._device)
+        for lot in self._lots:
+            lot.move_to(memory)
+            yield lot
+            lot.leave()
 
 
 def _cuts(params: Sequence[Tensor], limit: int) -> Iterator[list[tuple[int, slice]]]:
-    """Rows of all parameters in order, in lots of no more than so many elements, or of one row."""
+    """All parameters in order, in lots of no more than so many elements, or of one row. Only those
+    that are larger are cut."""
     lot: list[tuple[int, slice]] = []
     room = limit
     for row, p in enumerate(params):
         m, n = matrix_shape(p)
-        first = 0
-        while first < m:
-            if lot and room < n:
+        height = max(1, limit // n)
+        for first in range(0, m, height):
+            rows = slice(first, min(m, first + height))
+            size = (rows.stop - first) * n
+            if lot and room < size:
                 yield lot
                 lot, room = [], limit
-            last = min(m, first + max(1, room // n))
-            lot.append((row, slice(first, last)))
-            room -= (last - first) * n
-            first = last
+            lot.append((row, rows))
+            room -= size
     yield lot
 
 
 def panels_of(bucket: Bucket) -> Panels:
-    """Those of a bucket; their scratch memory stays as long as it."""
+    """Those of a bucket."""
     return bucket.once("panels", lambda: Panels(bucket))
