@@ -216,9 +216,7 @@ class Base(torch.optim.Optimizer):
 
     def __del__(self) -> None:
         """An optimizer that goes away leaves its weights at theta, also after `perturb`."""
-        if sys.is_finalizing():  # nobody will see them, and torch ends a process that makes views
-            return
-        weights = getattr(self, "weights", None)
+        weights = None if sys.is_finalizing() else getattr(self, "weights", None)  # torch would die
         if weights is not None and weights.place.at and not weights.ahead:
             # else parameters keep it alive
             with suppress(Exception):
