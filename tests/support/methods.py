@@ -99,6 +99,11 @@ METHODS = {
         {**LOW_RANK, "momentum": 0.9},
         ("deferred", "queries", "at once", "queries, one-sided, factored"),
     ),
+    "TeZO-Adam": Method(
+        zo_fused.TeZO,
+        {**LOW_RANK, "moments": "adam"},
+        ("deferred", "queries", "one-sided, deferred", "at once"),
+    ),
     "ZOAdam": Method(
         zo_fused.ZOAdam,
         {},

@@ -41,6 +41,8 @@ class Lot:
     Attributes:
         memory: float32, flat; only while the lot is in turn (`Panels.lots`).
         parts: with the panels, one after the other in `memory`.
+        index: which tensors of the bucket they are of, on its device.
+        ids, offsets: their streams, as sweeps take them.
     """
 
     memory: Tensor
@@ -53,9 +55,9 @@ class Lot:
         self._shapes = [(part.stop - part.start, n) for part, n in pairs]
         self.size = sum(m * n for m, n in self._shapes)
         rows = [row for row, _ in cuts]
-        self._ids = bucket.ids[rows]
-        self._offsets = int64_tensor([part.start * n for part, n in pairs])
-        self._index = on_device(int64_tensor(rows), bucket.device)
+        self.index = on_device(int64_tensor(rows), bucket.device)
+        self.ids = bucket.ids[rows]
+        self.offsets = int64_tensor([part.start * n for part, n in pairs])
 
     def move_to(self, memory: Tensor) -> None:
         """Have panels there, with whatever it holds."""
@@ -67,11 +69,15 @@ class Lot:
         """Have no panels."""
         del self.memory, self.parts
 
+    def another(self) -> list[Tensor]:
+        """Zeros, a tensor like each panel."""
+        return parts_of(torch.zeros_like(self.memory), self._shapes)
+
     def draw(self, key: Tensor, **options: Any) -> None:
         """Fill the panels with the normals of these elements, of one stream, int64 [1]."""
         keys = key.expand(len(self.parts)).contiguous()
         panels = [part.panel for part in self.parts]
-        operators.normal_(panels, self._ids, self._offsets, keys, **options)
+        operators.normal_(panels, self.ids, self.offsets, keys, **options)
 
     def write(
         self,
@@ -89,12 +95,12 @@ class Lot:
             keys, coeffs, decay, rounding: as of ``dense_``, a row for each tensor of the bucket.
         """
         pieces = [part.of(tensors[part.row]) for part in self.parts]
-        coeffs, decay = coeffs[self._index], decay[self._index]
+        coeffs, decay = coeffs[self.index], decay[self.index]
         one, zero = torch.ones_like(decay), torch.zeros_like(decay)
         stays = torch.stack([one, zero, zero, zero, zero, one], 1)  # as moment; it is added once
         rows = keys, torch.zeros_like(coeffs), coeffs, stays, decay, "momentum", rounding
         panels = [part.panel for part in self.parts]
-        operators.moments_(pieces, panels, [], self._ids, self._offsets, *rows, **options)
+        operators.moments_(pieces, panels, [], self.ids, self.offsets, *rows, **options)
         for part, piece in zip(self.parts, pieces, strict=True):
             tensor = tensors[part.row].detach()
             if not tensor.is_contiguous():  # the piece is a copy
