@@ -12,6 +12,7 @@ from support.models import blocks, network
 from torch import nn
 
 import zo_fused
+from zo_fused.rules.separable_adam import SeparableAdam
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -206,3 +207,8 @@ def evaluates_both_sides(case: Case) -> bool:
     """All weights at theta + eps z, then at theta - eps z, and nothing else."""
     several = case.has("one_sided", "queries", "block_order", "paired", "basis")
     return not (several or case.optimizer.needs_closure)  # type: ignore[attr-defined]
+
+
+def makes_panels(case: Case) -> bool:
+    """Whether its update is no sweep but several over panels of rows."""
+    return isinstance(case(network()).rule, SeparableAdam)

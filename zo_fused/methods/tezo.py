@@ -24,7 +24,7 @@ WHOLE_RUN = 1 << 62  # no run has as many steps, and it is an int64
 @method(
     Recipe("tezo", "TeZO"),
     Recipe("tezo-m", "TeZO-m", {"momentum": 0.9}),
-    Recipe("tezo-adam", "TeZO-Adam", {"moments": "adam", "lr": 1e-5}),
+    Recipe("tezo-adam", "TeZO-Adam", {"moments": "adam", "lr": 1e-5}, "deferred"),
 )
 class TeZO(ZerothOrderOptimizer):
     """Temporally low-rank zeroth-order SGD (Sun et al. 2025, arXiv 2501.19057); with momentum,
