@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from zo_fused.methods.kerzoo import KerZOO as KerZOO
     from zo_fused.methods.layers import first_layers as first_layers
     from zo_fused.methods.layers import layer_blocks as layer_blocks
+    from zo_fused.methods.loren import LOREN as LOREN
     from zo_fused.methods.lozo import LOZO as LOZO
     from zo_fused.methods.meazo import MEAZO as MEAZO
     from zo_fused.methods.mezo import MeZO as MeZO

@@ -12,6 +12,7 @@ from support.textbook import EPS, SEED, STEPS, dense, follow, model_and_tokens
 from torch import Tensor, nn
 
 import zo_fused
+from zo_fused.directions import panels
 from zo_fused.noise import Purpose, derive_key, normal, parameter_id
 
 RANK = 3
@@ -25,11 +26,14 @@ def drawn(name: str, shape: tuple[int, ...], purpose: Purpose, step: int, query:
 def textbook(
     loss: Any, theta: dict[str, Tensor], lr: float, decay: float, kw: dict[str, Any]
 ) -> list[float]:
-    """``z = sum_i tau_i u_i v_i^T``, kappa from all z jointly; -m averages kappa tau."""
+    """``z = sum_i tau_i u_i v_i^T``, kappa from all z jointly; -m averages kappa tau, -Adam its
+    square, too, with Adam's corrections, which begin with a window."""
     beta, interval = kw.get("momentum", 0.0), kw.get("interval") or STEPS
     s = RANK**-0.5 if kw.get("scale") else 1.0
     queries, grads = kw.get("queries", 1), []
     average: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    beta1, beta2 = 0.9, 0.999
     for step in range(STEPS):
         window = step // interval
         mean = {k: torch.zeros(()).double() for k in theta}
@@ -41,6 +45,15 @@ def textbook(
             u = drawn(k, (w.shape[0], RANK), Purpose.LEFT, window)
             v = drawn(k, (w.shape[1], RANK), Purpose.V, window)
             return s * torch.einsum("r,mr,nr->mn", tau, u, v)
+
+        def of_squares(k: str, v: Tensor, window: int = window) -> Tensor:
+            """``sum_i v_i (u_i v_i^T)^2``, a column after the other."""
+            w = theta[k]
+            if w.dim() < 2:
+                return v
+            left = drawn(k, (w.shape[0], RANK), Purpose.LEFT, window)
+            right = drawn(k, (w.shape[1], RANK), Purpose.V, window)
+            return sum(v[i] * (s * torch.outer(left[:, i], right[:, i])) ** 2 for i in range(RANK))
 
         for query in range(queries):
             taus = {
@@ -57,6 +70,15 @@ def textbook(
         for k, w in theta.items():
             if k in average and w.dim() == 2 and step % interval == 0:
                 average[k] = torch.zeros_like(average[k])
+                squares.pop(k, None)
+            if kw.get("moments"):
+                average[k] = beta1 * average.get(k, torch.zeros(())) + (1 - beta1) * mean[k]
+                squares[k] = beta2 * squares.get(k, torch.zeros(())) + (1 - beta2) * mean[k] ** 2
+                t = step % interval + 1 if w.dim() == 2 else step + 1
+                m, v = average[k] / (1 - beta1**t), squares[k] / (1 - beta2**t)
+                quotient = lifted(k, m) / (of_squares(k, v).sqrt() + kw["adam_eps"])
+                theta[k] = w - lr * (quotient + decay * w)
+                continue
             average[k] = beta * average.get(k, torch.zeros(())) + (1 - beta) * mean[k]
             theta[k] = w - lr * (lifted(k, average[k]) + decay * w)
     return grads
@@ -67,6 +89,16 @@ CASES: dict[str, dict[str, Any]] = {
     "decay, queries, scale": {"lr": 3e-4, "weight_decay": 0.5, "queries": 2, "scale": True},
     "windows, deferred": {"lr": 1e-4, "interval": 7, "deferred": True},
     "TeZO-m": {"lr": 1e-4, "momentum": 0.9},
+    "TeZO-Adam": {"lr": 1e-3, "moments": "adam", "adam_eps": 1e-8, "queries": 2},
+    "TeZO-Adam, windows, decay, deferred": {
+        "lr": 1e-3,
+        "moments": "adam",
+        "adam_eps": 0.1,
+        "interval": 12,
+        "scale": True,
+        "weight_decay": 0.5,
+        "deferred": True,
+    },
     "TeZO-m, windows": {"lr": 1e-4, "momentum": 0.5, "interval": 20},
 }
 
@@ -144,6 +176,50 @@ def test_the_state_is_of_the_rank() -> None:
     opt.step(lambda: w.sum() + bias.sum())
     assert opt.state[w]["momentum_factor"].shape == (1, 4)
     assert opt.state[bias]["momentum_factor"].numel() == 5
+    opt = zo_fused.TeZO([w, bias], rank=4, moments="adam")
+    opt.step(lambda: w.sum() + bias.sum())
+    for name in ("core_exp_avg", "core_exp_avg_sq"):
+        assert opt.state[w][name].shape == (1, 4)
+        assert opt.state[bias][name].numel() == 5
+
+
+def test_with_one_column_it_is_adam() -> None:
+    """There are no products of two columns that the second moment could leave out."""
+    torch.manual_seed(0)
+    w, target = nn.Parameter(torch.randn(9, 7)), torch.randn(9, 7)
+    start = w.detach().double().clone()
+    twin = nn.Parameter(start.clone())
+    opt = zo_fused.TeZO([("w", w)], lr=1e-2, rank=1, moments="adam", adam_eps=1e-3, seed=SEED)
+    adam = torch.optim.Adam([twin], lr=1e-2, eps=1e-3)
+    u, v = drawn("w", (9, 1), Purpose.LEFT, 0), drawn("w", (7, 1), Purpose.V, 0)
+    for step in range(20):
+        opt.step(lambda: ((w.double() - target) ** 2).sum())
+        tau = float(drawn("w", (1,), Purpose.CORE, step))
+        twin.grad = float(opt.projected_grad) * tau * (u @ v.T)
+        adam.step()
+    end = twin.detach()
+    # what float32 weights make of g / sqrt(g^2) in 20 steps of 1e-2
+    assert float((end - w.detach()).abs().max()) < 2e-5 < 1e-2 < float((end - start).abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_of_adam_do_not_depend_on_the_scratch_memory(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = []
+    for elements in (panels.WORKSPACE // 4, 40):
+        monkeypatch.setattr(panels, "WORKSPACE", 4 * elements)
+        model, tokens = model_and_tokens()
+        model.to(dtype)
+        kw = {"moments": "adam", "interval": 3, "deferred": True, "rounding": "stochastic"}
+        opt = zo_fused.TeZO(model, rank=RANK, lr=1e-3, **kw)
+        for _ in range(5):
+            opt.step(lambda model=model, tokens=tokens: model(tokens))
+        lots = len(list(panels.panels_of(opt.weights.buckets[0]).lots()))
+        assert (lots > 50) == (elements == 40)
+        opt.flush()
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*ends)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +227,8 @@ def test_the_state_is_of_the_rank() -> None:
     [
         ({"interval": 0}, "interval"),
         ({"paired": True}, "paired needs"),
+        ({"moments": "adam", "momentum": 0.9}, "a momentum of its own"),
+        ({"moments": "adam", "mode": "factored"}, "full rank"),
         ({"mode": "factored", "block_order": "sequential"}, "block_order is for"),
     ],
 )

@@ -80,6 +80,7 @@ def test_purposes_are_fixed() -> None:
         "PROBE": 8,
         "TEST": 9,
         "SCALAR": 10,
+        "INIT": 11,
     }
 
 

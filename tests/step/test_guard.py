@@ -9,6 +9,7 @@ import io
 import logging
 import pickle
 import signal
+import subprocess
 import sys
 import threading
 import warnings
@@ -178,6 +179,21 @@ def test_an_optimizer_that_is_gone_after_perturb() -> None:
     del opt
     gc.collect()
     torch.testing.assert_close(in_memory(net), theta, rtol=0, atol=1e-6)
+
+
+def test_an_optimizer_that_goes_away_with_the_interpreter_does_nothing() -> None:
+    """torch ends the process of a finalizer that makes views of tensors then."""
+    code = """
+import torch, zo_fused
+w = torch.nn.Parameter(torch.zeros(8, 8))
+def train():
+    opt = zo_fused.SubZero([w], rank=2)
+    opt.perturb(1.0)
+    raise SystemExit("an error of the user's")
+train()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (1, "an error of the user's")
 
 
 @pytest.mark.usefixtures("fresh_heap")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support.matrix import covering
-from support.methods import CASES, METHODS, Case, evaluates_both_sides, rounds, those
+from support.methods import CASES, METHODS, Case, evaluates_both_sides, makes_panels, rounds, those
 from support.models import loss_of, masks_of_two_steps, network, same, snapshot
 from torch import Tensor, nn
 
@@ -82,7 +82,7 @@ def test_step_is_what_the_contract_says() -> None:
     assert same(snapshot(model), params)
 
 
-@those(lambda case: case.name in METHODS and evaluates_both_sides(case))
+@those(lambda c: c.name in METHODS and evaluates_both_sides(c) and not makes_panels(c))
 def test_three_sweeps_a_step(make: Case, sweeps: list[str]) -> None:
     """Param groups, several dtypes and many parameters still make one call a sweep."""
     model = nn.ModuleList([network(), network(torch.float16)])

@@ -12,6 +12,7 @@ from support.models import blocks, network
 from torch import nn
 
 import zo_fused
+from zo_fused.rules.separable_adam import SeparableAdam
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -125,6 +126,11 @@ METHODS = {
         {**LOW_RANK, "momentum": 0.9},
         ("deferred", "queries", "at once", "queries, one-sided, factored"),
     ),
+    "TeZO-Adam": Method(
+        zo_fused.TeZO,
+        {**LOW_RANK, "moments": "adam"},
+        ("deferred", "queries", "one-sided, deferred", "at once"),
+    ),
     "ZOAdam": Method(
         zo_fused.ZOAdam,
         {},
@@ -179,6 +185,10 @@ METHODS = {
     ),
     "ConMeZO": Method(zo_fused.ConMeZO, {"momentum": 0.9, "warmup": 0}),
     "FZOO": Method(zo_fused.FZOO, {"queries": 3}, ("deferred", "hadamard", "in turn", "at once")),
+    "LOREN": Method(zo_fused.LOREN, {"queries": 3}, ("deferred", "hadamard", "in turn", "at once")),
+    "LOREN, no momentum": Method(
+        zo_fused.LOREN, {"queries": 2, "momentum": 0.0, "rho": 1.0}, ("deferred", "at once")
+    ),
     "MEAZO": Method(zo_fused.MEAZO, {}, (*USUAL, "in turn", "queries, at once")),
     "ZOConservative": Method(zo_fused.ZOConservative, {}, ("in turn",)),
     "ForwardGrad": Method(zo_fused.ForwardGrad, {}, ("queries",)),
@@ -252,3 +262,8 @@ def evaluates_both_sides(case: Case) -> bool:
     """All weights at theta + eps z, then at theta - eps z, and nothing else."""
     several = case.has("one_sided", "queries", "block_order", "paired", "basis", "prior")
     return not (several or case.optimizer.needs_closure)  # type: ignore[attr-defined]
+
+
+def makes_panels(case: Case) -> bool:
+    """Whether its update is no sweep but several over panels of rows."""
+    return isinstance(case(network()).rule, SeparableAdam)

@@ -70,8 +70,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "moments": {
         **choice(("adam",)),
-        "help": "{methods}: Adam on the estimate in the factor or core (default: none, with zo-act "
-        "and subzero-adam adam)",
+        "help": "{methods}: Adam on the estimate in the factor or core (default: none, with "
+        "zo-act, subzero-adam and tezo-adam adam)",
     },
     "momentum": {"type": float, "help": "{methods}: in [0, 1) (default: 0, with -m 0.9)"},
     "history": {
@@ -94,7 +94,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         **choice(("plain", "deferred", "factored", "paired")),
         "help": "sweeps over the weights a step: 3, 2, or (low rank) one a window; paired: the "
         "same, with both signs in one forward pass, for batches of few tokens (default: factored "
-        "for methods of low rank, deferred for the others that have it)",
+        "for methods of low rank but tezo-adam, deferred for it and the others that have it)",
     },
 }
 
@@ -108,7 +108,7 @@ def by_method() -> dict[str, dict[str, Any]]:
     for name, (method, recipe) in recipes().items():
         takes = arguments(method)
         own = {option: takes[option] for option in OPTIONS if option in takes}
-        own["schedule"] = (
+        own["schedule"] = recipe.schedule or (
             "factored" if "mode" in takes else "deferred" if "deferred" in takes else "plain"
         )
         if "block_order" in takes:

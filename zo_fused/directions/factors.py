@@ -76,6 +76,7 @@ class Factors:
     ) -> None:
         self._bucket = bucket
         self._rows = rows
+        self._some: dict[int, Tensor] | None = None  # of which matrices some rows move
         self._fresh = fresh
         self._options = options
         self._form, self._basis, self._right = form, basis, right
@@ -146,6 +147,7 @@ class Factors:
     def forget(self) -> None:
         """What a direction has learnt changes the basis: it is made anew."""
         self._forgotten += 1
+        self._some = None
         for slot in self._slots:
             slot.step = slot.windows = None
 
@@ -161,10 +163,12 @@ class Factors:
         keys = stream_keys(seed, streams, self._bucket.device)[self._is_vector]
         fill = self._bucket.fill(slot.parts, self._all, ("coordinates", slot.number))
         fill(keys, **self._options)
-        for i in self._matrices:
-            if (rows := self._rows(self._bucket.params[i])) is not None:
-                moving = slot.parts[i][rows]
-                slot.parts[i].zero_()[rows] = moving
+        if self._some is None:
+            found = {i: self._rows(self._bucket.params[i]) for i in self._matrices}
+            self._some = {i: rows for i, rows in found.items() if rows is not None}
+        for i, rows in self._some.items():
+            moving = slot.parts[i][rows]
+            slot.parts[i].zero_()[rows] = moving
         if slot.qs:
             self.shape_cores([slot.parts[i] for i in self._matrices], seed, step, query)
 

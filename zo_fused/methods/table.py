@@ -23,11 +23,13 @@ class Recipe:
         name: of `zo-fused finetune --method`.
         title: as papers write it.
         options: arguments whose defaults are others than the method's own.
+        schedule: the default there, where these options exclude the method's own.
     """
 
     name: str
     title: str
     options: dict[str, Any] = field(default_factory=dict)
+    schedule: str | None = None
 
 
 METHODS: dict[str, type[ZerothOrderOptimizer]] = {}

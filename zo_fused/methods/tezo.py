@@ -6,11 +6,12 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
-from zo_fused.checks import switch
+from zo_fused.checks import choice, switch
 from zo_fused.directions.diagonal import BesideDiagonal, Diagonal
 from zo_fused.methods.beside import evaluated_module, mode_of, rounding_of
 from zo_fused.methods.table import Recipe, method
 from zo_fused.rules.factor_momentum import FactorMomentum
+from zo_fused.rules.separable_adam import SeparableAdam
 from zo_fused.rules.sgd import SGD
 from zo_fused.step.hyper import hyper
 from zo_fused.step.optimizer import ZerothOrderOptimizer
@@ -23,10 +24,11 @@ WHOLE_RUN = 1 << 62  # no run has as many steps, and it is an int64
 @method(
     Recipe("tezo", "TeZO"),
     Recipe("tezo-m", "TeZO-m", {"momentum": 0.9}),
+    Recipe("tezo-adam", "TeZO-Adam", {"moments": "adam", "lr": 1e-5}, "deferred"),
 )
 class TeZO(ZerothOrderOptimizer):
     """Temporally low-rank zeroth-order SGD (Sun et al. 2025, arXiv 2501.19057); with momentum,
-    TeZO-m.
+    TeZO-m; with ``moments="adam"``, TeZO-Adam.
 
     For a matrix (m, n): ``z = s U diag(tau) V^T`` with U (m, rank) and V (n, rank) drawn once for
     the run (or every ``interval`` steps), tau (rank) every step; one-dimensional parameters get
@@ -35,12 +37,18 @@ class TeZO(ZerothOrderOptimizer):
     ``theta = theta - lr * (s U diag(a) V^T + weight_decay * theta)``, begun again at a new window.
 
     Without ``interval`` the change of a matrix in a run is ``U diag(a) V^T``: `rank` numbers of it
-    are trained, whatever its size. The paper's Adam, whose step has full rank, is not here.
+    are trained, whatever its size.
+
+    With Adam, ``a = beta1 a + (1 - beta1) g tau``, ``b = beta2 b + (1 - beta2) (g tau)^2``,
+    corrected as Adam's, and ``theta = theta - lr * (M / (sqrt(S) + adam_eps) + weight_decay
+    theta)`` with ``M = s U diag(a) V^T``, ``S = s^2 U^2 diag(b) (V^2)^T`` (squares of elements):
+    a step of full rank, so there is no mode "factored". One-dimensional parameters: Adam.
 
     Two forward passes, three sweeps (two with ``deferred``); factored one a window, so without
-    ``interval`` none before `flush`. U and V are cached: 8 (m + n) rank bytes a matrix, two
+    ``interval`` none before `flush`. Adam's update is made in panels, up to three of 64 MB, with
+    two products of `rank` terms a weight. U and V are cached: 8 (m + n) rank bytes a matrix, two
     windows. No state; with momentum 4 rank bytes a matrix and 4 bytes an element of other
-    parameters.
+    parameters; with Adam twice as much.
 
     Args:
         params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
@@ -49,6 +57,8 @@ class TeZO(ZerothOrderOptimizer):
             average.
         interval: None: U and V stay for the run, as in the paper; or the steps for which they stay.
         momentum: 0 for TeZO, else the momentum coefficient of TeZO-m, in [0, 1), as in `LOZO`.
+        moments: "adam", or None.
+        betas, adam_eps: of moments "adam".
         scale: s = 1 / sqrt(rank), so that eps and lr are those of dense directions; False: 1, the
             paper's.
         rounding: as in `LOZO`.
@@ -68,6 +78,9 @@ class TeZO(ZerothOrderOptimizer):
         rank: int = 24,
         interval: int | None = None,
         momentum: float = 0.0,
+        moments: str | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        adam_eps: float = 1e-8,
         scale: bool = False,
         rounding: str | None = None,
         mode: str | None = None,
@@ -77,6 +90,13 @@ class TeZO(ZerothOrderOptimizer):
     ) -> None:
         rank, scale = hyper("rank", rank), switch("scale", scale)
         momentum = hyper("momentum", momentum)
+        if moments is not None:
+            choice("moments", moments, ("adam",))
+            if momentum:
+                raise ValueError('moments="adam" has a momentum of its own, betas[0]: momentum=0')
+            if mode == "factored":
+                raise ValueError("the step of Adam has full rank: it can't be kept beside weights")
+            mode = "inplace"
         mode = mode_of(mode, rank, params, module, common)
         evaluated = evaluated_module("TeZO", params, module, mode, paired, common)
         defaults: dict[str, Any] = {
@@ -89,8 +109,13 @@ class TeZO(ZerothOrderOptimizer):
         if momentum:
             defaults["momentum"] = momentum
             rule = FactorMomentum()
+        if moments:
+            defaults |= {"betas": betas, "adam_eps": adam_eps}
+            rule = SeparableAdam()
         direction = Diagonal(scale)
         if evaluated is not None:
             direction = BesideDiagonal(evaluated, paired, scale=scale)
-        options = {"scale": scale, "momentum": momentum, "mode": mode}
+        options: dict[str, Any] = {"scale": scale, "momentum": momentum, "mode": mode}
+        if moments:
+            options["moments"] = moments
         super().__init__(params, direction, rule, defaults, options, **common)

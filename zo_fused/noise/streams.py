@@ -34,6 +34,7 @@ class Purpose(enum.IntEnum):
     PROBE = 8  # dense directions that a direction learns from
     TEST = 9  # where the search for a space begins
     SCALAR = 10  # a number of a step's query, of a parameter or for all of them: id 0
+    INIT = 11  # what a state begins with
     MASK = 12  # words that choose the weights of a window
 
 

@@ -9,8 +9,9 @@ from zo_fused.directions.factors import Factors, Flat
 from zo_fused.directions.low_rank import LowRank
 from zo_fused.rules.moments import steps_taken
 from zo_fused.rules.windows import entered, gathered
-from zo_fused.step.direction import Term
+from zo_fused.step.direction import Direction, Term
 from zo_fused.step.rule import Rule, Update
+from zo_fused.step.vectors import Vector
 
 
 class CoreAdam(Rule):
@@ -27,7 +28,7 @@ class CoreAdam(Rule):
     coordinates; ``step``: t, float64 []; ``core_window``, the number of its window.
     """
 
-    takes = (LowRank,)
+    takes: tuple[type[Direction], ...] = (LowRank,)
     not_capturable = "whether the moments begin again is for the host to say"
 
     def prepare(self, update: Update, direction: LowRank, state: dict[Any, Any]) -> None:
@@ -41,10 +42,25 @@ class CoreAdam(Rule):
         return update.bucket.once("core moments", make)
 
     def apply(self, update: Update, direction: LowRank, state: dict[Any, Any]) -> None:
+        u, factors = update, direction.factors(update.bucket)
+        (m, _), (v, _), eps, gain = self.averages(u, direction, state)
+        step = m / (v.sqrt() + factors.spread(eps))
+        u.write(
+            direction,
+            Term(u.number, u.back, query=u.displaced),
+            Term(u.number, gain, step),
+        )
+
+    def averages(
+        self, update: Update, direction: LowRank, state: dict[Any, Any]
+    ) -> tuple[Flat, Flat, Vector, Vector]:
+        """m and v with this step in them, eps and gain: the weights move by
+        ``gain m / (sqrt(v) + eps)``, with the corrections of both moments in these numbers."""
         u, bucket = update, update.bucket
         factors = direction.factors(bucket)
         spread = factors.spread
-        (m, m_parts), (v, v_parts) = self._moments(u, factors, state)
+        moments = self._moments(u, factors, state)
+        (m, m_parts), (v, v_parts) = moments
         t = bucket.once("step", partial(steps_taken, bucket, state))
         for row in entered(u, state, "core_window"):
             for begun in (m_parts[row], v_parts[row], t[row]):
@@ -62,9 +78,5 @@ class CoreAdam(Rule):
         # m' / (sqrt(v') + eps) = (root / (1 - beta1^t)) m / (sqrt(v) + eps root)
         root = (1 - beta2**t) ** 0.5
         eps = u.if_finite(bucket.hyper(u.param_groups, "adam_eps") * root, 1.0)
-        step = m / (v.sqrt() + spread(eps))
-        u.write(
-            direction,
-            Term(u.number, u.back, query=u.displaced),
-            Term(u.number, u.if_finite(-u.lr * root / (1 - beta1**t), 0.0), step),
-        )
+        gain = u.if_finite(-u.lr * root / (1 - beta1**t), 0.0)
+        return moments[0], moments[1], eps, gain

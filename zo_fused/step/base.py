@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -215,10 +216,10 @@ class Base(torch.optim.Optimizer):
 
     def __del__(self) -> None:
         """An optimizer that goes away leaves its weights at theta, also after `perturb`."""
-        weights = getattr(self, "weights", None)
+        weights = None if sys.is_finalizing() else getattr(self, "weights", None)  # torch would die
         if weights is not None and weights.place.at and not weights.ahead:
             # else parameters keep it alive
-            with suppress(Exception):  # the interpreter may be going away, too
+            with suppress(Exception):
                 self.flush()
 
     def __getstate__(self) -> dict[str, Any]:
