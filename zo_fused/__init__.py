@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from zo_fused.methods.meazo import MEAZO as MEAZO
     from zo_fused.methods.mezo import MeZO as MeZO
     from zo_fused.methods.pgap import PGAP as PGAP
+    from zo_fused.methods.qzo import QZO as QZO
+    from zo_fused.methods.scales import quantization_scales as quantization_scales
     from zo_fused.methods.sign import ZOSignSGD as ZOSignSGD
     from zo_fused.methods.subzero import SubZero as SubZero
     from zo_fused.methods.tezo import TeZO as TeZO
@@ -49,6 +51,7 @@ _HOME = {
     "lowrank_update_": "zo_fused.sweeps.functions",
     "moments_update_": "zo_fused.sweeps.functions",
     "perturb_": "zo_fused.sweeps.functions",
+    "quantization_scales": "zo_fused.methods.scales",
     "replay": "zo_fused.replaying.rebuild",
     "set_backend": "zo_fused.sweeps.dispatch",
     "update_": "zo_fused.sweeps.functions",

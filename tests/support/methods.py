@@ -139,6 +139,12 @@ METHODS = {
     ),
     "FZOO": Method(zo_fused.FZOO, {"queries": 3}, ("deferred", "hadamard", "in turn", "at once")),
     "MEAZO": Method(zo_fused.MEAZO, {}, (*USUAL, "in turn", "queries, at once")),
+    # over plain parameters, which have negative elements
+    "QZO": Method(
+        zo_fused.QZO,
+        {"clip": 0.5, "floor": None},
+        ("one-sided", "queries", "rademacher"),
+    ),
     "ZOConservative": Method(zo_fused.ZOConservative, {}, ("in turn",)),
     "ForwardGrad": Method(zo_fused.ForwardGrad, {}, ("queries",)),
 }
@@ -160,6 +166,8 @@ class Case:
         module = params if isinstance(params, nn.Module) else None
         if module is not None and "block_order" in given:
             params = blocks(module)
+        if module is not None and self.optimizer is zo_fused.QZO:
+            params = list(module.named_parameters())  # of a module it takes quantized layers alone
         if params is not module and {"mode", "basis"} & given.keys():
             # a list of parameters belongs to no module: all are written, every V is random
             given.setdefault("module", module or nn.Module())

@@ -53,6 +53,7 @@ EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "subzero-adam": {"lr": 3e-4, "schedule": "deferred", "interval": 50},
     "fzoo": {"lr": 1e-3},
     "meazo": {"lr": 1e-4},
+    "qzo": {"lr": 1e-7, "eps": 1e-4, "quantize": "int8"},
 }
 
 # Adapters: MeZO's README; prompts: that of SubZero. Their matrices are too small for side paths

@@ -76,6 +76,7 @@ class ZerothOrderOptimizer(BetweenSteps):
 
     needs_closure = False  # whether `step` can't do with losses
     differentiates = False  # whether the loss must have a derivative
+    quantized = False  # whether, of a model, it tunes the scales of quantized layers alone
 
     # ---- what a method may say ------------------------------------------------------------------
 
