@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from zo_fused.cli.method_options import QUANTIZERS as QUANTIZERS
 from zo_fused.cli.method_options import by_method
 
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "embedded"

@@ -7,6 +7,8 @@ from typing import Any
 
 from zo_fused.cli.parser import choice, default_text, whole
 
+QUANTIZERS = ("int8",)  # keys of `zo_fused.task.models.QUANTIZERS`
+
 # Arguments of the methods; two names that stand for several, schedule and blocks; and quantize,
 # what a method needs of the model. In a help text {default} stands for the default, and {methods}
 # for the methods that take the option.
@@ -58,7 +60,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "each step, two forward passes a block; takes the schedule plain",
     },
     "quantize": {
-        **choice(("int8",)),
+        **choice(QUANTIZERS),
         "help": "{methods}: quantize the model's linear layers, with torchao (default: a model of "
         "your own must be quantized already)",
     },

@@ -262,8 +262,13 @@ def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
     temporary = directory / "saving.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    options = {}
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method == "torchao":
+        # transformers 5.23 would take back how it loaded such weights, and can't
+        options["save_original_format"] = False
     with _progress_bars(False):  # the loop has its own
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, **options)
     tokenizer.save_pretrained(temporary)
     mode = (temporary / "tokenizer_config.json").stat().st_mode
     for entry in temporary.iterdir():
