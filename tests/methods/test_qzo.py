@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import zo_fused
 from zo_fused.noise import Purpose, derive_key, normal, parameter_id
+from zo_fused.step.rule import Update
 
 SEED, STEPS, EPS, LR, DECAY = 11, 50, 1e-4, 3e-6, 0.5
 CLIP, FLOOR = 60.0, 2e-3
@@ -122,6 +124,22 @@ def test_a_slope_that_is_not_finite_is_no_clipped_one() -> None:
     assert opt.skipped_steps == 1
     for name, scale in doubles(model).items():
         torch.testing.assert_close(scale, doubles(quantized_network())[name], rtol=0, atol=2**-31)
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_on_a_device_a_skipped_step_has_no_floor(skipped: bool) -> None:
+    """There the host does not know whether it is one."""
+    model = quantized_network()
+    opt = zo_fused.QZO(model, lr=1e-12, eps=EPS, floor=2e-3)
+    known = opt.rule.apply
+
+    def apply(update: Update, *rest: Any) -> None:
+        known(replace(update, skipped=torch.tensor(skipped)), *rest)
+
+    opt.rule.apply = apply  # type: ignore[method-assign]
+    opt.step(lambda: loss_of(model))
+    smallest = float(model[0].scales.min())
+    assert (smallest < 1e-3) if skipped else (smallest == float(torch.tensor(2e-3)))
 
 
 # ---- what moves ----------------------------------------------------------------------------------
