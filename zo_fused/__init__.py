@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from zo_fused.methods.meazo import MEAZO as MEAZO
     from zo_fused.methods.mezo import MeZO as MeZO
     from zo_fused.methods.pgap import PGAP as PGAP
+    from zo_fused.methods.qzo import QZO as QZO
+    from zo_fused.methods.scales import quantization_scales as quantization_scales
     from zo_fused.methods.seezo import SeeZO as SeeZO
     from zo_fused.methods.sign import ZOSignSGD as ZOSignSGD
     from zo_fused.methods.sparse_mezo import SparseMeZO as SparseMeZO
@@ -55,6 +57,7 @@ _HOME = {
     "lowrank_update_": "zo_fused.sweeps.functions",
     "moments_update_": "zo_fused.sweeps.functions",
     "perturb_": "zo_fused.sweeps.functions",
+    "quantization_scales": "zo_fused.methods.scales",
     "replay": "zo_fused.replaying.rebuild",
     "set_backend": "zo_fused.sweeps.dispatch",
     "update_": "zo_fused.sweeps.functions",

@@ -163,8 +163,9 @@ def test_the_table_has_the_arguments_of_the_optimizers(method):
     optimizer, _ = recipes()[method]
     arguments = inspect.signature(optimizer).parameters.keys()
     table = by_method()[method]
-    assert table.keys() - {"schedule", "blocks"} <= arguments
+    assert table.keys() - {"schedule", "blocks", "quantize"} <= arguments
     assert ("blocks" in table) == ("block_order" in arguments)
+    assert ("quantize" in table) == optimizer.quantized
     assert SCHEDULES[table["schedule"]].keys() <= arguments
 
 

@@ -205,6 +205,55 @@ def test_a_budget_too_small_for_a_step(arguments, capsys):
     )
 
 
+QZO = ("--method", "qzo", "--lr", "1e-7", "--eps", "3e-5")
+
+
+@pytest.mark.filterwarnings("default")  # of torchao
+def test_scales_are_tuned_resumed_and_replayed(arguments, base, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torchao")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main(arguments(*QZO, "--quantize", "int8", output=whole)) == 0
+    with monkeypatch.context() as patch:
+
+        def kill():
+            raise MemoryError("killed")  # like SIGKILL, nothing is saved
+
+        Stop(patch, 10, kill)
+        with pytest.raises(MemoryError):
+            main(arguments(*QZO, "--quantize", "int8"))
+    assert (out / "checkpoint-3").is_dir()
+    assert main(arguments(*QZO, "--quantize", "int8", "--resume")) == 0
+    assert_equal(weights(whole), weights(out))
+    replay = ["replay", "--model", str(base), "--log", str(out / "replay.jsonl")]
+    capsys.readouterr()
+    assert main([*replay, "--quantize", "int8", "--verify", str(whole)]) == 0
+    assert "bit for bit" in capsys.readouterr().out
+    assert main([*replay, "--verify", str(whole)]) == 2
+    assert "no parameter" in capsys.readouterr().err
+    # a model directory that is quantized already
+    more = ("--model", str(out), *QZO)
+    assert main(arguments(*more, output=tmp_path / "more")) == 0
+    capsys.readouterr()
+    assert main(arguments(*more, "--quantize", "int8", output=tmp_path / "no")) == 2
+    assert "is quantized already: leave out --quantize" in capsys.readouterr().err
+
+
+def test_scales_that_are_not_there_are_not_tuned(arguments, base, monkeypatch, capsys):
+    for words, why in (
+        (QZO, "the model has no quantized layer, whose scales QZO would tune"),
+        ((*QZO, "--peft", "lora"), "--peft and the method qzo exclude each other"),
+        ((*QZO, "--blocks", "sequential"), "--blocks is no option of the method qzo"),
+        (("--method", "mezo", "--quantize", "int8"), "--quantize is no option of the method mezo"),
+        (("--method", "qzo", "--quantize", "int4"), "invalid choice: 'int4'"),
+    ):
+        assert main(arguments(*words)) == 2
+        assert why in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    assert main(arguments(*QZO, "--quantize", "int8")) == 2
+    assert "install it with `pip install 'torchao'`" in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about what peft calls
 @pytest.mark.parametrize(
     "words",

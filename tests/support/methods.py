@@ -190,6 +190,12 @@ METHODS = {
         zo_fused.LOREN, {"queries": 2, "momentum": 0.0, "rho": 1.0}, ("deferred", "at once")
     ),
     "MEAZO": Method(zo_fused.MEAZO, {}, (*USUAL, "in turn", "queries, at once")),
+    # over plain parameters, which have negative elements
+    "QZO": Method(
+        zo_fused.QZO,
+        {"clip": 0.5, "floor": None},
+        ("one-sided", "queries", "rademacher"),
+    ),
     "ZOConservative": Method(zo_fused.ZOConservative, {}, ("in turn",)),
     "ForwardGrad": Method(zo_fused.ForwardGrad, {}, ("queries",)),
     "ES": Method(
@@ -225,6 +231,8 @@ class Case:
         module = params if isinstance(params, nn.Module) else None
         if module is not None and "block_order" in given:
             params = blocks(module)
+        if module is not None and self.optimizer is zo_fused.QZO:
+            params = list(module.named_parameters())  # of a module it takes quantized layers alone
         if params is not module and {"mode", "basis", "others"} & given.keys():
             # a list of parameters belongs to no module: all are written, every V is random
             given.setdefault("module", module or nn.Module())

@@ -76,8 +76,9 @@ def test_state_and_what_is_kept_beside_the_weights(kind, dtype, case):
     # to 32 vectors of a step's numbers with a row a parameter (`Bucket.constant`), as many as there
     # were: one after another at random places
     rows = sum(1 for _ in model.parameters()) if "onservative" in case[0] else 0
-    # the coefficients of the last sweep may still be there: 9 directions a row where queries are 8
-    table = 4 * 9 * sum(1 for _ in model.parameters()) if case[0] == "FZOO" else 0
+    # the coefficients of the last sweep may still be there, a number a direction a row
+    directions = {"FZOO": 9, "ES": 31}.get(case[0], 0)
+    table = 4 * directions * sum(1 for _ in model.parameters())
     few = 128 + 3 * 8 * settings.get("queries", 1)
     assert want.beside == pytest.approx(beside, abs=few + 32 * 8 * rows + table)
 

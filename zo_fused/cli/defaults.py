@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from zo_fused.cli.method_options import QUANTIZERS as QUANTIZERS
 from zo_fused.cli.method_options import by_method
 
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "embedded"
@@ -63,6 +64,7 @@ EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "seezo": {"lr": 2e-3, "schedule": "deferred"},
     "sparse-mezo": {"lr": 1e-4},
     "hizoo": {"lr": 3e-5},
+    "qzo": {"lr": 1e-7, "eps": 1e-4, "quantize": "int8"},
 }
 
 # Adapters: MeZO's README; prompts: that of SubZero. Their matrices are too small for side paths

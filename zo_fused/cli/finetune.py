@@ -227,6 +227,8 @@ def options(args: argparse.Namespace) -> Options:
     if blocks and args.peft is not None:
         raise UserError("--blocks and --peft exclude each other: an adapter has no blocks")
     made, recipe = recipes()[method]
+    if made.quantized and args.peft is not None:
+        raise UserError(f"--peft and the method {method} exclude each other: it tunes no adapter")
     if args.loss in WITHOUT_DERIVATIVE and made.differentiates:
         raise UserError(f"--loss {args.loss} has no derivative, which the method {method} needs")
 

@@ -7,8 +7,11 @@ from typing import Any
 
 from zo_fused.cli.parser import choice, default_text, whole
 
-# Arguments of the methods, and two names that stand for several: schedule and blocks. In a help
-# text {default} stands for the default, and {methods} for the methods that take the option.
+QUANTIZERS = ("int8",)  # keys of `zo_fused.task.models.QUANTIZERS`
+
+# Arguments of the methods; two names that stand for several, schedule and blocks; and quantize,
+# what a method needs of the model. In a help text {default} stands for the default, and {methods}
+# for the methods that take the option.
 OPTIONS: dict[str, dict[str, Any]] = {
     "lr": {"type": float, "help": "learning rate ({default})"},
     "eps": {"type": float, "help": "perturbation radius ({default})"},
@@ -84,6 +87,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "perturb layer by layer: one block of the model a step, in turn, or every block in "
         "each step, two forward passes a block; takes the schedule plain",
     },
+    "quantize": {
+        **choice(QUANTIZERS),
+        "help": "{methods}: quantize the model's linear layers, with torchao (default: a model of "
+        "your own must be quantized already)",
+    },
     "weight_decay": {"type": float, "help": "({default})"},
     "rounding": {
         **choice(("nearest", "stochastic")),
@@ -113,6 +121,8 @@ def by_method() -> dict[str, dict[str, Any]]:
         )
         if "block_order" in takes:
             own["blocks"] = None
+        if method.quantized:
+            own["quantize"] = None
         table[name] = own | recipe.options
     return table
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="the run tuned such an adapter; it starts anew from the log's seed (a prefix starts "
         "from a forward pass, which another kind of CPU may round differently)",
     )
+    parser.add_argument(
+        "--quantize", **choice(defaults.QUANTIZERS), help="the run quantized its base so"
+    )
     add_trust_option(parser)
     parser.add_argument("--log", metavar="FILE", type=Path, required=True, help="replay.jsonl")
     parser.add_argument("--output", metavar="DIR", type=folder, help="directory to write")
@@ -43,12 +47,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def logged(path: Path) -> tuple[str, int]:
-    """The dtype that most weights of the run had, and its seed.
+    """The dtype that most weights of the run had, and its seed. "auto", that of the base, where the
+    run tuned scales of quantized layers, which may have another.
 
     Raises:
         UserError: the file is missing or no log.
     """
     with uninterrupted():
+        from zo_fused.methods.table import methods
         from zo_fused.noise.streams import CONTRACT_VERSION
         from zo_fused.step import log_lines
         from zo_fused.task.models import DTYPES
@@ -60,16 +66,32 @@ def logged(path: Path) -> tuple[str, int]:
     except ValueError as error:
         raise UserError(first_line(error)) from error
     dtypes = Counter(dtype for _, _, dtype, _ in header["parameters"])
+    made = methods().get(header["method"])
+    if made is not None and made.quantized:
+        return "auto", header["seed"]
     ((dtype, _),) = dtypes.most_common(1)
     if dtype not in DTYPES:
         raise UserError(f"{path} is of weights of dtype {dtype!r}, which no run has")
     return dtype, header["seed"]
 
 
+def _plain(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The same, where tensors are made of others (torchao) those."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    for name, tensor in tensors.items():
+        if is_traceable_wrapper_subclass(tensor):
+            inner = tensor.__tensor_flatten__()[0]
+            yield from _plain({f"{name}.{part}": getattr(tensor, part) for part in inner})
+        else:
+            yield name, tensor
+
+
 def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
     """What tells two state dicts apart, a line for each tensor; empty if every bit is the same."""
     import torch
 
+    ours, theirs = dict(_plain(ours)), dict(_plain(theirs))
     lines = []
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
@@ -107,11 +129,14 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     from zo_fused.task.files import writing
     from zo_fused.task.models import choose_device, load_model, load_tokenizer, save_model
 
+    if args.quantize is not None and args.peft is not None:
+        raise UserError("--quantize and --peft exclude each other")
     base, trust = str(args.model or defaults.EMBEDDED_MODEL), bool(args.trust_remote_code)
 
     def load(dtype: str, device: torch.device, saved: Path | None = None) -> Any:
         if args.peft is None:
-            return load_model(str(saved or base), dtype, device, trust)
+            quantize = args.quantize if saved is None else None
+            return load_model(str(saved or base), dtype, device, trust, quantize=quantize)
         return load_adapted(base, dtype, device, args.peft, seed, saved, trust_remote_code=trust)
 
     model = load(dtype, choose_device())

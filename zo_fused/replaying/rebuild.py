@@ -98,10 +98,10 @@ def _repeat(optimizer: ZerothOrderOptimizer, event: log_lines.Event) -> None:
 
 def recorder_of(optimizer: ZerothOrderOptimizer) -> Recorder | None:
     """What the sweeps of an optimizer wait in from here on. None where there is no sweep of many
-    (low rank) or some would be missed (of rules that make their own).
+    (low rank) or something would be missed (of rules that make their own sweeps, or do more).
     """
-    direction = optimizer.direction
-    if optimizer.rule.takes != (Direction,) or not isinstance(direction, Dense):
+    direction, rule = optimizer.direction, optimizer.rule
+    if rule.takes != (Direction,) or not (rule.sweeps_alone and isinstance(direction, Dense)):
         return None
     if type(direction).sweep is not Dense.sweep:  # a script would know nothing of its shapes
         return None
@@ -122,7 +122,8 @@ def _optimizer(
             f"A method of your own must be imported first{home}"
         )
     table = header["parameters"]
-    tensors = _tensors(model, table)
+    method = methods()[header["method"]]
+    tensors = _tensors(model, table, method)
     groups: list[dict[str, Any]] = [{"params": []} for _ in header["groups"]]
     for (name, shape, dtype, number), tensor in zip(table, tensors, strict=True):
         label = name if name is not None else f"at position {sum(len(g['params']) for g in groups)}"
@@ -135,7 +136,6 @@ def _optimizer(
         groups[number]["params"].append(tensor if name is None else (name, tensor))
     if fingerprint(tensors) != header["base"]:
         raise ValueError("the log was written for other base weights than these")
-    method = methods()[header["method"]]
     defaults = {**header["groups"][0], **header["options"]}  # every group has values of its own
     defaults |= {"seed": header["seed"], "module": nn.Module()}
     factored = defaults.get("mode") == "factored"
@@ -159,10 +159,15 @@ def _optimizer(
     return optimizer
 
 
-def _tensors(model: nn.Module | Mapping[str, Tensor], table: list[list[Any]]) -> list[Tensor]:
+def _tensors(
+    model: nn.Module | Mapping[str, Tensor],
+    table: list[list[Any]],
+    method: type[ZerothOrderOptimizer],
+) -> list[Tensor]:
     """The model's tensors in the order of the log's table."""
     if isinstance(model, nn.Module):
-        named = dict(model.named_parameters(remove_duplicate=False))
+        named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        named.update(method.found_in(model))
         if table and table[0][0] is None:
             tensors: list[Tensor] = list(model.parameters())
             trainable = [p for p in tensors if p.requires_grad]
@@ -173,7 +178,7 @@ def _tensors(model: nn.Module | Mapping[str, Tensor], table: list[list[Any]]) ->
                 )
             return tensors
     else:
-        named = dict(model)  # type: ignore[arg-type]
+        named = dict(model)
     # The model, or in earlier versions the run's, may be compiled or wrapped.
     plain = {plain_name(name): tensor for name, tensor in named.items()}
     tensors = []

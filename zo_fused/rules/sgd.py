@@ -7,8 +7,12 @@ perturbs along the next step's z, all in one sweep. All numbers are vectors with
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from zo_fused.step.direction import Direction, Term
 from zo_fused.step.rule import Rule, Update
@@ -24,6 +28,27 @@ class SGD(Rule):
             back = u.back if query == u.displaced else u.bucket.zeros
             terms.append(Term(u.step, back - u.lr * grad, query=query))
         u.write(direction, *terms)
+
+
+class Floored(SGD):
+    """`SGD`, then ``theta = max(theta, floor)``, element by element, which reads no noise. A step
+    that is skipped changes nothing."""
+
+    sweeps_alone = False
+
+    def __init__(self, floor: float) -> None:
+        self.floor = floor
+
+    def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
+        super().apply(update, direction, state)
+        if update.skipped is True:
+            return
+        floor: Any = self.floor
+        if isinstance(update.skipped, Tensor):
+            floor = torch.where(update.skipped, -math.inf, self.floor)
+        with torch.inference_mode():  # the parameters may have been made in it
+            for p in update.bucket.params:
+                p.clamp_(min=floor)
 
 
 class ScalarSign(Rule):

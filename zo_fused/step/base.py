@@ -25,7 +25,7 @@ from zo_fused.step.groups import COUNTERS, Groups
 from zo_fused.step.guard import Guard
 from zo_fused.step.hyper import check_group, hyper
 from zo_fused.step.optimizer_state import check_saved, in_order
-from zo_fused.step.parameters import Parameters
+from zo_fused.step.parameters import Chooses, Parameters
 from zo_fused.step.report import Report
 from zo_fused.step.rule import Rule
 from zo_fused.step.schedule import GROUP_DEFAULTS, STEP_DEFAULTS, Schedule, StepOptions, spelled_out
@@ -33,7 +33,7 @@ from zo_fused.step.timing import Timer
 from zo_fused.step.weights import Weights
 
 
-class Base(torch.optim.Optimizer):
+class Base(Chooses, torch.optim.Optimizer):
     """What `ZerothOrderOptimizer` has of `torch.optim.Optimizer`.
 
     Attributes:
@@ -77,7 +77,7 @@ class Base(torch.optim.Optimizer):
         recorded = {name: value for name, value in recorded.items() if name in takes}
         module = params if isinstance(params, nn.Module) else None
         if module is not None:
-            params = module.named_parameters()
+            params = self.found_in(module)
         elif isinstance(params, Mapping) or callable(params):
             raise TypeError(
                 "params must be a module, its named_parameters() or parameters(), or param groups, "
@@ -113,7 +113,7 @@ class Base(torch.optim.Optimizer):
         self._groups = Groups(defaults, self.check_group)
         guard = Guard(self._show_theta)
         by_block = schedule.block_order is not None
-        parameters = Parameters(self._groups, by_block, module, guard)
+        parameters = Parameters(self._groups, by_block, module, guard, self.moves)
         self.weights = Weights(self._groups, direction, schedule, parameters)
         self._capture = Capture(self.weights)
         self._access = Access(self, self.weights, self._capture, guard)

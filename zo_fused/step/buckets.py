@@ -179,14 +179,19 @@ def _on_device(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
-_requires_grad = attrgetter("requires_grad")
+requires_grad: Callable[[Tensor], bool] = attrgetter("requires_grad")
 
 
-def signature(param_groups: list[dict[str, Any]], names: Sequence[str]) -> tuple[Any, ...]:
+def signature(
+    param_groups: list[dict[str, Any]],
+    names: Sequence[str],
+    moves: Callable[[Tensor], bool] = requires_grad,
+) -> tuple[Any, ...]:
     """What must not change for buckets to stay valid. Made once a step, in loops of C.
 
     Args:
         names: hyper-parameters that buckets hold on to.
+        moves: whether a parameter is tuned.
     """
     params = list(chain.from_iterable(group["params"] for group in param_groups))
     try:
@@ -197,7 +202,7 @@ def signature(param_groups: list[dict[str, Any]], names: Sequence[str]) -> tuple
     return (
         list(map(id, params)),
         addresses,
-        list(map(_requires_grad, params)),
+        list(map(moves, params)),
         [group[name] for group in param_groups for name in names],
     )
 
@@ -280,15 +285,17 @@ def make_buckets(
     names: Sequence[str] = (),
     in_place: set[int] | None = None,
     by_block: bool = False,
+    moves: Callable[[Tensor], bool] = requires_grad,
 ) -> list[Bucket]:
-    """One bucket per device, of the parameters that require gradients.
+    """One bucket per device, of the parameters that are tuned.
 
     Args:
         param_groups: of a `torch.optim.Optimizer`.
-        trainable: positions to take instead of those with ``requires_grad`` (for replay).
+        trainable: positions to take instead of those that move (for replay).
         names: hyper-parameters that buckets hold on to.
         in_place: if given, matrices but for those at these positions get buckets of their own.
         by_block: parameters of different blocks get buckets of their own, in the order of blocks.
+        moves: whether a parameter is tuned.
 
     A tensor that appears twice (tied weights under two names) is taken once, by its first name.
 
@@ -306,7 +313,7 @@ def make_buckets(
     for group_number, group in enumerate(param_groups):
         for p in group["params"]:
             position += 1
-            chosen = p.requires_grad if trainable is None else position in trainable
+            chosen = moves(p) if trainable is None else position in trainable
             memory = (p.device, p.data_ptr(), tuple(p.shape), tuple(p.stride()))
             if not chosen or p.numel() == 0 or memory in seen:
                 continue

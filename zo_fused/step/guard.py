@@ -145,9 +145,9 @@ class _Displaced:
         """
         others = [other for other in list(self._them) if other is not optimizer]
         if others:
-            mine = _trainable(optimizer)
+            mine = _tuned(optimizer)
             for other in others:
-                if mine & _trainable(other):
+                if mine & _tuned(other):
                     raise RuntimeError(
                         f"a {type(other).__name__} has perturbed parameters of this "
                         f"{type(optimizer).__name__}: end its step, or flush() it, first"
@@ -159,9 +159,9 @@ class _Displaced:
         self._them.discard(optimizer)
 
 
-def _trainable(optimizer: torch.optim.Optimizer) -> set[int]:
+def _tuned(optimizer: Any) -> set[int]:
     groups = optimizer.param_groups
-    return {id(p) for group in groups for p in group["params"] if p.requires_grad}
+    return {id(p) for group in groups for p in group["params"] if optimizer.moves(p)}
 
 
 DISPLACED = _Displaced()

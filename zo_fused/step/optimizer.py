@@ -78,6 +78,7 @@ class ZerothOrderOptimizer(BetweenSteps):
     takes_rewards = False  # whether higher is better of what closures return
     needs_closure = False  # whether `step` can't do with losses
     differentiates = False  # whether the loss must have a derivative
+    quantized = False  # whether, of a model, it tunes the scales of quantized layers alone
 
     # ---- what a method may say ------------------------------------------------------------------
 

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import logging
 import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zo_fused.step.buckets import Bucket, labels, make_buckets, signature
+from zo_fused.step.buckets import Bucket, labels, make_buckets, requires_grad, signature
 from zo_fused.step.direction import Beside, Direction
 from zo_fused.step.groups import Groups
 from zo_fused.step.guard import Guard
 
 logger = logging.getLogger("zo_fused")
+
+
+class Chooses:
+    """What an optimizer tunes. A method may choose otherwise."""
+
+    moves: Callable[[Tensor], bool] = staticmethod(requires_grad)
+    """Of what it was given; looked at before every step."""
+
+    @staticmethod
+    def found_in(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+        """Of a module, by name."""
+        return module.named_parameters()
 
 
 class Parameters:
@@ -25,19 +38,28 @@ class Parameters:
         by_block: whether the parameters of a block have a bucket of their own.
         module: that was given to the optimizer.
         guard: of what is swept.
+        moves: whether a parameter is tuned, looked at before every step.
 
     Attributes:
-        trainable: positions of the parameters that move; None: those that require gradients.
+        trainable: positions of the parameters that move, instead of `moves` (for replay).
+        checks: what a method has to say of a module that is not what it was; each may raise.
     """
 
     def __init__(
-        self, groups: Groups, by_block: bool, module: nn.Module | None, guard: Guard
+        self,
+        groups: Groups,
+        by_block: bool,
+        module: nn.Module | None,
+        guard: Guard,
+        moves: Callable[[Tensor], bool],
     ) -> None:
         self.buckets: list[Bucket] = []
         self.trainable: set[int] | None = None
         self._groups = groups
         self._by_block = by_block
         self._guard = guard
+        self._moves = moves
+        self.checks: list[Callable[[], None]] = []
         self._signature: tuple[Any, ...] | None = None
         self._versioned: list[Tensor] = []  # those whose changes autograd can be told
         self._places: tuple[list[Any], ...] = ([], [], [])  # a module's tables, names, parameters
@@ -56,6 +78,8 @@ class Parameters:
                 f"the module holds another parameter {name!r} than when the optimizer was made "
                 "(load_state_dict(assign=True), or an assignment?): make the optimizer anew"
             )
+        for check in self.checks:
+            check()
 
     def changed(self, direction: Direction) -> bool:
         """Whether the buckets must be made anew: what requires gradients, or where it lies, is not
@@ -69,7 +93,7 @@ class Parameters:
             in_place = self._in_place(direction)
             signature_now, names = self._now(direction), self._names(direction)
             self.buckets = make_buckets(
-                self._groups.all, self.trainable, names, in_place, self._by_block
+                self._groups.all, self.trainable, names, in_place, self._by_block, self._moves
             )
             self._signature = signature_now
             if not isinstance(direction, Beside):
@@ -99,7 +123,7 @@ class Parameters:
 
     def _now(self, direction: Direction) -> tuple[Any, ...]:
         """What buckets are made from."""
-        seen = signature(self._groups.all, self._names(direction))
+        seen = signature(self._groups.all, self._names(direction), self._moves)
         return seen, self.trainable, self._in_place(direction)
 
     def _names(self, direction: Direction) -> tuple[str, ...]:

@@ -86,11 +86,13 @@ class Rule:
     Attributes:
         takes: the kinds of directions that it knows the z of.
         draws: whether it makes sweeps of its own with that z, instead of the direction's `sweep`.
+        sweeps_alone: whether all it does to weights are sweeps: a replay makes many at a time.
         not_capturable: why a step can't be captured in a CUDA graph; empty if it can.
     """
 
     takes: tuple[type[Direction], ...] = (Direction,)
     draws: bool = False
+    sweeps_alone: bool = True
     not_capturable: str = ""
 
     def prepare(self, update: Update, direction: Any, state: dict[Any, Any]) -> None:

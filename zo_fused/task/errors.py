@@ -29,8 +29,11 @@ def out_of_memory(error: RuntimeError) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
-def optional(name: str) -> Any:
+def optional(name: str, install: str = "zo-fused[hf]") -> Any:
     """An optional dependency's module.
+
+    Args:
+        install: what has it.
 
     Raises:
         UserError: it is not installed, or can't be imported.
@@ -41,7 +44,7 @@ def optional(name: str) -> Any:
     except ImportError as error:
         raise UserError(
             f"fine-tuning needs the package {name!r} ({first_line(error)}); "
-            "install it with `pip install 'zo-fused[hf]'`"
+            f"install it with `pip install '{install}'`"
         ) from error
 
 

@@ -17,6 +17,7 @@ import zo_fused
 from zo_fused.task.errors import UserError, first_line, optional
 
 DTYPES = ("float32", "float16", "bfloat16")
+QUANTIZERS = {"int8": "Int8WeightOnlyConfig"}  # of torchao.quantization: a scale a row
 # No attention mask, or convolutions, pools, patches or hashes that run across it.
 _SEE_PADDING = {"blt", "convbert", "fnet", "funnel", "mobilebert", "nystromformer", "prophetnet"}
 _SEE_PADDING |= {"reformer", "yoso"}
@@ -105,6 +106,7 @@ def load_model(
     device: torch.device,
     trust_remote_code: bool = False,
     experts: str | None = None,
+    quantize: str | None = None,
 ) -> Any:
     """A language model from a directory or the Hugging Face Hub, in eval mode.
 
@@ -114,9 +116,12 @@ def load_model(
     Args:
         trust_remote_code: whether Python code that comes with the model may run.
         experts: `experts_implementation` of transformers, for mixtures of experts.
+        quantize: a key of `QUANTIZERS`: of torchao, for all linear layers but the head. None: as
+            the model is.
 
     Raises:
-        UserError: it can't be loaded, or not all its weights are there.
+        UserError: it can't be loaded, or not all its weights are there; it is to be quantized, and
+            is already, or torchao is not installed.
     """
     transformers = optional("transformers")
     config = load_config(name, trust_remote_code)
@@ -125,6 +130,11 @@ def load_model(
     auto = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     options: dict[str, Any] = {} if experts is None else {"experts_implementation": experts}
+    if quantize is not None:
+        if getattr(config, "quantization_config", None) is not None:
+            raise UserError(f"the model {name!r} is quantized already: leave out --quantize")
+        scheme = getattr(optional("torchao.quantization", "torchao"), QUANTIZERS[quantize])
+        options["quantization_config"] = transformers.TorchAoConfig(scheme())
     model, found = _load(
         auto,
         name,
@@ -252,8 +262,13 @@ def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
     temporary = directory / "saving.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    options = {}
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method == "torchao":
+        # transformers 5.23 would take back how it loaded such weights, and can't
+        options["save_original_format"] = False
     with _progress_bars(False):  # the loop has its own
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, **options)
     tokenizer.save_pretrained(temporary)
     mode = (temporary / "tokenizer_config.json").stat().st_mode
     for entry in temporary.iterdir():

@@ -60,7 +60,7 @@ class Options:
     sources: dict[str, str]  # split -> where to read it; "train" at least
     task: Task
     method: str  # a key of `zo_fused.methods.table.recipes`
-    hyper: dict[str, Any]  # arguments of the optimizer: lr, eps, ...; a key of SCHEDULES; blocks
+    hyper: dict[str, Any]  # arguments of the optimizer: lr, eps, ...; schedule, blocks, quantize
     plan: Plan
     output: Path
     forwards: int | None = None  # budget of forward passes that takes the place of plan.steps
@@ -291,6 +291,8 @@ def _model(options: Options, checkpoint: Path | None, device: torch.device) -> A
         experts = "batched_mm"
     loading: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "experts": experts}
     if options.peft is None:
+        if checkpoint is None:  # else it was saved quantized
+            loading["quantize"] = options.hyper.get("quantize")
         return load_model(str(checkpoint or options.model), options.dtype, device, **loading)
     seed = options.plan.seed
     return load_adapted(
@@ -320,6 +322,7 @@ def make_optimizer(
     made, _ = recipes()[method]
     hyper = dict(hyper)
     schedule, blocks = hyper.pop("schedule"), hyper.pop("blocks", None)
+    hyper.pop("quantize", None)  # the model is
     takes = inspect.signature(made).parameters.keys()
     arguments = SCHEDULES[schedule]
     if "mode" in takes:  # some choose it themselves, if it is not said
@@ -376,7 +379,7 @@ def _sizes(optimizer: Any) -> dict[str, int]:
     kept = [value for state in optimizer.state.values() for value in state.values()]
     tensors = [value for value in kept if isinstance(value, torch.Tensor)]
     return {
-        "parameters": sum(p.numel() for p in params if p.requires_grad),
+        "parameters": sum(p.numel() for p in params if optimizer.moves(p)),
         "state_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     }
 
