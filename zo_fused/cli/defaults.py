@@ -54,7 +54,7 @@ EMBEDDED_BY_METHOD: dict[str, dict[str, Any]] = {
     "svd-0": {"lr": 3e-5},
     "tezo": {"lr": 3e-6, "schedule": "deferred"},
     "tezo-m": {"lr": 3e-6, "schedule": "deferred"},
-    "tezo-adam": {"lr": 1e-4},
+    "tezo-adam": {"lr": 3e-4},
     "subzero": {"lr": 3e-5, "schedule": "deferred", "interval": 50},
     "subzero-adam": {"lr": 3e-4, "schedule": "deferred", "interval": 50},
     "conmezo": {"lr": 1e-4},
