@@ -71,12 +71,17 @@ def data(task: str, folder: Path) -> list[str]:
     return [*model, *files, f"--task={place / 'task.json'}"]
 
 
+def of_method(run: Run) -> str:
+    """Its method without the rate."""
+    return run.method.partition(":lr=")[0]
+
+
 def do(runs: Sequence[Run]) -> list[str]:
     """Does the runs that are not finished; a sentence for every one that failed. Models, which no
     one will look at, are not kept."""
     failures = []
-    for method in dict.fromkeys(run.method for run in runs):
-        own = [run for run in runs if run.method == method]
+    for method in dict.fromkeys(of_method(run) for run in runs):
+        own = [run for run in runs if of_method(run) == method]
         failures += run_all(own, parallel=2, threads=1)
         for run in own:
             for weights in run.output.glob("*.safetensors"):
