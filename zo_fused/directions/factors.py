@@ -62,7 +62,10 @@ class Factors:
     Attributes:
         shapes: of the coordinates of each parameter.
         u_shapes, v_shapes: of its U and V.
+        together: elements of U that are lifted at once, on the host and on a GPU.
     """
+
+    together = (1 << 16, 1 << 22)
 
     def __init__(
         self,
@@ -249,7 +252,7 @@ class Factors:
     def _batches(self) -> list[list[int]]:
         """Numbers of matrices of one shape, to be lifted at once: on a GPU many, which costs few
         kernels; on the host as few as stay in its caches."""
-        limit = 1 << (16 if on_host(self._bucket.device) else 22)
+        limit = self.together[0 if on_host(self._bucket.device) else 1]
         alike: dict[tuple[int, int], list[list[int]]] = {}
         for row, i in enumerate(self._matrices):
             (m, rank), batches = self.u_shapes[i], alike.setdefault(self.u_shapes[i], [[]])

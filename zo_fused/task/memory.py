@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from zo_fused.directions.factors import Factors
 from zo_fused.directions.inputs import linear_layers
 from zo_fused.task.encoding import Encoded
 from zo_fused.task.errors import UserError, first_line, optional
@@ -41,7 +42,7 @@ class Kept(NamedTuple):
 
     state: int  # in its state_dict
     beside: int  # all that it holds between steps, its state included
-    peak: int  # at most within a step, forward passes not counted
+    peak: int  # at most within a step, but for forward passes and what lives for one matrix
 
 
 class Live(TorchDispatchMode):
@@ -245,8 +246,9 @@ def kept(make: Make, model_shapes: Shapes, dtype: torch.dtype, linear: Shapes) -
     kinds += [(shape, False, count) for shape, count in (model_shapes - linear).items()]
     _held(make, (2, 2), 1, dtype, linear=True)  # keys of streams, which later trials find
     rank = make(_Small((2, 2), 1, dtype, linear=True)).defaults.get("rank", 1)
-    least = max(16, rank)
+    least = max(16, 2 * rank)  # sides as long as the rank are another case to some methods
     gc.freeze()  # what was there before is not looked through for what the trials leave
+    together, Factors.together = Factors.together, (0, 0)  # as matrices of a real size
     try:
         adds: dict[tuple[int, bool], list[list[Kept]]] = {}
         totals = [0, 0, 0]
@@ -264,8 +266,10 @@ def kept(make: Make, model_shapes: Shapes, dtype: torch.dtype, linear: Shapes) -
                 corners = [[kept[index] for kept in row] for row in adds[dims, alone]]
                 totals[index] += count * _bilinear(corners, rows, columns, least)
     finally:
+        Factors.together = together
         gc.unfreeze()
-    return Kept(*totals)
+    state, beside, peak = totals
+    return Kept(state, beside, max(beside, peak))
 
 
 def _dims(shape: tuple[int, ...]) -> int:
