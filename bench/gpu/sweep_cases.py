@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bench.models import DTYPES
 from zo_fused.noise import Purpose, derive_key
+from zo_fused.sweeps.arguments import mask_bytes
 from zo_fused.sweeps.conversions import int64_tensor
 from zo_fused.sweeps.numbers import EXACT, TRANSFORMS
 
@@ -105,6 +106,29 @@ def _dense() -> Iterator[Case]:
             "decay": _decay(3),
         },
     )
+
+
+def _shaped() -> Iterator[Case]:
+    offsets = itertools.cycle(OFFSETS)
+    for (label, dtype), masked in itertools.product(DTYPES.items(), (True, False)):
+        for directions, transform in ((1, "portable"), (2, "portable"), (1, "hadamard")):
+            offset = next(offsets)
+            bits = [int64_tensor(range(mask_bytes(n, offset))) * 37 % 256 for n in SIZES]
+            scales = [_random(n, seed=n + 1).abs() + 0.1 for n in SIZES]
+            yield Case(
+                f"shaped {label}, {'mask' if masked else 'scale'}, K={directions}, {transform}, "
+                f"offset {offset}",
+                "shaped_",
+                {
+                    "params": [_random(n, dtype=dtype, seed=n) for n in SIZES],
+                    "shapes": [b.to(torch.uint8) for b in bits] if masked else scales,
+                    **_streams(len(SIZES), offset),
+                    "keys": int64_tensor(KEYS[:directions]),
+                    "coeffs": _random(len(SIZES), directions, seed=1),
+                    "decay": _decay(len(SIZES)),
+                    "transform": transform,
+                },
+            )
 
 
 def _moments() -> Iterator[Case]:
@@ -240,6 +264,7 @@ def _scripts() -> Iterator[Case]:
 FAMILIES: dict[str, Callable[[], Iterator[Case]]] = {
     "fill": _fills,
     "dense": _dense,
+    "shaped": _shaped,
     "moments": _moments,
     "lowrank": _lowrank,
     "lowrank_momentum": _lowrank_momentum,

@@ -259,7 +259,7 @@ def test_an_alarm_rings() -> None:
 
 
 @native
-@pytest.mark.parametrize("family", ["fill", "lowrank_momentum", "scripts"])
+@pytest.mark.parametrize("family", ["fill", "shaped", "lowrank_momentum", "scripts"])
 def test_cases_agree_on_the_cpu(family: str) -> None:
     for case in FAMILIES[family]():
         if sanitize.served(case, "cpu"):

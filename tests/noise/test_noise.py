@@ -81,6 +81,7 @@ def test_purposes_are_fixed() -> None:
         "TEST": 9,
         "SCALAR": 10,
         "INIT": 11,
+        "MASK": 12,
     }
 
 

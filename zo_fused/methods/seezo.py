@@ -57,7 +57,8 @@ class SeeZO(SeesActivations):
             `ZerothOrderOptimizer`.
 
     Raises:
-        ValueError: rows are named of what is no matrix that moves, or that it doesn't have.
+        ValueError: rows are named of what is no matrix that moves, or that it doesn't have, or
+            beside weight_decay, which would move the others.
     """
 
     def __init__(
@@ -91,7 +92,14 @@ class SeeZO(SeesActivations):
         choice("others", others, ("frozen", "random"))
         if refresh is not None:
             refresh = whole("refresh", refresh, 1)
-        named = {name: sorted({int(row) for row in of}) for name, of in (rows or {}).items()}
+        named = {
+            name: sorted({whole(f"a row of {name!r}", row, 0) for row in of})
+            for name, of in (rows or {}).items()
+        }
+        if named and weight_decay:
+            raise ValueError(
+                "weight_decay moves all rows of a matrix, rows only some: give one of them"
+            )
         modules = dict(model.named_parameters(remove_duplicate=False))
         shared = [modules[name] for name in named if name in modules]
         activations = Activations(model, refresh, still=True, unit=True, shared=shared)
@@ -141,3 +149,23 @@ class SeeZO(SeesActivations):
             if not rows or rows[0] < 0 or rows[-1] >= len(p):
                 raise ValueError(f"rows of {name!r} must be some of 0 to {len(p) - 1}, got {rows}")
             self.state[p]["rows"] = torch.tensor(rows, dtype=torch.int64, device=p.device)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of other optimizers.
+
+        Raises:
+            ValueError: the state is of a run in which other rows moved.
+        """
+        position = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                saved = state_dict["state"].get(position, {}).get("rows")
+                mine = self.state.get(p, {}).get("rows")
+                told = [None if rows is None else rows.tolist() for rows in (saved, mine)]
+                if told[0] != told[1]:
+                    raise ValueError(
+                        f"the state is of a run in which rows {told[0]} of a matrix moved, here "
+                        f"{told[1]} do: make the optimizer with the rows of that run"
+                    )
+                position += 1
+        super().load_state_dict(state_dict)
