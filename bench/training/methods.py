@@ -138,7 +138,7 @@ def rates_table(chosen: Chosen) -> str:
 
 
 def verdicts(outcomes: Sequence[Outcome]) -> str:
-    """Who beats the first method by the criterion."""
+    """Who beats MeZO, which is the first method, by the criterion."""
     groups = comparison.by_method(outcomes)
     (first, base), *others = groups.items()
     speeds = {row["method"]: row["speed"] for row in summarize(outcomes)}
@@ -174,6 +174,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE.parent / "results")
     args = parser.parse_args()
     methods = args.methods.split(",") if args.methods else list(PROTOCOL["methods"])
+    methods.sort(key=lambda method: method != "mezo")  # what the others are compared with
+    args.out.mkdir(parents=True, exist_ok=True)
     folder = args.runs / args.task
     try:
         options = rule(args.task, "options")

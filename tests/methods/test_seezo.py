@@ -30,7 +30,7 @@ RANK, QUERIES, LR = 3, 2, 5e-3
 ROWS = {"head.weight": [7, 3, 30, 3]}
 
 
-def made(model: nn.Module, **kw: Any) -> zo_fused.SeeZO:
+def made(model: Any, **kw: Any) -> zo_fused.SeeZO:
     options = {"lr": LR, "rank": RANK, "queries": QUERIES, "rows": ROWS}
     return zo_fused.SeeZO(model, **options, eps=EPS, seed=SEED, **kw)
 
@@ -214,12 +214,30 @@ def test_a_state_of_other_rows_is_refused() -> None:
     model, tokens = model_and_tokens()
     opt = made(model)
     opt.step(lambda: model(tokens))
-    for rows in (None, {"head.weight": [2]}):
-        other = zo_fused.SeeZO(model_and_tokens()[0], rank=RANK, queries=QUERIES, rows=rows)
+    for kw in ({"rows": {"head.weight": [2]}}, {"others": "random"}):
+        other = zo_fused.SeeZO(model_and_tokens()[0], rank=RANK, queries=QUERIES, **kw)
         with pytest.raises(ValueError, match="with the rows of that run"):
             other.load_state_dict(opt.state_dict())
+    other = zo_fused.SeeZO(model_and_tokens()[0], rank=RANK, queries=QUERIES)
+    with pytest.raises(ValueError, match="other parameters: 'embed.weight'"):  # it is frozen there
+        other.load_state_dict(opt.state_dict())
 
 
 def test_a_decay_would_move_the_other_rows() -> None:
     with pytest.raises(ValueError, match="weight_decay moves all rows"):
         zo_fused.SeeZO(model_and_tokens()[0], rows=ROWS, weight_decay=0.1)
+    model, tokens = model_and_tokens()
+    opt = made(model)
+    opt.param_groups[0]["weight_decay"] = 0.1
+    with pytest.raises(ValueError, match="weight_decay moves all rows"):
+        opt.step(lambda: model(tokens))
+
+
+def test_a_state_in_another_order_has_the_same_rows() -> None:
+    model, tokens = model_and_tokens()
+    opt = made(model)
+    opt.step(lambda: model(tokens))
+    other, _ = model_and_tokens()
+    turned = made(list(other.named_parameters())[::-1], module=other)
+    turned.load_state_dict(opt.state_dict())
+    assert turned.state[other.embed.weight]["rows"].tolist() == [3, 7, 30]

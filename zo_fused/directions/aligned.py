@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_fused.directions.dense import Dense
 from zo_fused.directions.factored.direction import Factored
 from zo_fused.directions.factors import Factors
 from zo_fused.directions.gradient_space import Estimate, space_of
@@ -19,7 +18,6 @@ from zo_fused.directions.products import GRID
 from zo_fused.noise.keys import Step, Stream, on_device, stream_keys
 from zo_fused.noise.streams import Purpose, uniform
 from zo_fused.step.buckets import Bucket
-from zo_fused.step.direction import Sweep
 from zo_fused.step.vectors import vector
 from zo_fused.sweeps.arguments import matrix_shape
 from zo_fused.sweeps.conversions import int64_tensor
@@ -87,14 +85,6 @@ class Aligned(LowRank):
 
 class BesideAligned(Factored, Aligned):
     """`Aligned` with cores that are kept beside the weights; probes are made in place."""
-
-    def sweep(self, sweep: Sweep) -> None:
-        if sweep.bucket.beside and (probes := [term for term in sweep.terms if term.probe]):
-            Dense().sweep(sweep._replace(terms=probes))
-            sweep = sweep._replace(terms=[term for term in sweep.terms if not term.probe])
-            if not sweep.terms:
-                return
-        super().sweep(sweep)
 
 
 class AlignedFactors(Factors):

@@ -11,6 +11,7 @@ from torch import Tensor
 from zo_fused.directions.dense import Dense
 from zo_fused.directions.factors import parts_of
 from zo_fused.directions.panels import panels_of
+from zo_fused.directions.products import GRID
 from zo_fused.noise.keys import Stream, on_device, stream_keys
 from zo_fused.noise.streams import Purpose
 from zo_fused.step.buckets import Bucket
@@ -22,7 +23,6 @@ from zo_fused.sweeps.conversions import int64_tensor
 
 CURVATURE = "curvature"  # a, in the optimizer's state
 FRACTION = 2.0**24  # elements of u are rounded to its inverse for sums over rows, as integers
-GRID = 2.0**40  # the same of products; a sum of them stays below 2^63 while m n < 2^38
 
 
 class Curved(Dense):
@@ -124,7 +124,7 @@ class Curvature:
             state[p][CURVATURE] = part.view(-1)
 
     def _dot(self, one: Tensor, other: Tensor) -> Vector:
-        """Inner products, a parameter each."""
+        """Inner products, a parameter each. Integers stay below 2^63 while m n < 2^38."""
         terms = (one * other * GRID).round().to(torch.int64)
         total = torch.zeros(len(self.shapes), dtype=torch.int64, device=terms.device)
         return total.index_add_(0, self._owner, terms).double() / GRID

@@ -114,14 +114,20 @@ class LowRank(Direction):
         for bucket in buckets:
             self.factors(bucket).forget()
 
+    def after_probes(self, sweep: Sweep) -> Sweep | None:
+        """What is left of a sweep when the z of its probes, which are dense, are in the weights;
+        None: nothing."""
+        if not (probes := [term for term in sweep.terms if term.probe]):
+            return sweep
+        Dense().sweep(sweep._replace(terms=probes))
+        terms = [term for term in sweep.terms if not term.probe]
+        return sweep._replace(decay=sweep.bucket.ones, terms=terms) if terms else None
+
     def sweep(self, sweep: Sweep) -> None:
-        if probes := [term for term in sweep.terms if term.probe]:  # the z of probes are dense
-            Dense().sweep(sweep._replace(terms=probes))
-            sweep = sweep._replace(decay=sweep.bucket.ones)
-            sweep = sweep._replace(terms=[term for term in sweep.terms if not term.probe])
-            if not sweep.terms:
-                return
-        bucket, seed, terms, decay, rounding = sweep
+        rest = self.after_probes(sweep)
+        if rest is None:
+            return
+        bucket, seed, terms, decay, rounding = rest
         (us, vs, key), coeffs = self.product(bucket, seed, terms)
         bucket.prepared("lowrank_", us, vs, key=key)(float32(coeffs), float32(decay), rounding)
 

@@ -16,6 +16,7 @@ from zo_fused.methods.activations import SeesActivations
 from zo_fused.methods.beside import evaluated_module, rounding_of
 from zo_fused.methods.table import Recipe, method
 from zo_fused.rules.sgd import SGD
+from zo_fused.step.optimizer_state import in_order
 
 INTERVAL = 50
 
@@ -96,10 +97,6 @@ class SeeZO(SeesActivations):
             name: sorted({whole(f"a row of {name!r}", row, 0) for row in of})
             for name, of in (rows or {}).items()
         }
-        if named and weight_decay:
-            raise ValueError(
-                "weight_decay moves all rows of a matrix, rows only some: give one of them"
-            )
         modules = dict(model.named_parameters(remove_duplicate=False))
         shared = [modules[name] for name in named if name in modules]
         activations = Activations(model, refresh, still=True, unit=True, shared=shared)
@@ -135,6 +132,8 @@ class SeeZO(SeesActivations):
             }
             self.leave_all_but(kept)
         self._keep_rows(named, modules, activations.layers())
+        for group in self.param_groups:
+            self.check_group(group)
 
     def _keep_rows(
         self, named: Mapping[str, list[int]], known: Mapping[str, Tensor], layers: Container[int]
@@ -150,22 +149,28 @@ class SeeZO(SeesActivations):
                 raise ValueError(f"rows of {name!r} must be some of 0 to {len(p) - 1}, got {rows}")
             self.state[p]["rows"] = torch.tensor(rows, dtype=torch.int64, device=p.device)
 
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        if group["weight_decay"] and any("rows" in self.state.get(p, {}) for p in group["params"]):
+            raise ValueError(
+                "weight_decay moves all rows of a matrix, rows only some: give one of them"
+            )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of other optimizers.
 
         Raises:
             ValueError: the state is of a run in which other rows moved.
         """
-        position = 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                saved = state_dict["state"].get(position, {}).get("rows")
-                mine = self.state.get(p, {}).get("rows")
-                told = [None if rows is None else rows.tolist() for rows in (saved, mine)]
-                if told[0] != told[1]:
-                    raise ValueError(
-                        f"the state is of a run in which rows {told[0]} of a matrix moved, here "
-                        f"{told[1]} do: make the optimizer with the rows of that run"
-                    )
-                position += 1
+        groups = in_order(state_dict["param_groups"], self.param_groups)
+        saved = [state_dict["state"].get(i, {}) for group in groups for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for p, state in zip(params, saved, strict=False):  # how many there are is looked at next
+            theirs, mine = (one.get("rows") for one in (state, self.state.get(p, {})))
+            told = [None if rows is None else rows.tolist() for rows in (theirs, mine)]
+            if told[0] != told[1]:
+                raise ValueError(
+                    f"the state is of a run in which rows {told[0]} of a matrix moved, here "
+                    f"{told[1]} do: make the optimizer with the rows of that run"
+                )
         super().load_state_dict(state_dict)

@@ -151,10 +151,10 @@ class Factored(LowRank, Beside):
         return bucket.once("beside", lambda: Kept(bucket, self.factors(bucket)))
 
     def sweep(self, sweep: Sweep) -> None:
-        if sweep.bucket.beside:
-            self._beside(sweep.bucket).add(sweep.seed, sweep.terms, sweep.decay)
-        else:
+        if not sweep.bucket.beside:
             super().sweep(sweep)
+        elif (rest := self.after_probes(sweep)) is not None:
+            self._beside(rest.bucket).add(rest.seed, rest.terms, rest.decay)
 
     def not_capturable(self, deferred: bool) -> str:
         return 'whether a window ends is for the host to say; mode="inplace"'
