@@ -219,7 +219,7 @@ def test_a_state_of_other_rows_is_refused() -> None:
         with pytest.raises(ValueError, match="with the rows of that run"):
             other.load_state_dict(opt.state_dict())
     other = zo_fused.SeeZO(model_and_tokens()[0], rank=RANK, queries=QUERIES)
-    with pytest.raises(ValueError, match="other parameters: 'embed.weight'"):  # it is frozen there
+    with pytest.raises(ValueError, match=r"other parameters: 'embed.weight'"):  # it is frozen there
         other.load_state_dict(opt.state_dict())
 
 
