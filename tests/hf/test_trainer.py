@@ -9,9 +9,9 @@ import pytest
 import safetensors.torch
 import torch
 from support import trainers
-from support.trainers import arguments, equal, trainer, weights
+from support.trainers import Recording, arguments, equal, trainer, weights
 from torch import nn
-from transformers import Trainer, default_data_collator
+from transformers import Trainer, TrainerCallback
 
 import zo_fused
 from zo_fused.hf import ZOMixin, ZOTrainer, zeroth_order
@@ -29,17 +29,6 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
     "paired": ("lozo", {"mode": "factored", "paired": True}),
     "activations": ("agzo", {"refresh": 2}),
 }
-
-
-class Recording:
-    """A collator that keeps the batches."""
-
-    def __init__(self) -> None:
-        self.batches: list[Any] = []
-
-    def __call__(self, examples: list[Any]) -> Any:
-        self.batches.append(default_data_collator(examples))
-        return dict(self.batches[-1])
 
 
 def loop(zo: tuple[str, dict[str, Any]], batches: list[Any], **more: Any) -> nn.Module:
@@ -143,8 +132,6 @@ def test_micro_batches_are_one_batch(kind: Any, tmp_path: Path) -> None:
 
 
 def test_an_update_that_is_broken_off_leaves_no_micro_batch(tmp_path: Path) -> None:
-    from transformers import TrainerCallback
-
     class Breaks(TrainerCallback):
         def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             control.should_epoch_stop = state.global_step == 0 and state.epoch in (0, None)

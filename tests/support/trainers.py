@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from support.tiny_models import causal_model
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import TrainingArguments, default_data_collator
 
 from zo_fused.hf import ZOTrainer
 
@@ -37,6 +37,17 @@ def data(count: int = 12) -> list[dict[str, Tensor]]:
         labels[: 1 + number % 8] = -100
         found.append({"input_ids": tokens, "labels": labels})
     return found
+
+
+class Recording:
+    """A collator that keeps the batches."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+
+    def __call__(self, examples: list[Any]) -> Any:
+        self.batches.append(default_data_collator(examples))
+        return dict(self.batches[-1])
 
 
 def arguments(output: Path, **others: Any) -> TrainingArguments:
