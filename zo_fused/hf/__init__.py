@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what editors and type checkers see
     from zo_fused.hf.convert import zeroth_order as zeroth_order
     from zo_fused.hf.mixin import ZOMixin as ZOMixin
+    from zo_fused.hf.sft import ZOSFTTrainer as ZOSFTTrainer
     from zo_fused.hf.trainer import ZOTrainer as ZOTrainer
 
 _HOME = {
     "ZOMixin": "zo_fused.hf.mixin",
+    "ZOSFTTrainer": "zo_fused.hf.sft",
     "ZOTrainer": "zo_fused.hf.trainer",
     "zeroth_order": "zo_fused.hf.convert",
 }
-__all__ = ["ZOMixin", "ZOTrainer", "zeroth_order"]
+__all__ = ["ZOMixin", "ZOSFTTrainer", "ZOTrainer", "zeroth_order"]
 
 
 def __getattr__(name: str) -> Any:
