@@ -20,6 +20,7 @@ from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 
 import zo_fused
+from zo_fused.hf import ZOTrainer, zeroth_order
 
 DEFERRED = ("lozo", {"deferred": True, "eps": 1e-2, "interval": 4})
 EVERY_TWO = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
@@ -165,6 +166,18 @@ def test_losses_are_those_of_the_trainer(
     assert not equal(weights(made.model), weights(usual))
 
 
+def test_evaluations_are_in_the_context_of_the_trainer(tmp_path: Path) -> None:
+    entered = []
+
+    class Mine(ZOTrainer):
+        def compute_loss_context_manager(self) -> Any:
+            entered.append(self.state.global_step)
+            return super().compute_loss_context_manager()
+
+    trainer(tmp_path, "mezo", Mine, max_steps=2, gradient_accumulation_steps=2).train()
+    assert entered == [0] * 4 + [1] * 4
+
+
 def test_16_bit_weights_with_dropout(tmp_path: Path) -> None:
     """In train mode, and both signs have the same masks."""
 
@@ -176,10 +189,12 @@ def test_16_bit_weights_with_dropout(tmp_path: Path) -> None:
     recording = Recording()
     options = {"data_collator": recording, "lr_scheduler_type": "constant", "model": tuned()}
     zo = (DEFERRED[0], DEFERRED[1] | {"rounding": "stochastic"})
-    made = trainer(tmp_path, zo, **options)
+    made = trainer(tmp_path, zo, eval_strategy="steps", eval_steps=2, **options)
     masks = []
     dropout = made.model.model.embed_tokens[1]
-    dropout.register_forward_hook(lambda *args: masks.append(args[-1] == 0))
+    dropout.register_forward_hook(
+        lambda module, _, out: masks.append(out == 0) if module.training else None
+    )
     made.train()
     assert len(masks) == 12
     assert all(torch.equal(*masks[at : at + 2]) for at in range(0, 12, 2))
@@ -206,7 +221,7 @@ def test_the_log_has_the_mean_projected_gradient_and_skipped_steps(tmp_path: Pat
         count = batch["labels"][:, 1:].ne(-100).sum()
         opt.step(lambda batch=batch, count=count: plain_loss(model, batch, count))
         assert logged == float(opt.projected_grad.abs().mean()) > 0
-    skipping = zo_fused.hf.zeroth_order(trainer(tmp_path, kind=Fails), "mezo")
+    skipping = zeroth_order(trainer(tmp_path, kind=Fails), "mezo")
     skipping.train()
     told = [entry.get("skipped_steps") for entry in skipping.state.log_history[:6]]
     assert told == [None, None, None, 1, 1, 1]

@@ -38,9 +38,9 @@ def named(zo: str | tuple[str, dict[str, Any]]) -> Chosen:
 def make_optimizer(trainer: Any, model: Any) -> ZerothOrderOptimizer:
     """The optimizer that ``trainer.optimizer_cls_and_kwargs`` stands for.
 
-    Learning rate, seed and weight decay are those of ``trainer.args``, where the arguments don't
-    say otherwise. As with other optimizers of a Trainer, biases and norms don't decay. Noise is
-    tied to the names of the model's parameters, so a replay log fits the model.
+    Learning rate, seed, weight decay and number of steps are the trainer's, where the arguments
+    don't say otherwise. As with other optimizers of a Trainer, biases and norms don't decay. Noise
+    is tied to the names of the model's parameters, so a replay log fits the model.
 
     Raises:
         TypeError: it is no optimizer of zo_fused, or takes no such argument.
@@ -52,9 +52,12 @@ def make_optimizer(trainer: Any, model: Any) -> ZerothOrderOptimizer:
     if not (isinstance(kind, type) and issubclass(kind, ZerothOrderOptimizer)):
         raise TypeError(f"a zeroth-order trainer needs an optimizer of zo_fused, not {kind}")
     args = trainer.args
+    takes = arguments(kind)
     options = {"lr": args.learning_rate, "seed": args.seed}
     if args.weight_decay:
         options["weight_decay"] = args.weight_decay
+    if "total_steps" in takes and trainer.state.max_steps > 0:
+        options["total_steps"] = trainer.state.max_steps
     options |= own
     if not options.get("weight_decay") or kind.quantized:  # scales are no biases
         return kind(model, **options)
@@ -62,6 +65,6 @@ def make_optimizer(trainer: Any, model: Any) -> ZerothOrderOptimizer:
     groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in kind.found_in(model):
         groups[name not in names]["params"].append((name, parameter))
-    if "module" in arguments(kind):
+    if "module" in takes:
         options.setdefault("module", model)
     return kind([group for group in groups if group["params"]], **options)

@@ -123,14 +123,8 @@ class ZOMixin(_Trainer):
 
     # ---- what is reported and saved -------------------------------------------------------------
 
-    def _clip_grad_norm(self, model: Any) -> None:
-        """There are no gradients."""
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> None:
-        """Known after the step: see `log`."""
-
     def log(self, logs: dict[str, float], *args: Any, **others: Any) -> None:
-        if "loss" in logs:  # of training
+        if "loss" in logs:  # of training, with the norm of no gradients
             optimizer = self.zeroth_order_optimizer
             logs["grad_norm"] = float(optimizer.projected_grad.abs().mean())
             if skipped := optimizer.skipped_steps:
