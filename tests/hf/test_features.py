@@ -117,6 +117,18 @@ def test_another_call_of_train_has_a_log_of_its_own_or_none(
         assert (tmp_path / "replay.jsonl").read_bytes() == before
 
 
+def test_a_model_that_is_made_anew_has_an_optimizer_of_its_own(tmp_path: Path) -> None:
+    """As for every trial of a search."""
+    made = trainer(tmp_path, DEFERRED, model=None, model_init=trainers.model)
+    runs = []
+    for _ in range(2):
+        made.train()
+        runs.append((made.model, weights(made.model)))
+    assert runs[0][0] is not runs[1][0]
+    assert equal(runs[0][1], runs[1][1])
+    assert not equal(runs[0][1], weights(trainers.model()))
+
+
 def test_callbacks_see_the_step_before_and_after(tmp_path: Path) -> None:
     seen: list[tuple[str, int]] = []
 

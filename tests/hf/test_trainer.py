@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,14 @@ def test_classes_that_it_refuses(tmp_path: Path) -> None:
     for kind, message in ((Generates, "GRPO"), (Steps, "Steps.training_step")):
         with pytest.raises(ValueError, match=message):
             zeroth_order(trainer(tmp_path, kind=kind), "mezo")
+
+
+def test_old_versions_that_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    from zo_fused.hf import limits
+
+    monkeypatch.delattr(Trainer, "_prepare_for_training")
+    with pytest.raises(ImportError, match=r"needs transformers 5\.3 or newer"):
+        importlib.reload(limits)
 
 
 def test_methods_that_it_refuses(tmp_path: Path) -> None:

@@ -70,7 +70,13 @@ def trainer(output: Path, zo: Any = None, kind: Any = ZOTrainer, **others: Any) 
     """A trainer that is ready; arguments of it that it knows, others of `arguments`."""
     own: dict[str, Any] = {"model": model(), "train_dataset": data(), "eval_dataset": data(4)}
     names = ("model", "train_dataset", "eval_dataset", "compute_metrics", "callbacks")
-    names += ("optimizers", "optimizer_cls_and_kwargs", "compute_loss_func", "data_collator")
+    names += (
+        "optimizers",
+        "optimizer_cls_and_kwargs",
+        "compute_loss_func",
+        "data_collator",
+        "model_init",
+    )
     own |= {name: others.pop(name) for name in names if name in others}
     if zo is not None:
         own["zo"] = zo

@@ -5,7 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import transformers
 from transformers import Trainer
+
+if not hasattr(Trainer, "_prepare_for_training"):  # where the replay log is started
+    raise ImportError(
+        f"zo_fused.hf needs transformers 5.3 or newer; there is {transformers.__version__}"
+    )
 
 
 def check_trainer(trainer: Any) -> None:

@@ -124,10 +124,10 @@ class ZOMixin(_Trainer):
     # ---- what is reported and saved -------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **others: Any) -> None:
-        if "loss" in logs:  # of training, with the norm of no gradients
-            optimizer = self.zeroth_order_optimizer
-            logs["grad_norm"] = float(optimizer.projected_grad.abs().mean())
-            if skipped := optimizer.skipped_steps:
+        grads = getattr(self.zeroth_order_optimizer, "projected_grad", None)
+        if "loss" in logs and grads is not None:  # of training, with the norm of no gradients
+            logs["grad_norm"] = float(grads.abs().mean())
+            if skipped := self.zeroth_order_optimizer.skipped_steps:
                 logs["skipped_steps"] = skipped
         super().log(logs, *args, **others)
 
