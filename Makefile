@@ -28,7 +28,7 @@ $(VENV)/.packages: FORCE
 	@$(PYTHON) tools/set_up.py $(CHOICE) $(VENV)
 
 $(INSTALLED): $(VENV)/.packages setup.py $(wildcard csrc/* csrc/*/*)
-	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[hf,triton,test,bench,dev]'
+	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[hf,trl,triton,test,bench,dev]'
 	touch $@
 
 demo: $(INSTALLED)

@@ -7,6 +7,7 @@ import os
 import signal
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -150,3 +151,23 @@ def sweeps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(Bucket, "__init__", init)
     monkeypatch.setattr(Bucket, "prepared", sweep)
     return made
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of models on the Hugging Face hub stand for the embedded model."""
+    transformers = pytest.importorskip("transformers")
+    import zo_fused
+
+    model = Path(zo_fused.__file__).parent / "embedded/model"
+
+    def embedded(auto: Any) -> Any:
+        original = auto.from_pretrained
+
+        def from_pretrained(name: str, *args: Any, **options: Any) -> Any:
+            return original(name if Path(name).is_dir() else model, *args, **options)
+
+        return from_pretrained
+
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+        monkeypatch.setattr(auto, "from_pretrained", embedded(auto))

@@ -21,6 +21,7 @@ FOLDERS = (
     "zo_fused.rules",
     "zo_fused.methods",
     "zo_fused.replaying",
+    "zo_fused.hf",
     "zo_fused.task",
     "zo_fused.cli",
 )

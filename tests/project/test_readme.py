@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import zo_fused
-
 ROOT = Path(__file__).parents[2]
-EMBEDDED = Path(zo_fused.__file__).parent / "embedded" / "model"
 BLOCKS = [
     pytest.param(block, id=f"{path.name}-{i}")
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -19,28 +15,13 @@ BLOCKS = [
 ]
 
 
-@pytest.fixture
-def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names of models on the Hugging Face hub stand for the embedded model."""
-    transformers = pytest.importorskip("transformers")
-
-    def embedded(auto: Any) -> Any:
-        original = auto.from_pretrained
-
-        def from_pretrained(name: str, *args: Any, **options: Any) -> Any:
-            return original(name if Path(name).is_dir() else EMBEDDED, *args, **options)
-
-        return from_pretrained
-
-    for auto in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
-        monkeypatch.setattr(auto, "from_pretrained", embedded(auto))
-
-
+@pytest.mark.filterwarnings("ignore:'pin_memory'", "ignore:.gradient_checkpointing")  # no GPU; TRL
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.usefixtures("no_hub")
 def test_example_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "torchao" in block:  # in no extra
-        pytest.importorskip("torchao")
+    for package in ("torchao", "trl"):  # in no extra; in one that few need
+        if package in block:
+            pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "example", "exec"), {"__name__": "__main__"})
 

@@ -282,6 +282,44 @@ def test_models_that_do_not_fit_are_refused(log: Path, misfit: str) -> None:
         zo_fused.replay(model, log)
 
 
+class Codes(Tensor):
+    """A quantized weight as those of torchao: other tensors inside, and no views."""
+
+    def __new__(cls, codes: Tensor, scale: Tensor) -> Codes:
+        made = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+        made.codes, made.scale = codes, scale
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], *_: object) -> Codes:
+        return cls(**inner)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: object, types: object, args: tuple, kwargs: object) -> Codes:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(func)
+
+
+def test_a_frozen_quantized_weight_is_part_of_the_base(tmp_path: Path) -> None:
+    def base(code: int) -> nn.Module:
+        model = network()
+        codes = torch.full((3, 3), code, dtype=torch.int8)
+        model.frozen = nn.Parameter(Codes(codes, torch.ones(3)), requires_grad=False)
+        return model
+
+    model = base(1)
+    logged_run(zo_fused.MeZO(model, lr=1e-2), model, tmp_path / "log", 3)
+    replayed = base(1)
+    assert zo_fused.replay(replayed, tmp_path / "log") == 3
+    assert torch.equal(replayed[0].weight, model[0].weight)
+    with pytest.raises(ValueError, match="other base weights"):
+        zo_fused.replay(base(2), tmp_path / "log")
+
+
 def test_missing_log(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         zo_fused.replay(network(), tmp_path / "none.jsonl")

@@ -23,8 +23,8 @@ from zo_fused.step.weights import THETA, Place
 
 _NEEDS_LOSSES = (
     "step() needs a closure, step(lambda: model(**batch).loss), or loss_plus and loss_minus. There "
-    "is no backward pass: a loop that calls step() itself, such as the Trainer of transformers or "
-    "accelerate's, must call opt.estimate(closure) where it called loss.backward()"
+    "is no backward pass: a loop that calls step() itself must call opt.estimate(closure) where it "
+    "called loss.backward(); for the Trainer of transformers there is zo_fused.hf.ZOTrainer"
 )
 
 

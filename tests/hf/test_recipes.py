@@ -1,0 +1,55 @@
+"""The scripts in examples/recipes run as they stand, and tune."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import zo_fused
+
+RECIPES = sorted((Path(__file__).parents[2] / "examples/recipes").glob("*.py"))
+EMBEDDED = Path(zo_fused.__file__).parent / "embedded/model"
+TEXTS = ["a gripping film. It was great", "two dull hours. It was terrible"]
+
+
+def loss(directory: Path) -> float:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    batch = tokenizer(TEXTS, return_tensors="pt", padding=True)
+    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    with torch.no_grad():
+        return float(model(**batch, labels=labels).loss)
+
+
+@pytest.mark.filterwarnings("ignore")  # of Lightning, TRL and transformers, about small machines
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_tunes(
+    recipe: Path, no_hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("lightning", "trl"):
+        if f"import {package}" in (text := recipe.read_text()) or f"from {package}" in text:
+            pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    bold = text.replace("lr=1e-6", "lr=3e-5").replace("learning_rate=1e-6", "learning_rate=3e-5")
+    assert bold != text
+    exec(compile(bold, str(recipe), "exec"), {"__name__": "__main__"})
+    assert loss(tmp_path / "tuned") < loss(EMBEDDED)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_short(recipe: Path) -> None:
+    """Lines of code: without the docstring, imports and what is empty."""
+    tree = ast.parse(recipe.read_text())
+    code = [n for n in tree.body[1:] if not isinstance(n, ast.Import | ast.ImportFrom)]
+    lines = {line for node in code for line in range(node.lineno, node.end_lineno + 1)}
+    text = recipe.read_text().splitlines()
+    assert sum(bool(text[line - 1].strip()) for line in lines) < 25
+
+
+def test_there_are_recipes() -> None:
+    names = ["accelerate_loop", "lightning_manual", "plain_loop", "sft", "trainer"]
+    assert [path.stem for path in RECIPES] == names

@@ -1,0 +1,57 @@
+"""What a zeroth-order trainer refuses, before it would be wrong in silence."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import transformers
+from transformers import Trainer
+
+if not hasattr(Trainer, "_prepare_for_training"):  # where the replay log is started
+    raise ImportError(
+        f"zo_fused.hf needs transformers 5.3 or newer; there is {transformers.__version__}"
+    )
+
+
+def check_trainer(trainer: Any) -> None:
+    """Look at a trainer that is, or is to become, a zeroth-order one.
+
+    Raises:
+        ValueError: its arguments or its class need what zeroth-order steps have not.
+    """
+    args = trainer.args
+    if args.fp16:
+        raise ValueError(
+            "fp16=True scales losses for a backward pass, and there is none: load the model with "
+            "dtype=torch.float16, or take bf16=True"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"DataParallel would copy the weights to {args.n_gpu} GPUs in every forward pass: "
+            "let one be visible (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if args.world_size > 1:
+        raise ValueError(
+            f"there are {args.world_size} processes, each of which would tune weights of its own "
+            "from losses of its own: run one (data parallel steps are not there yet)"
+        )
+    for engine in ("deepspeed", "fsdp"):
+        if getattr(trainer, f"is_{engine}_enabled", False):
+            raise ValueError(f"weights that {engine} shards can't be perturbed: leave it out")
+    _check_class(type(trainer))
+
+
+def _check_class(kind: type) -> None:
+    if inspect.getattr_static(kind, "_prepare_inputs") is not Trainer._prepare_inputs:
+        raise ValueError(
+            f"{kind.__name__} makes its batches as it goes (_prepare_inputs), and its loss need "
+            "not tell how good the weights are, as that of GRPO does not: it can't be turned"
+        )
+    for parent in kind.__mro__:
+        ours = parent.__module__.startswith(("zo_fused.", "transformers.", "trl."))
+        if "training_step" in vars(parent) and not ours:  # TRL's offload activations, no more
+            raise ValueError(
+                f"{parent.__name__}.training_step would not be called: zeroth-order steps have one "
+                "of their own, which evaluates compute_loss"
+            )

@@ -1,0 +1,154 @@
+"""What makes a Trainer of transformers take zeroth-order steps: as little as it takes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_fused.hf.limits import check_trainer
+from zo_fused.hf.methods import make_optimizer, named
+from zo_fused.step.optimizer import ZerothOrderOptimizer
+
+logger = logging.getLogger("zo_fused")
+
+REPLAY_LOG = "replay.jsonl"
+COUNTERS = ("_metrics", "_total_train_tokens")  # in which trainers of TRL count as they evaluate
+
+_Trainer: Any = object  # some class of trainers comes after the mixin
+
+
+class ZOMixin(_Trainer):
+    """``class MyZOTrainer(ZOMixin, MyTrainer)``: the trainer with zeroth-order steps.
+
+    A step evaluates the trainer's own `compute_loss` over all micro-batches of an update, at
+    theta + eps z and at theta - eps z, in train mode, with the same dropout. Everything else is the
+    trainer's: evaluation, checkpoints, schedules, callbacks, reports. `max_grad_norm` has nothing
+    to clip; ``grad_norm`` in the log is the mean of \\|g\\|.
+
+    A replay log (docs/replay.md) is written to ``args.output_dir``, and every checkpoint gets its
+    own. A run that is resumed from a checkpoint continues that of the checkpoint, and gives the
+    bits of one that was never stopped.
+
+    Args:
+        zo: the method, ``"mezo"``, or with arguments ``("lozo", {"rank": 2, "deferred": True})``;
+            names are those of ``zo-fused finetune --method``. Arguments that are not given have the
+            values of ``args.learning_rate``, ``args.weight_decay`` and ``args.seed``. None: the
+            trainer gets ``optimizer_cls_and_kwargs=(zo_fused.LOZO, {...})``, to which the same
+            applies, or ``optimizers=(zo_fused.LOZO(model), None)``.
+        others: the trainer's own.
+
+    Raises:
+        TypeError, ValueError: the method or an argument of it is not what it should be, or the
+            trainer needs what a zeroth-order step has not: see `zo_fused.hf.limits`.
+    """
+
+    optimizer: Any
+    optimizer_cls_and_kwargs: Any
+    _parts: tuple[Any, ...] = ()  # micro-batches that wait for the last one of their update
+
+    def __init__(self, *args: Any, zo: Any = None, **others: Any) -> None:
+        chosen = None if zo is None else named(zo)  # before what takes long
+        super().__init__(*args, **others)
+        check_trainer(self)
+        self.choose(chosen)
+
+    def choose(self, chosen: Any) -> None:
+        """Take a method, unless it is None.
+
+        Raises:
+            ValueError: there is an optimizer.
+        """
+        if chosen is not None:
+            if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+                raise ValueError("the trainer has an optimizer: leave that out, or zo")
+            self.optimizer_cls_and_kwargs = chosen
+
+    @property
+    def zeroth_order_optimizer(self) -> Any:
+        """The optimizer itself, without what accelerate puts around it; None before training."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self, self.model if model is None else model)
+        if not isinstance(self.zeroth_order_optimizer, ZerothOrderOptimizer):
+            kind = type(self.zeroth_order_optimizer).__name__
+            raise TypeError(f"a zeroth-order trainer needs an optimizer of zo_fused, not {kind}")
+        return self.optimizer
+
+    # ---- the step -------------------------------------------------------------------------------
+
+    def get_batch_samples(self, *args: Any, **others: Any) -> Any:
+        self._parts = ()  # an update begins, even if the last one never came to its end
+        return super().get_batch_samples(*args, **others)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        self._parts += (self._prepare_inputs(inputs),)
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        parts, self._parts = self._parts, ()
+        model.train()
+        optimizer = self.zeroth_order_optimizer
+        sign = -1 if optimizer.takes_rewards else 1
+        counters = {name: vars(self)[name] for name in COUNTERS if name in vars(self)}
+
+        def closure() -> Tensor:
+            self.__dict__.update(copy.deepcopy(counters))  # one evaluation of a step counts
+            losses = []
+            for part in parts:
+                with self.compute_loss_context_manager():
+                    inputs = dict(part)  # compute_loss takes out labels, or puts things in
+                    losses.append(
+                        self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+                    )
+            whole = sum(losses[1:], losses[0])
+            return sign * (whole if self._is_share(num_items_in_batch) else whole / len(parts))
+
+        return sign * optimizer.estimate(closure).to(self.args.device)
+
+    def _is_share(self, num_items_in_batch: Any) -> bool:
+        """Whether `compute_loss` gives a micro-batch's share of the update's loss, and not its own
+        mean: the condition of Trainer.training_step."""
+        said = getattr(self, "loss_is_scaled_for_ga", None)
+        if said is not None:
+            return bool(said)
+        by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return by_model or self.compute_loss_func is not None
+
+    # ---- what is reported and saved -------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **others: Any) -> None:
+        grads = getattr(self.zeroth_order_optimizer, "projected_grad", None)
+        if "loss" in logs and grads is not None:  # of training, with the norm of no gradients
+            logs["grad_norm"] = float(grads.abs().mean())
+            if skipped := self.zeroth_order_optimizer.skipped_steps:
+                logs["skipped_steps"] = skipped
+        super().log(logs, *args, **others)
+
+    def _prepare_for_training(self, max_steps: Any, data: Any, checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, data, checkpoint)
+        if self.args.should_save:
+            self._start_log(None if checkpoint is None else Path(checkpoint, REPLAY_LOG))
+        return prepared
+
+    def _start_log(self, before: Path | None) -> None:
+        optimizer, path = self.zeroth_order_optimizer, Path(self.args.output_dir, REPLAY_LOG)
+        optimizer.close_log()  # of another call of train
+        if before is not None and before.exists():
+            shutil.copyfile(before, path)
+            optimizer.start_log(path, resume=True)
+        elif optimizer.step_count and optimizer.state:
+            logger.warning("no replay log: it would lack the momentum of earlier steps")
+        else:
+            optimizer.start_log(path)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.zeroth_order_optimizer.weights.log.is_open:
+            shutil.copyfile(Path(self.args.output_dir, REPLAY_LOG), Path(output_dir, REPLAY_LOG))
