@@ -285,6 +285,27 @@ def test_a_member_without_a_reward_is_named_and_may_have_one_later() -> None:
     assert not same(snapshot(model), before)
 
 
+def test_a_reward_without_with_is_of_other_weights() -> None:
+    model = network()
+    before, opt = snapshot(model), ES(model, 1e-2, 3)
+    members = list(opt.members())
+    for member in members:
+        member.reward = float(member.number)
+    with pytest.raises(ValueError, match=r"reward without `with member:`.*: member 0 \("):
+        opt.step()
+    close(model, before)
+    for member in members[:2]:
+        with member:
+            member.reward = float(member.number)
+    with pytest.raises(ValueError, match=r"than the member's: member 2 \(.*\); enter each, one"):
+        opt.step()
+    with members[2]:
+        pass
+    opt.step()
+    assert opt.step_count == 1
+    assert not same(snapshot(model), before)
+
+
 def close(model: Any, before: list[Tensor]) -> None:
     for p, q in zip(snapshot(model), before, strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=6 * 2.0**-24)
