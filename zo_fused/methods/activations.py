@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,6 +28,8 @@ class SeesActivations(ZerothOrderOptimizer):
     `FIRST_PASSES` times, then once. With ``one_sided`` the last of them is the baseline.
     """
 
+    _freezes = False
+
     @property
     def _activations(self) -> Activations | None:
         direction = self.direction
@@ -41,13 +43,36 @@ class SeesActivations(ZerothOrderOptimizer):
         again = 0 if activations.refresh is None else (steps - 1) // activations.refresh
         return total + FIRST_PASSES - 1 + alone * (1 + again)
 
-    def leave_all_but(self, those: Collection[int]) -> None:
-        """The parameters whose ids are not among these are no business of this optimizer."""
+    def is_other(self, p: Tensor) -> bool:
+        """Whether a parameter that no linear layer alone holds is frozen by ``others="frozen"``."""
+        return True
+
+    def freeze_others(self) -> None:
+        """From now on, and in groups that are added, others are no business of this optimizer."""
+        self._freezes = True
         for group in self.param_groups:
-            kept = [i for i, p in enumerate(group["params"]) if id(p) in those]
-            for name in ("params", "param_names"):
-                if group.get(name):
-                    group[name] = [group[name][i] for i in kept]
+            self._leave_others(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if self._freezes:
+            self._leave_others(self.param_groups[-1])
+            if not self.param_groups[-1]["params"]:
+                del self.param_groups[-1]
+                raise ValueError(
+                    'others="frozen" leaves nothing of the group to tune: no nn.Linear of the '
+                    "model alone holds one of its matrices"
+                )
+
+    add_param_group.__doc__ = ZerothOrderOptimizer.add_param_group.__doc__
+
+    def _leave_others(self, group: dict[str, Any]) -> None:
+        assert self._activations is not None
+        layers = self._activations.layers()
+        kept = [i for i, p in enumerate(group["params"]) if id(p) in layers or not self.is_other(p)]
+        for name in ("params", "param_names"):
+            if group.get(name):
+                group[name] = [group[name][i] for i in kept]
 
     def _wanting(self) -> dict[int, tuple[Tensor, int, int]]:
         """The weights that need a V before this step."""

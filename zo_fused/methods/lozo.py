@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from zo_fused.checks import choice, switch, whole
 from zo_fused.directions.activations import Activations
 from zo_fused.directions.factored.direction import Factored
-from zo_fused.directions.inputs import linear_layers
 from zo_fused.directions.low_rank import LowRank
 from zo_fused.methods.activations import SeesActivations
 from zo_fused.methods.beside import evaluated_module, rounding_of
@@ -180,7 +179,7 @@ class LOZO(SeesActivations):
         direction = LowRank(**of_z) if evaluated is None else Factored(evaluated, paired, **of_z)
         super().__init__(params, direction, rule, defaults, options, **common)
         if others == "frozen":
-            self.leave_all_but(linear_layers(model).keys())
+            self.freeze_others()
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
