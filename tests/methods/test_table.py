@@ -68,11 +68,19 @@ def test_star_and_import_load_no_more_than_they_must() -> None:
 
 @pytest.mark.parametrize("name", [n for n in table.methods() if n in zo_fused.__all__])
 def test_a_method_is_documented(name: str) -> None:
-    rows = (ROOT / "docs" / "methods.md").read_text()
-    assert re.search(rf"^\|.*`{name}\b", rows, re.MULTILINE), (
-        f"docs/methods.md has no row of {name}"
-    )
-    assert "Args:" in table.methods()[name].__doc__
+    """In the README, too; with its source where the README says that it stands."""
+    paper = re.compile(r"\b[0-9]{4}\.[0-9]{5}\b|this project")
+    row = re.compile(rf"^\|[^|]*`{name}\b.*", re.MULTILINE)
+    rows = row.findall((ROOT / "docs" / "methods.md").read_text())
+    assert rows, f"docs/methods.md has no row of {name}"
+    assert paper.search(rows[0]), f"docs/methods.md has no source of {name}"
+    readme = (ROOT / "README.md").read_text()
+    assert row.search(readme), f"README.md has no row of {name}"
+    *_, sources = readme.partition("Sources: ")
+    assert "its row of [docs/methods.md](docs/methods.md) and in its docstring" in sources
+    told = table.methods()[name].__doc__
+    assert "Args:" in told
+    assert name == "SeeZO" or paper.search(told), f"the docstring of {name} has no source"
 
 
 @pytest.mark.parametrize("name", table.recipes())
