@@ -73,7 +73,10 @@ def test_mistakes_are_told_in_one_sentence(words, message, capsys):
         (["--resume", "--overwrite"], "exclude each other"),
         (["--method", "mezo", "--rank", "4"], "--rank is no option of the method mezo"),
         (["--method", "zo-sign", "--momentum", "0.5"], "--momentum is no option of the method zo-"),
-        (["--history", "5"], "--history is no option of the method lozo"),
+        (
+            ["--history", "5"],
+            "--history is no option of the method lozo (see `zo-fused finetune --method lozo --he",
+        ),
         (["--method", "zo-conservative", "--one-sided"], "--one-sided is no option of the method"),
         (["--method", "forward-grad", "--eps", "1"], "--eps is no option of the method forward-"),
         (["--method", "forward-grad", "--loss", "accuracy"], "accuracy has no derivative, which"),

@@ -219,7 +219,10 @@ def options(args: argparse.Namespace) -> Options:
     table = defaults.defaults(method, embedded, args.peft, blocks, one_sided)
     for name in OPTIONS:
         if name not in table and getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} is no option of the method {method}")
+            raise UserError(
+                f"--{name.replace('_', '-')} is no option of the method {method} "
+                f"(see `zo-fused finetune --method {method} --help`)"
+            )
     if blocks and args.schedule not in (None, "plain"):
         raise UserError("--blocks takes the schedule plain")
     if blocks and args.peft is not None:
