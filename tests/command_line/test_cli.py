@@ -178,6 +178,7 @@ def test_some_options_change_the_defaults_of_others():
     assert defaults.defaults("lozo", False)["schedule"] == "factored"
     assert defaults.defaults("lozo", False, one_sided=True)["schedule"] == "deferred"
     assert defaults.defaults("lozo", False, blocks=True)["schedule"] == "plain"
+    assert defaults.defaults("p-gap", True, peft="lora")["schedule"] == "plain"  # has no deferred
     lora = defaults.defaults("lozo", True, peft="lora")
     assert (lora["lr"], lora["eps"], lora["schedule"]) == (5e-5, 1e-2, "deferred")
     assert "eps" not in defaults.defaults("forward-grad", False, peft="prefix")

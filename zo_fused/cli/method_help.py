@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zo_fused.cli.defaults import BY_PEFT, EMBEDDED_BY_METHOD, METHOD
-from zo_fused.cli.method_options import OPTIONS, UNSET, by_method
+from zo_fused.cli.method_options import OPTIONS, UNSET, by_method, in_place
 from zo_fused.cli.parser import shown
 
 HINT = "--method NAME --help, in this order, shows what a method takes, with its own defaults"
@@ -65,7 +65,7 @@ def of_one(option: str, method: str) -> str:
     if embedded != usual:
         told.append(f"on the embedded model: {embedded}")
     if (option, usual) == ("schedule", "factored"):
-        told.append("with --peft or --one-sided: deferred")
+        told.append(f"with --peft or --one-sided: {in_place(method)}")
     if "quantize" not in own:  # such a method tunes no adapter
         adapters = [(peft, of[option]) for peft, of in BY_PEFT.items() if option in of]
         told += [f"--peft {peft}: {shown(value)}" for peft, value in adapters]

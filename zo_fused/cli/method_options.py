@@ -120,12 +120,17 @@ def by_method() -> dict[str, dict[str, Any]]:
     for name, (method, recipe) in recipes().items():
         takes = arguments(method)
         own = {option: takes[option] for option in OPTIONS if option in takes}
-        own["schedule"] = recipe.schedule or (
-            "factored" if "mode" in takes else "deferred" if "deferred" in takes else "plain"
-        )
+        own["schedule"] = recipe.schedule or ("factored" if "mode" in takes else in_place(name))
         if "block_order" in takes:
             own["blocks"] = None
         if method.quantized:
             own["quantize"] = None
         table[name] = own | recipe.options
     return table
+
+
+def in_place(name: str) -> str:
+    """The schedule of a method where nothing is kept beside the weights."""
+    from zo_fused.methods.table import arguments, recipes
+
+    return "deferred" if "deferred" in arguments(recipes()[name][0]) else "plain"
