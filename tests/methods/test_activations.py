@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 from support.models import loss_of, network, same, snapshot
-from support.textbook import EPS, SEED, STEPS, SmallTransformer, dense, model_and_tokens
+from support.textbook import EPS, SEED, STEPS, SmallTransformer, dense, drawn, model_and_tokens
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import zo_fused
 from zo_fused.directions.activations import FIRST_PASSES
 from zo_fused.directions.inputs import Inputs, linear_layers
-from zo_fused.noise import Purpose, derive_key, normal, parameter_id
+from zo_fused.noise import Purpose
 
 Weights = dict[str, Tensor]
 
@@ -217,14 +217,13 @@ def test_the_textbook(kw: dict[str, Any]) -> None:
                 us[name], v_of[name] = dense(name, w, t)[:, None], torch.ones(1, 1).double()
                 continue
             m, n = w.shape
-            draw = normal(m, derive_key(SEED, Purpose.U, t), parameter_id(name))
-            us[name] = draw.double()[:, None]
-            key = derive_key(SEED, Purpose.V, t // 10 if not kw.get("moments") else 0)
-            random_v = normal(n, key, parameter_id(name)).double()[:, None]
+            us[name] = drawn(name, (m, 1), Purpose.U, t)
+            window = t // 10 if not kw.get("moments") else 0
+            random_v = drawn(name, (n, 1), Purpose.V, window)
             v_of[name] = vs.get(name, random_v)
             if kw.get("momentum") and t and t % 10 == 0 and name not in vs:
-                old = normal(n, derive_key(SEED, Purpose.V, t // 10 - 1), parameter_id(name))
-                product = old.double()[None] @ random_v / n
+                old = drawn(name, (1, n), Purpose.V, t // 10 - 1)
+                product = old @ random_v / n
                 momentum[name] = momentum[name] @ product
         z = {name: (us[name] @ v_of[name].T).view(theta[name].shape) for name in moving}
         away = 0.0 if kw.get("one_sided") else -1.0

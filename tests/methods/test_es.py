@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 from support.models import loss_of, network, same, snapshot
-from support.textbook import EPS, SEED, STEPS, Weights, dense, model_and_tokens
+from support.textbook import EPS, SEED, STEPS, Weights, dense, drawn, loss_of_copy, model_and_tokens
 from torch import Tensor
-from torch.func import functional_call
 
 import zo_fused
 from zo_fused.cli.main import main
@@ -38,9 +37,7 @@ def low_rank(name: str, w: Tensor, step: int, query: int) -> Tensor:
         return dense(name, w, step, query)
     m, n, rank = w.shape[0], w[0].numel(), 2
     a, b = (
-        normal(rows * rank, derive_key(SEED, purpose, step, query), parameter_id(name))
-        .double()
-        .view(rows, rank)
+        drawn(name, (rows, rank), purpose, step, query)
         for rows, purpose in ((m, Purpose.U), (n, Purpose.V))
     )
     return (a @ b.T / math.sqrt(rank)).view(w.shape)
@@ -94,9 +91,10 @@ def test_fifty_steps_follow_the_textbook(shaping: str, antithetic: bool, directi
     """
     model, tokens = model_and_tokens()
 
+    loss = loss_of_copy(model, tokens)
+
     def reward(weights: Weights) -> float:
-        doubles = {name: w.detach().double() for name, w in weights.items()}
-        return -float(functional_call(model, doubles, (tokens,)))
+        return -float(loss(weights))
 
     theta = {k: p.detach().double() for k, p in model.named_parameters()}
     start = {k: w.clone() for k, w in theta.items()}

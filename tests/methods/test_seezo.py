@@ -15,6 +15,7 @@ from support.textbook import (
     Loss,
     Weights,
     dense,
+    drawn,
     float64_loss,
     follow,
     model_and_tokens,
@@ -23,7 +24,7 @@ from support.textbook import (
 from torch import Tensor, nn
 
 import zo_fused
-from zo_fused.noise import Purpose, derive_key, normal, parameter_id
+from zo_fused.noise import Purpose
 from zo_fused.task.run import make_optimizer
 
 RANK, QUERIES, LR = 3, 2, 5e-3
@@ -57,12 +58,11 @@ def textbook(loss: Loss, theta: Weights) -> list[float]:
 
     def z(step: int, query: int) -> Weights:
         out = {}
-        key = derive_key(SEED, Purpose.U, step, query)
         for name, w in theta.items():
             if w.dim() < 2:
                 out[name] = dense(name, w, step, query)
                 continue
-            u = normal(len(w) * RANK, key, parameter_id(name)).double().view(len(w), RANK)
+            u = drawn(name, (len(w), RANK), Purpose.U, step, query)
             out[name] = (u * rows if name == "embed.weight" else u) @ found[name].T
         return out
 
