@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import zo_fused
+from zo_fused.cli.method_options import by_method
 from zo_fused.directions.activations import FIRST_PASSES
 from zo_fused.directions.inputs import Inputs, linear_layers
 from zo_fused.noise import Purpose
+from zo_fused.task.run import make_optimizer
 
 Weights = dict[str, Tensor]
 
@@ -426,3 +428,18 @@ def test_the_tied_head_is_no_layer_of_its_own() -> None:
     opt = zo_fused.LOZO(model, basis="activations", others="frozen")
     assert not any(p is model.embed.weight for p in opt.param_groups[0]["params"])
     assert len(opt.param_groups[0]["params"]) == len(opt.param_groups[0]["param_names"]) == 8
+
+
+@pytest.mark.parametrize("name", ["agzo", "seezo"])
+def test_the_command_line_has_blocks(name: str) -> None:
+    pytest.importorskip("transformers")
+    from support.tiny_models import causal_model
+
+    model = causal_model("opt")
+    hyper = {**by_method()[name], "schedule": "plain", "blocks": "sequential", "rank": 2}
+    opt = make_optimizer(name, hyper, model)
+    ids = torch.arange(6)[None]
+    for _ in range(2):
+        opt.step(lambda: model(input_ids=ids, labels=ids).loss)
+    layers = model.model.decoder.layers
+    assert "basis" in opt.state[layers[0].fc1.weight]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from support.textbook import EPS, SEED, STEPS, Weights, dense, drawn, loss_of_co
 from torch import Tensor
 
 import zo_fused
+from zo_fused.cli.defaults import EMBEDDED_DATA
 from zo_fused.cli.main import main
 from zo_fused.methods.es import ES
 from zo_fused.noise import Purpose, derive_key, normal, parameter_id
@@ -472,8 +474,13 @@ def test_answers_of_several_tokens_are_generated() -> None:
 def test_the_command_line_climbs_minus_the_loss(tmp_path: Path) -> None:
     """Also where that is what the model generates."""
     pytest.importorskip("transformers")
+    shutil.copy(EMBEDDED_DATA / "task.json", tmp_path)
+    for split in ("train", "dev", "test"):
+        lines = (EMBEDDED_DATA / f"{split}.jsonl").read_text().splitlines()
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines[:16]))
     words = ["finetune", "--method", "es", "--loss", "exact-match", "--steps", "3"]
     words += ["--population", "4", "--eps", "1e-2", "--output", str(tmp_path / "out")]
+    words += ["--train", str(tmp_path)]
     assert main(words) == 0
     lines = (tmp_path / "out" / "history.jsonl").read_text().splitlines()
     steps = [entry for entry in map(json.loads, lines) if "loss" in entry]

@@ -23,6 +23,7 @@ from zo_fused.methods import table
 from zo_fused.rules.sgd import SGD, ScalarSign
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.schedule import STEP_DEFAULTS, StepOptions
+from zo_fused.task.errors import UserError
 from zo_fused.task.run import make_optimizer
 
 ROOT = Path(zo_fused.__file__).parent.parent
@@ -155,6 +156,16 @@ def test_a_recipe_may_have_options_that_the_command_line_lacks() -> None:
         by_method.cache_clear()
     assert type(optimizer) is Scalar
     assert isinstance(optimizer.rule, ScalarSign)
+
+
+@pytest.mark.parametrize(
+    ("name", "has"), [("kerzoo", "plain, deferred"), ("p-gap", "plain, factored"), ("qzo", "plain")]
+)
+def test_a_schedule_that_a_method_lacks_is_refused_with_those_that_it_has(
+    name: str, has: str
+) -> None:
+    with pytest.raises(UserError, match=f"'paired' is not for the method {name}, which has {has}$"):
+        make_optimizer(name, {"schedule": "paired"}, nn.Linear(2, 2))
 
 
 def test_plan_has_every_method() -> None:

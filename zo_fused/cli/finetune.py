@@ -53,6 +53,11 @@ def method_choice() -> dict[str, Any]:
     return choice(by_method(), {"zosignsgd": "zo-sign"})
 
 
+def dtype_choice() -> dict[str, Any]:
+    """The same, for a dtype."""
+    return choice(("float32", "float16", "bfloat16"), _DTYPES)
+
+
 def seed(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,20}", text) or int(text) >= 1 << 64:
         raise argparse.ArgumentTypeError(f"must be a whole number below 2**64, got {text!r}")
@@ -183,7 +188,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> Any:
     )
     run.add_argument(
         "--dtype",
-        **choice(("float32", "float16", "bfloat16"), _DTYPES),
+        **dtype_choice(),
         help=f"of the weights ({_default('dtype')})",
     )
     run.add_argument("--device", help=f"cpu, cuda, cuda:1, ... ({_default('device')})")

@@ -133,7 +133,9 @@ class LOZO(SeesActivations):
         if refresh is not None:
             refresh = whole("refresh", refresh, 1)
             if interval not in (INTERVAL, refresh):
-                raise ValueError(f"refresh={refresh} is the interval, too: leave interval out")
+                raise ValueError(
+                    f"refresh={refresh} is the interval, too: leave interval out, or change refresh"
+                )
             interval = refresh
         if moments is not None:
             choice("moments", moments, ("adam",))
