@@ -521,7 +521,7 @@ def test_losses_that_are_not_finite_stop_the_run(arguments, tmp_path, monkeypatc
     monkeypatch.setattr(Scorer, "loss", lambda *_: torch.tensor(float("nan")))
     assert main(arguments("--steps", "50")) == 2
     error = capsys.readouterr().err
-    assert f"{SKIPPED_IN_A_ROW} losses in a row were not finite" in error
+    assert f"{SKIPPED_IN_A_ROW} steps in a row were skipped, as a loss was not finite;" in error
     assert "Traceback" not in error
     history = read(tmp_path / "out" / "history.jsonl")
     assert [e["loss"] for e in history if "loss" in e] == [None] * SKIPPED_IN_A_ROW
