@@ -247,9 +247,17 @@ def test_others_that_are_added_are_frozen_too(kind: Any) -> None:
     before = model.embed.weight.detach().clone()
     opt.step(lambda: model(tokens))
     assert torch.equal(model.embed.weight, before)
-    with pytest.raises(ValueError, match="leaves nothing of the group to tune"):
+    with pytest.raises(ValueError, match="leaves nothing to tune"):
         opt.add_param_group({"params": [("more.weight", nn.Embedding(5, 16).weight)]})
     assert len(opt.param_groups) == 2
+    with pytest.raises(ValueError, match=r'leaves nothing to tune: .*others="random" tunes it'):
+        kind(
+            [("embed.weight", model.embed.weight)],
+            rank=2,
+            others="frozen",
+            module=model,
+            **kw,
+        )
 
 
 def test_a_state_in_another_order_has_the_same_rows() -> None:

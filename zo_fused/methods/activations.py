@@ -20,6 +20,11 @@ from zo_fused.step.schedule import Position
 
 logger = logging.getLogger("zo_fused")
 
+_NOTHING_LEFT = (
+    'others="frozen" leaves nothing to tune: what requires gradients is no weight that an '
+    'nn.Linear of the model alone holds; others="random" tunes it'
+)
+
 
 class SeesActivations(ZerothOrderOptimizer):
     """An optimizer whose direction may be `LowRank` with `Activations`.
@@ -48,10 +53,17 @@ class SeesActivations(ZerothOrderOptimizer):
         return True
 
     def freeze_others(self) -> None:
-        """From now on, and in groups that are added, others are no business of this optimizer."""
+        """From now on, and in groups that are added, others are no business of this optimizer.
+
+        Raises:
+            ValueError: nothing is left.
+        """
         self._freezes = True
+        moved = self._any_moves(self.param_groups)
         for group in self.param_groups:
             self._leave_others(group)
+        if moved and not self._any_moves(self.param_groups):
+            raise ValueError(_NOTHING_LEFT)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -59,12 +71,12 @@ class SeesActivations(ZerothOrderOptimizer):
             self._leave_others(self.param_groups[-1])
             if not self.param_groups[-1]["params"]:
                 del self.param_groups[-1]
-                raise ValueError(
-                    'others="frozen" leaves nothing of the group to tune: no nn.Linear of the '
-                    "model alone holds one of its matrices"
-                )
+                raise ValueError(_NOTHING_LEFT)
 
     add_param_group.__doc__ = ZerothOrderOptimizer.add_param_group.__doc__
+
+    def _any_moves(self, groups: Sequence[dict[str, Any]]) -> bool:
+        return any(self.moves(p) for group in groups for p in group["params"])
 
     def _leave_others(self, group: dict[str, Any]) -> None:
         assert self._activations is not None
