@@ -430,6 +430,12 @@ def test_the_tied_head_is_no_layer_of_its_own() -> None:
     assert len(opt.param_groups[0]["params"]) == len(opt.param_groups[0]["param_names"]) == 8
 
 
+def test_the_command_line_may_refresh_what_a_recipe_has_for_the_whole_run() -> None:
+    hyper = {**by_method()["zo-act"], "schedule": "plain", "refresh": 2}
+    opt = make_optimizer("zo-act", hyper, network())
+    assert opt.param_groups[0]["interval"] == 2
+
+
 @pytest.mark.parametrize("name", ["agzo", "seezo"])
 def test_the_command_line_has_blocks(name: str) -> None:
     pytest.importorskip("transformers")

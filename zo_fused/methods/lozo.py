@@ -132,7 +132,7 @@ class LOZO(SeesActivations):
             raise ValueError('refresh and others need basis="activations"')
         if refresh is not None:
             refresh = whole("refresh", refresh, 1)
-            if interval not in (INTERVAL, refresh):
+            if interval not in (INTERVAL, WHOLE_RUN, refresh):  # nobody chose the first two
                 raise ValueError(
                     f"refresh={refresh} is the interval, too: leave interval out, or change refresh"
                 )
@@ -142,7 +142,10 @@ class LOZO(SeesActivations):
         if moments and momentum:
             raise ValueError('moments="adam" has a momentum of its own, betas[0]: momentum=0')
         if (momentum or moments) and common.get("block_order") == "sequential":
-            raise ValueError("a block would miss the steps at which its momentum moves to a new V")
+            raise ValueError(
+                "a block would miss the steps at which its momentum moves to a new V: no momentum "
+                "or moments, or simultaneous blocks"
+            )
         defaults: dict[str, Any] = {
             "lr": lr,
             "rank": rank,
