@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zo_fused.cli import defaults
-from zo_fused.cli.method_options import OPTIONS, add_method_options, by_method
-from zo_fused.cli.parser import add_trust_option, choice, default_text, folder, whole
+from zo_fused.cli.method_help import HINT, add_method_options
+from zo_fused.cli.method_options import OPTIONS, by_method
+from zo_fused.cli.parser import add_trust_option, choice, folder, shown, whole
 from zo_fused.step.interrupts import uninterrupted
 from zo_fused.task.errors import Interrupted, UserError, first_line, out_of_memory
 
@@ -52,6 +53,11 @@ def method_choice() -> dict[str, Any]:
     return choice(by_method(), {"zosignsgd": "zo-sign"})
 
 
+def dtype_choice() -> dict[str, Any]:
+    """The same, for a dtype."""
+    return choice(("float32", "float16", "bfloat16"), _DTYPES)
+
+
 def seed(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,20}", text) or int(text) >= 1 << 64:
         raise argparse.ArgumentTypeError(f"must be a whole number below 2**64, got {text!r}")
@@ -66,19 +72,16 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _default(name: str) -> str:
-    return default_text([defaults.COMMON[name]])
+    """What a help text says of it."""
+    embedded = defaults.EMBEDDED_COMMON.get(name)
+    other = "" if embedded is None else f"; on the embedded model: {shown(embedded)}"
+    return f"default: {shown(defaults.COMMON[name])}{other}"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options; whatever is not given stays None and gets its default later."""
     add_data_options(parser)
-    method = parser.add_argument_group("method")
-    method.add_argument(
-        "--method",
-        **method_choice(),
-        help=f"optimizer (default: {defaults.METHOD})",
-    )
-    add_method_options(method)
+    add_method_options(parser.add_argument_group("method", HINT), **method_choice())
     run = add_run_options(parser)
     run.add_argument("--steps", type=whole, help=f"({_default('steps')})")
     run.add_argument("--seed", type=seed, help=f"({_default('seed')})")
@@ -185,7 +188,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> Any:
     )
     run.add_argument(
         "--dtype",
-        **choice(("float32", "float16", "bfloat16"), _DTYPES),
+        **dtype_choice(),
         help=f"of the weights ({_default('dtype')})",
     )
     run.add_argument("--device", help=f"cpu, cuda, cuda:1, ... ({_default('device')})")
@@ -221,7 +224,10 @@ def options(args: argparse.Namespace) -> Options:
     table = defaults.defaults(method, embedded, args.peft, blocks, one_sided)
     for name in OPTIONS:
         if name not in table and getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} is no option of the method {method}")
+            raise UserError(
+                f"--{name.replace('_', '-')} is no option of the method {method} "
+                f"(see `zo-fused finetune --method {method} --help`)"
+            )
     if blocks and args.schedule not in (None, "plain"):
         raise UserError("--blocks takes the schedule plain")
     if blocks and args.peft is not None:

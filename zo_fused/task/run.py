@@ -328,7 +328,11 @@ def make_optimizer(
     if "mode" in takes:  # some choose it themselves, if it is not said
         arguments = {"mode": "inplace", **arguments}
     if not arguments.keys() <= takes:
-        raise UserError(f"the schedule {schedule!r} is not for the method {method}")
+        known = [name for name, needs in SCHEDULES.items() if needs.keys() <= takes]
+        raise UserError(
+            f"the schedule {schedule!r} is not for the method {method}, which has "
+            f"{', '.join(known)}"
+        )
     if "total_steps" in takes:
         hyper["total_steps"] = steps
     if "rows" in takes and tokens is not None:
@@ -337,6 +341,8 @@ def make_optimizer(
         params = model
         if blocks is not None:
             params, arguments = zo_fused.layer_blocks(model), {"block_order": blocks}
+            if "module" in takes:  # some look at its layers
+                arguments["module"] = model
         return made(params, **hyper, **arguments, seed=seed)
     except ValueError as error:
         raise UserError(first_line(error)) from error
