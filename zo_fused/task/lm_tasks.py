@@ -19,7 +19,7 @@ from typing import Any
 from zo_fused.task.data import SPLITS, Example, read_records
 from zo_fused.task.errors import UserError, first_line, optional
 from zo_fused.task.prompt import Question
-from zo_fused.task.splits import Draw, draw
+from zo_fused.task.splits import Draw, drawn
 
 PAPERS = Path(__file__).parent / "papers"
 MASK = "<mask>"  # in a prompt: where the answer of a masked language model belongs
@@ -47,7 +47,7 @@ class LmTask:
         answers: the candidates, where all records have the same; else ().
         generates: whether there are no candidates, and the model is to write the answer.
         stops: texts that end a generated answer.
-        max_new_tokens: of a generated answer.
+        max_new_tokens: of a generated answer; 0 where none is.
         loss: what the paper trains with: "classification" or "lm".
 
     Raises:
@@ -71,11 +71,14 @@ class LmTask:
         fixed = isinstance(choices, list) and not self.generates and not self._task.multiple_input
         delimiter = config.target_delimiter
         self.answers = tuple(f"{delimiter}{choice}" for choice in choices) if fixed else ()
+        if self.masked and not self.answers:
+            raise UserError(f"the task {name} has a {MASK}, but not the same answers for all")
         self.loss = str(self._metadata("loss", "lm" if self.generates else "classification"))
-        wanted = config.generation_kwargs or {}
+        wanted = (config.generation_kwargs or {}) if self.generates else {}
         until = wanted.get("until", [])
         self.stops = tuple([until] if isinstance(until, str) else until)
-        self.max_new_tokens = int(wanted.get("max_gen_toks", 50))
+        # without a limit of its own, lm_eval's
+        self.max_new_tokens = int(wanted.get("max_gen_toks", 256)) if self.generates else 0
 
     def _metadata(self, key: str, default: Any) -> Any:
         return (self._task.config.metadata or {}).get(key, default)
@@ -118,7 +121,7 @@ class LmTask:
             raise UserError(f"--k needs classes, and the answers of the task {self.name} differ")
         sizes = {split: len(docs) for split, docs in sets.items()}
         with _quiet():
-            places = draw(sizes, self.draw(given), self._labels(sets["train"]))
+            places = drawn(sizes, self.draw(given), self._labels(sets["train"]))
             return {
                 split: [self._example(f"{self.name} {of}", sets[of], i) for of, i in chosen]
                 for split, chosen in places.items()

@@ -73,6 +73,9 @@ class Task:
         UserError: the two make no task; the message says why.
     """
 
+    loss = "classification"  # what it is trained with unless the user says otherwise
+    generates, max_new_tokens = False, 0  # the model writes no answer of its own
+
     def __init__(self, template: str, verbalizer: Mapping[str, str], description: str = "") -> None:
         self.template = template
         self.verbalizer = dict(verbalizer)

@@ -30,7 +30,7 @@ class Draw:
 Places = list[tuple[str, int]]  # the set that an example is in, and its number there
 
 
-def draw(
+def drawn(
     sizes: Mapping[str, int], wanted: Draw, label_of: Callable[[int], Hashable]
 ) -> dict[str, Places]:
     """Examples of train, dev and test, without any twice.
@@ -50,17 +50,17 @@ def draw(
     if wanted == Draw(seed=wanted.seed):
         return {split: [(split, i) for i in range(size)] for split, size in sizes.items()}
     if wanted.k is not None:
-        drawn = _of_each_class(sizes["train"], wanted.k, wanted.seed, label_of)
+        places = _of_each_class(sizes["train"], wanted.k, wanted.seed, label_of)
     else:
-        drawn = _in_a_row(sizes, wanted)
+        places = _in_a_row(sizes, wanted)
     for split, seed in (
         ("dev", wanted.seed),
         ("test", wanted.seed if wanted.k is None else K_SHOT_TEST_SEED),
     ):
         if split in sizes:
             count = wanted.dev if split == "dev" else wanted.test
-            drawn[split] = [(split, i) for i in shuffled(sizes[split], seed)[:count]]
-    return drawn
+            places[split] = [(split, i) for i in shuffled(sizes[split], seed)[:count]]
+    return places
 
 
 def shuffled(size: int, seed: int) -> list[int]:
