@@ -1,16 +1,28 @@
 """The papers' tasks, letter for letter, and tasks of lm_eval and of users, offline."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("needs lm_eval: `make test-tasks` installs it", allow_module_level=True)
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
 
-from zo_fused.task.lm_tasks import PAPERS, LmTask
-from zo_fused.task.splits import Draw
+from support import tiny_models  # noqa: E402
+from support.tiny_models import roberta_tokenizer  # noqa: E402
+
+from zo_fused.cli.defaults import EMBEDDED_MODEL  # noqa: E402
+from zo_fused.cli.main import main  # noqa: E402
+from zo_fused.task.encoding import Encoder  # noqa: E402
+from zo_fused.task.errors import UserError  # noqa: E402
+from zo_fused.task.lm_tasks import PAPERS, LmTask, is_lm_task  # noqa: E402
+from zo_fused.task.models import load_model, load_tokenizer  # noqa: E402
+from zo_fused.task.scoring import Scorer  # noqa: E402
+from zo_fused.task.splits import Draw  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -137,3 +149,246 @@ def test_golden_strings(name):
     of_one_answer = {"mezo_copa", "mezo_record", "mezo_squad", "mezo_drop", "mezo_winogrande"}
     assert task.loss == ("lm" if name in of_one_answer else "classification")
     assert (task.answers == ()) == (name in of_one_answer)
+
+
+# ---- what is trained on is what lm_eval scores ---------------------------------------------------
+
+
+@torch.no_grad()
+def test_lm_eval_scores_the_same_questions():
+    """The same prompts and candidates, and the same log-likelihoods but for the order of sums."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+
+    task, name = local("mezo_sst2"), str(EMBEDDED_MODEL)
+    model, tokenizer = load_model(name, "float32", torch.device("cpu")), load_tokenizer(name)
+    lm = HFLM(model, tokenizer=tokenizer, device="cpu")
+    made = lm_eval.evaluate(lm, {"mezo_sst2": task._task}, bootstrap_iters=0)
+    samples = sorted(made["samples"]["mezo_sst2"], key=lambda sample: sample["doc_id"])
+    examples = in_order(task)
+    for sample, example in zip(samples, examples, strict=True):
+        question = task.question(example)
+        assert sample["arguments"] == [(question.prompts[0], answer) for answer in question.answers]
+        assert question.right == (sample["target"],)
+    encoder = Encoder(task, tokenizer, 128)
+    scorer = Scorer(model, encoder.answers, pad_id=0)
+    assert scorer.shared  # of one token each, so that a mean is a sum
+    encoded = encoder.encode(examples)
+    want = torch.tensor([[score for ((score, _),) in sample["resps"]] for sample in samples])
+    torch.testing.assert_close(scorer.scores(scorer.batch(encoded)), want, rtol=0, atol=2e-5)
+    assert made["results"]["mezo_sst2"]["acc,none"] == scorer.evaluate(encoded, 3).accuracy
+
+
+# ---- tasks of users and of lm_eval ---------------------------------------------------------------
+
+OWN = """\
+task: own
+dataset_path: json
+dataset_kwargs: { data_files: { train: "%s", valid: "%s" } }
+training_split: train
+validation_split: valid
+output_type: multiple_choice
+description: "Which?\\n"
+doc_to_text: !function own.text
+doc_to_choice: !function own.choices
+doc_to_target: answer
+"""
+FUNCTIONS = """\
+def text(doc):
+    return int(doc["answer"]) - 1
+
+def choices(doc):
+    before, _, _ = doc["sentence"].partition("_")
+    return [before + doc["option1"], before + doc["option2"]]
+"""
+
+
+def test_a_users_file(tmp_path):
+    """With functions beside it, its own data, and prompts that differ (as lm_eval's WinoGrande)."""
+    data = DATA / "winogrande.jsonl"
+    (tmp_path / "own.py").write_text(FUNCTIONS)
+    (tmp_path / "own.yaml").write_text(OWN % (data, data) + "doc_to_target: ' was cold.'\n")
+    task = LmTask(str(tmp_path / "own.yaml"))
+    assert (task.name, task.answers, task.loss) == ("own", (), "classification")
+    question = task.question(in_order(task)[0])
+    prompts = [f"Which?\nMia lent Eva her coat because {who}" for who in ("Mia", "Eva")]
+    assert question.prompts == tuple(prompts)
+    assert question.answers == ("  was cold.",) * 2  # after lm_eval's delimiter, a space
+    assert question.right == (1,)
+    examples = task.examples(Draw(1, 1, 2, seed=5))
+    assert {split: len(made) for split, made in examples.items()} == {
+        "train": 1,
+        "dev": 1,
+        "test": 2,
+    }
+
+
+def test_a_task_of_lm_eval():
+    """Its SST-2 has other words than MeZO's."""
+    question = local("sst2", "glue_sst2").question(in_order(local("sst2", "glue_sst2"))[1])
+    assert question.prompts[0].startswith("the second hour never ends")
+    assert question.answers == (" negative", " positive")
+    assert question.right == (0,)
+    with pytest.raises(UserError, match="glue is a group of tasks of lm_eval"):
+        LmTask("glue")
+    with pytest.raises(UserError, match=r"no task 'mezo_sst', neither .*did you mean mezo_sst2"):
+        LmTask("mezo_sst")
+
+
+def test_names_and_files_are_told_apart(tmp_path):
+    (tmp_path / "task").touch()
+    assert is_lm_task("mezo_sst2")
+    assert is_lm_task("nowhere.yaml")
+    assert not is_lm_task("nowhere.json")
+    assert not is_lm_task(str(tmp_path / "task"))
+
+
+BAD = {
+    "task: x\ndoc_to_text: [": "can't read the task file",
+    "group: x\ntask: [sst2]": "is of a group of tasks, not of one",
+    "task: x\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: text":
+        "is of the type loglikelihood_rolling, which has no answers to train on",
+    "task: x\noutput_type: multiple_choice\ndoc_to_text: '{{text}} <mask>'\n"
+    "doc_to_choice: '{{[text, text_2 ~ text]}}'\ndoc_to_target: 0": "can't use .*'text_2' is und",
+    "task: x\noutput_type: multiple_choice\ndoc_to_text: '{{text}} <mask>'\n"
+    "doc_to_choice: '{{[text, text]}}'\ndoc_to_target: 0": "has a <mask>, but not the same answ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_a_bad_file_is_told(text, tmp_path):
+    path, data = tmp_path / "x.yaml", tmp_path / "data.jsonl"
+    path.write_text(text)
+    data.write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match=BAD[text]):
+        LmTask(str(path), {"train": str(data)})
+    with pytest.raises(UserError, match=r"there is no task file .*none\.yaml"):
+        LmTask(str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "mezo_sst2",
+            {"sentence": None},
+            "can't read this record: 'None' has no attribute 'strip'",
+        ),
+        ("mezo_sst2", {"label": 2}, "its answer 2 is none of the 2 candidates"),
+        ("mezo_copa", {"question": "why"}, "the question of COPA is effect or cause, not 'why'"),
+        ("mezo_record", {"answers": ["Oslo"]}, "none of the answers is an entity of the passage"),
+        ("mezo_squad", {"answers": {"text": [], "answer_start": []}}, "it has no right answer"),
+        ("mezo_roberta_sst2", {"sentence": "a <mask>"}, "the text holds '<mask>', the mask token"),
+    ],
+)
+def test_a_bad_record_is_told_with_its_row(name, change, message, tmp_path):
+    lines = (DATA / f"{GOLDEN[name][0]}.jsonl").read_text().splitlines()
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join([lines[0], json.dumps(json.loads(lines[1]) | change)]))
+    task = LmTask(name, {"train": str(path), "test": str(path)})
+    with pytest.raises(UserError) as error:
+        [task.question(example, "[MASK]") for example in in_order(task)]
+    assert f"{name} test row 2: " in str(error.value) or f"{name} train row 2: " in str(error.value)
+    assert message in str(error.value)
+
+
+def test_answers_out_of_a_table_are_numbers(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text('sentence,label\n"a film",1\n"no film",0\n')
+    task = LmTask("mezo_sst2", {"train": str(tmp_path), "test": str(path)})
+    assert [task.question(example).right for example in in_order(task)] == [(1,), (0,)]
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def arguments(name, output, *more):
+    file = str(DATA / f"{GOLDEN[name][0]}.jsonl")
+    words = ["finetune", "--task", name, "--output", str(output), "--device", "cpu", "--steps", "2"]
+    words += ["--batch-size", "2", "--eval-steps", "2", "--seed", "3"]
+    return [*words, *(f"--{split}={file}" for split in ("train", "dev", "test")), *more]
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("mezo_rte", ("--method=mezo", "--schedule=deferred")),
+        ("mezo_copa", ("--method=lozo",)),
+        ("mezo_copa", ("--method=lozo", "--schedule=paired", "--loss=classification")),
+        ("mezo_record", ("--loss=classification", "--peft=lora", "--method=mezo")),
+        ("mezo_squad", ()),
+        ("mezo_drop", ("--method=es", "--population=2", "--loss=f1", "--schedule=plain")),
+        ("mezo_cb", ("--k=1", "--method=mezo")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_run(name, more, tmp_path, capsys):
+    """On the embedded model: what was drawn is trained on and evaluated, and replays."""
+    assert main(arguments(name, tmp_path / "out", *more)) == 0
+    out = capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    given = [word.partition("=")[2] for word in more if word.startswith("--loss")]
+    of_one_answer = name in ("mezo_copa", "mezo_squad")
+    assert (
+        summary["settings"]["loss"] == (given or ["lm" if of_one_answer else "classification"])[0]
+    )
+    assert ("test F1" in out) == ("test F1 " in out) == (name in ("mezo_squad", "mezo_drop"))
+    assert summary["accuracy"].keys() == {"dev", "test"}
+    log, model = tmp_path / "out" / "replay.jsonl", ["--model", str(EMBEDDED_MODEL)]
+    adapter = ["--peft", "lora"] if "--peft=lora" in more else []
+    words = ["replay", *model, "--log", str(log), *adapter, "--verify", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert "equal: all" in capsys.readouterr().out
+
+
+def test_a_run_of_a_masked_model(tmp_path, capsys):
+    base = tmp_path / "base"
+    tokenizer = roberta_tokenizer()
+    tokenizer.save_pretrained(base)
+    size = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    config = tiny_models.config("roberta", **size)
+    random = tiny_models.random_model(transformers.AutoModelForMaskedLM, config)
+    random.save_pretrained(base)
+    masked = arguments("mezo_roberta_sst2", tmp_path / "out", f"--model={base}", "--method=mezo")
+    assert main(masked) == 0
+    assert main([*masked[:2], "mezo_sst2", *masked[3:], "--overwrite"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "is a masked language model (roberta), and the prompts of the task mezo_sst2 hav" in error
+    )
+    assert main(arguments("mezo_roberta_sst2", tmp_path / "out", "--overwrite")) == 2
+    assert (
+        "is a causal language model (opt), and the prompts of the task" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        ("mezo_squad", ("--loss=classification",), "has no candidates for --loss classification"),
+        ("mezo_sst2", ("--template={a}", "--verbalizer", "0=a"), "--template is for a task given"),
+        ("mezo_sst2", ("--no-template",), "--no-template is for a task given by template and"),
+        ("mezo_sst2", ("--label-field=x",), "--label-field is for a task given by template and v"),
+        ("mezo_sst2", ("--k=1", "--dev-examples=1"), "--k excludes --train-examples and --dev-ex"),
+        (
+            "mezo_copa",
+            ("--k=1",),
+            "--k needs classes, and the answers of the task mezo_copa differ",
+        ),
+        ("mezo_sst2", ("--data-seed=-1",), "must be a whole number below 2**32, got '-1'"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(name, more, message, tmp_path, capsys):
+    assert main(arguments(name, tmp_path / "out", *more)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_without_a_network_it_is_told_what_to_fetch(tmp_path, capsys):
+    assert main(["finetune", "--task", "mezo_sst2", "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "can't load the task mezo_sst2 and its data set 'nyu-mll/glue' (" in error
+    assert "with `hf download nyu-mll/glue --repo-type dataset` and give its files with" in error
+    assert error.count("\n") == 1

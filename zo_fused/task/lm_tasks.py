@@ -238,9 +238,9 @@ def _load(name: str, files: tuple[tuple[str, str], ...]) -> Any:
             (Path(folder) / "task.yaml").write_text(text, encoding="utf-8")
             manager = manager_of(include_path=folder, include_defaults=False)
         else:
-            manager = manager_of()
+            manager = _tasks_of_lm_eval()
         if key not in manager.all_subtasks:
-            raise _unknown(name, from_file, manager)
+            raise _unknown(name, path if from_file else None, manager)
         overrides: dict[str, Any] = {"fewshot_split": None, "fewshot_config": {"samples": []}}
         if files:
             overrides |= _with_files(dict(files))
@@ -256,13 +256,20 @@ def _load(name: str, files: tuple[tuple[str, str], ...]) -> Any:
     return task
 
 
-def _unknown(name: str, from_file: bool, manager: Any) -> UserError:
-    if from_file:
+@functools.lru_cache(maxsize=1)
+def _tasks_of_lm_eval() -> Any:
+    """All of them; to find them takes seconds."""
+    return optional("lm_eval.tasks", INSTALL).TaskManager()
+
+
+def _unknown(name: str, path: Path | None, manager: Any) -> UserError:
+    if path is not None and manager.all_tasks:
+        return UserError(f"the task file {name} is of a group of tasks, not of one")
+    if path is not None:
         try:
-            manager.load([name])
+            manager.load([str(path)])
         except Exception as error:
             return UserError(f"can't read the task file {name}: {first_line(error)}")
-        return UserError(f"the task file {name} is not of one task")
     if name in manager.all_tasks:
         return UserError(f"{name} is a group of tasks of lm_eval; take one of them")
     own = [path.stem for path in PAPERS.glob("*.yaml")]
