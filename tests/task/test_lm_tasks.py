@@ -1,5 +1,6 @@
 """The papers' tasks, letter for letter, and tasks of lm_eval and of users, offline."""
 
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -19,6 +20,7 @@ from zo_fused.cli.defaults import EMBEDDED_MODEL  # noqa: E402
 from zo_fused.cli.main import main  # noqa: E402
 from zo_fused.task.encoding import Encoder  # noqa: E402
 from zo_fused.task.errors import UserError  # noqa: E402
+from zo_fused.task.generating import GenerationScorer  # noqa: E402
 from zo_fused.task.lm_tasks import PAPERS, LmTask, is_lm_task  # noqa: E402
 from zo_fused.task.models import load_model, load_tokenizer  # noqa: E402
 from zo_fused.task.scoring import Scorer  # noqa: E402
@@ -154,17 +156,32 @@ def test_golden_strings(name):
 # ---- what is trained on is what lm_eval scores ---------------------------------------------------
 
 
-@torch.no_grad()
-def test_lm_eval_scores_the_same_questions():
-    """The same prompts and candidates, and the same log-likelihoods but for the order of sums."""
+@pytest.fixture(scope="module")
+def model():
+    return load_model(str(EMBEDDED_MODEL), "float32", torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(str(EMBEDDED_MODEL))
+
+
+def evaluated(task, model, tokenizer):
+    """lm_eval's results, and its samples in order."""
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
 
-    task, name = local("mezo_sst2"), str(EMBEDDED_MODEL)
-    model, tokenizer = load_model(name, "float32", torch.device("cpu")), load_tokenizer(name)
     lm = HFLM(model, tokenizer=tokenizer, device="cpu")
-    made = lm_eval.evaluate(lm, {"mezo_sst2": task._task}, bootstrap_iters=0)
-    samples = sorted(made["samples"]["mezo_sst2"], key=lambda sample: sample["doc_id"])
+    made = lm_eval.evaluate(lm, {task.name: task._task}, bootstrap_iters=0)
+    samples = sorted(made["samples"][task.name], key=lambda sample: sample["doc_id"])
+    return made["results"][task.name], samples
+
+
+@torch.no_grad()
+def test_lm_eval_scores_the_same_questions(model, tokenizer):
+    """The same prompts and candidates, and the same log-likelihoods but for the order of sums."""
+    task = local("mezo_sst2")
+    results, samples = evaluated(task, model, tokenizer)
     examples = in_order(task)
     for sample, example in zip(samples, examples, strict=True):
         question = task.question(example)
@@ -176,7 +193,29 @@ def test_lm_eval_scores_the_same_questions():
     encoded = encoder.encode(examples)
     want = torch.tensor([[score for ((score, _),) in sample["resps"]] for sample in samples])
     torch.testing.assert_close(scorer.scores(scorer.batch(encoded)), want, rtol=0, atol=2e-5)
-    assert made["results"]["mezo_sst2"]["acc,none"] == scorer.evaluate(encoded, 3).accuracy
+    assert results["acc,none"] == scorer.evaluate(encoded, 3).accuracy
+
+
+@torch.no_grad()
+def test_lm_eval_generates_the_same_answers(model, tokenizer):
+    task = local("mezo_squad")
+    results, samples = evaluated(task, model, tokenizer)
+    encoded = Encoder(task, tokenizer, 256).encode(in_order(task))
+    scorer = GenerationScorer(model, tokenizer, 1, task.stops, task.max_new_tokens)
+    assert (task.stops, task.max_new_tokens) == (("\n",), 50)
+    written = scorer.write([example.prompt for example in encoded])
+    assert written == [sample["resps"][0][0].strip() for sample in samples]
+    assert all(written)
+    quality = scorer.evaluate(encoded, 2)
+    assert (results["f1,none"], results["exact_match,none"]) == (quality.f1, quality.accuracy)
+
+
+def test_lm_eval_finds_the_tasks():
+    """With its option --include_path, by name and by tag."""
+    manager = importlib.import_module("lm_eval.tasks").TaskManager
+    manager = manager(include_path=str(PAPERS), include_defaults=False)
+    assert set(manager.all_subtasks) == GOLDEN.keys()
+    assert manager.all_tags == ["mezo"]
 
 
 # ---- tasks of users and of lm_eval ---------------------------------------------------------------
