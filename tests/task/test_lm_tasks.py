@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -260,6 +261,21 @@ def test_a_users_file(tmp_path):
         "dev": 1,
         "test": 2,
     }
+
+
+def test_the_file_of_the_docs(tmp_path, monkeypatch):
+    text = (DATA.parents[2] / "docs" / "tasks.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(block)
+    record = {"title": "Kettle", "text": "It leaks.", "stars": 0}
+    for name in ("reviews.jsonl", "reviews-held-out.jsonl"):
+        Path(name).write_text(json.dumps(record) + "\n" + json.dumps(record | {"stars": 2}))
+    task = LmTask("mine.yaml")
+    question = task.question(in_order(task)[1])
+    assert question.prompts == ("Kettle\nIt leaks.\nThe buyer was",)
+    assert question.answers == task.answers == (" angry", " content", " happy")
+    assert question.right == (2,)
 
 
 def test_a_task_of_lm_eval():
