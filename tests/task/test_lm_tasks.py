@@ -22,7 +22,7 @@ from zo_fused.cli.main import main  # noqa: E402
 from zo_fused.task.encoding import Encoder  # noqa: E402
 from zo_fused.task.errors import UserError  # noqa: E402
 from zo_fused.task.generating import GenerationScorer  # noqa: E402
-from zo_fused.task.lm_tasks import PAPERS, LmTask, is_lm_task  # noqa: E402
+from zo_fused.task.lm_tasks import PAPERS, LmTask, _load, is_lm_task  # noqa: E402
 from zo_fused.task.models import load_model, load_tokenizer  # noqa: E402
 from zo_fused.task.scoring import Scorer  # noqa: E402
 from zo_fused.task.splits import Draw  # noqa: E402
@@ -152,6 +152,39 @@ def test_golden_strings(name):
     of_one_answer = {"mezo_copa", "mezo_record", "mezo_squad", "mezo_drop", "mezo_winogrande"}
     assert task.loss == ("lm" if name in of_one_answer else "classification")
     assert (task.answers == ()) == (name in of_one_answer)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_data_sets_and_their_sets(name, monkeypatch):
+    """Without files, lm_eval loads the data set that the docs name, by the names of its sets."""
+    datasets = pytest.importorskip("datasets")
+    eval_set = {"mezo_roberta_mnli": "validation_matched"}.get(name, "validation")
+    eval_set = "test" if name in ("mezo_roberta_sst5", "mezo_roberta_trec") else eval_set
+    lines = (DATA / f"{GOLDEN[name][0]}.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    calls = []
+
+    def load_dataset(path, name, **options):
+        calls.append((path, name, options))
+        made = {"train": records, eval_set: records[::-1]}
+        return {key: datasets.Dataset.from_list(rows) for key, rows in made.items()}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    _load.cache_clear()
+    task = LmTask(name)
+    _load.cache_clear()
+    ((path, of, options),) = calls
+    row = f"| `{name}` | {path}, {of} |" if of else f"| `{name}` | {path} |"
+    assert row in (DATA.parents[2] / "docs" / "tasks.md").read_text()
+    assert options == ({"revision": "refs/convert/parquet"} if "trec" in name else {})
+    made = task.examples(Draw(dev=1))
+    known = [record for record in records if record.get("label") != -1]
+    assert [len(made[split]) for split in ("train", "dev", "test")] == [
+        len(known) - 1,
+        1,
+        len(known),
+    ]
+    assert in_order(task)[0].fields == known[-1]  # of the set to evaluate on
 
 
 # ---- what is trained on is what lm_eval scores ---------------------------------------------------
@@ -422,7 +455,11 @@ def test_a_run_of_a_masked_model(tmp_path, capsys):
     ("name", "more", "message"),
     [
         ("mezo_squad", ("--loss=classification",), "has no candidates for --loss classification"),
-        ("mezo_sst2", ("--template={a}", "--verbalizer", "0=a"), "--template is for a task given"),
+        (
+            "mezo_sst2",
+            ("--template={a}", "--verbalizer", "0=a"),
+            "--task and --template exclude each other",
+        ),
         ("mezo_sst2", ("--no-template",), "--no-template is for a task given by template and"),
         ("mezo_sst2", ("--label-field=x",), "--label-field is for a task given by template and v"),
         ("mezo_sst2", ("--k=1", "--dev-examples=1"), "--k excludes --train-examples and --dev-ex"),

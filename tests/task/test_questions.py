@@ -14,6 +14,7 @@ from support import tiny_models  # noqa: E402
 from support.tiny_models import opt_tokenizer  # noqa: E402
 
 from zo_fused.task import answers  # noqa: E402
+from zo_fused.task.adapters import SCHEMES, load_adapted  # noqa: E402
 from zo_fused.task.data import Example  # noqa: E402
 from zo_fused.task.encoding import Encoded, Encoder  # noqa: E402
 from zo_fused.task.errors import UserError  # noqa: E402
@@ -189,6 +190,26 @@ def test_what_is_written_is_what_is_most_likely(writer):
         writer.stops = ()
         assert writer._with_cache(PROMPTS) == want
         writer.stops = ("\n",)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@torch.no_grad()
+def test_what_a_model_with_an_adapter_writes(scheme, tmp_path):
+    pytest.importorskip("peft")
+    tiny_models.causal_model("opt", vocab_size=300).save_pretrained(tmp_path)
+    model = load_adapted(str(tmp_path), "float32", torch.device("cpu"), scheme, seed=3)
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
+        p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    writer = GenerationScorer(model, TOKENIZER, pad_id=0, stops=["\n"], max_new_tokens=6)
+    assert writer.caches == (scheme == "lora")
+    want = []
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 6:
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        want.append(writer._cut(writer._text(ids[len(prompt) :])).strip())
+    assert writer.write(PROMPTS) == want
+    assert any(want)
 
 
 @torch.no_grad()

@@ -175,7 +175,10 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         help="draw so many of each class from the training set for train, and as many for dev",
     )
     data.add_argument(
-        "--data-seed", metavar="SEED", type=data_seed, help="of the draws (default: 0)"
+        "--data-seed",
+        metavar="SEED",
+        type=data_seed,
+        help=f"of the draws ({_default('data_seed')})",
     )
 
 
@@ -301,7 +304,7 @@ def options(args: argparse.Namespace) -> Options:
         output=args.output or Path("zo-fused-runs") / short,
         label_field=value("label_field"),
         draw=Draw(
-            args.train_examples, args.dev_examples, args.test_examples, args.k, args.data_seed or 0
+            args.train_examples, args.dev_examples, args.test_examples, args.k, value("data_seed")
         ),
         dtype=value("dtype"),
         device=value("device"),
@@ -316,7 +319,9 @@ def _task_by_name(args: argparse.Namespace) -> tuple[LmTask, dict[str, str]]:
     """The task of ``--task``, and where each split comes from: its data set, or local files."""
     from zo_fused.task.lm_tasks import LmTask
 
-    for name in ("template", "verbalizer", "no_template", "label_field"):
+    if args.template is not None or args.verbalizer is not None:
+        raise UserError("--task and --template exclude each other")
+    for name in ("no_template", "label_field"):
         if getattr(args, name) is not None:
             raise UserError(
                 f"--{name.replace('_', '-')} is for a task given by template and verbalizer, "

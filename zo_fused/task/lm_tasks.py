@@ -121,7 +121,8 @@ class LmTask:
             raise UserError(f"--k needs classes, and the answers of the task {self.name} differ")
         sizes = {split: len(docs) for split, docs in sets.items()}
         with _quiet():
-            places = drawn(sizes, self.draw(given), self._labels(sets["train"]))
+            label_of = self._labels(sets["train"]) if given.k is not None else lambda i: None
+            places = drawn(sizes, self.draw(given), label_of)
             return {
                 split: [self._example(f"{self.name} {of}", sets[of], i) for of, i in chosen]
                 for split, chosen in places.items()
@@ -146,8 +147,7 @@ class LmTask:
         """The class of each record, without rendering it where it is a column."""
         target = self._task.config.doc_to_target
         if isinstance(target, str) and target in docs.column_names:
-            column = docs[target][:]
-            return lambda i: column[i]
+            return list(docs[target]).__getitem__
         return lambda i: self._task.doc_to_target(docs[i])
 
     def _example(self, where: str, docs: Any, index: int) -> Example:
