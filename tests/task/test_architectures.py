@@ -12,7 +12,8 @@ from zo_fused.task.encoding import Encoded  # noqa: E402
 from zo_fused.task.errors import UserError  # noqa: E402
 from zo_fused.task.masked import MaskScorer  # noqa: E402
 from zo_fused.task.models import check_kind, fills_masks  # noqa: E402
-from zo_fused.task.scoring import PACKED, Scorer, bears_packing  # noqa: E402
+from zo_fused.task.rows import PACKED, bears_packing  # noqa: E402
+from zo_fused.task.scoring import Scorer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about its own models
 

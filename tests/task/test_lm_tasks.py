@@ -325,7 +325,9 @@ def test_a_task_of_lm_eval():
 
 def test_names_and_files_are_told_apart(tmp_path):
     (tmp_path / "task").touch()
+    (tmp_path / "sst2").mkdir()  # with its data, perhaps
     assert is_lm_task("mezo_sst2")
+    assert is_lm_task(str(tmp_path / "sst2"))
     assert is_lm_task("nowhere.yaml")
     assert not is_lm_task("nowhere.json")
     assert not is_lm_task(str(tmp_path / "task"))
@@ -334,6 +336,9 @@ def test_names_and_files_are_told_apart(tmp_path):
 BAD = {
     "task: x\ndoc_to_text: [": "can't read the task file",
     "group: x\ntask: [sst2]": "is of a group of tasks, not of one",
+    "include: mezo_sst2.yaml\nmetadata: { loss: f1 }": "has 'f1' for loss in its metadata",
+    "include: mezo_sst2.yaml\nmetadata: { dev_examples: few }": "has 'few' for dev_examples in",
+    "include: mezo_squad.yaml\nmetadata: { loss: classification }": "has 'classification' for los",
     "task: x\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: text":
         "is of the type loglikelihood_rolling, which has no answers to train on",
     "task: x\noutput_type: multiple_choice\ndoc_to_text: '{{text}} <mask>'\n"
@@ -346,8 +351,9 @@ BAD = {
 @pytest.mark.parametrize("text", BAD)
 def test_a_bad_file_is_told(text, tmp_path):
     path, data = tmp_path / "x.yaml", tmp_path / "data.jsonl"
-    path.write_text(text)
-    data.write_text('{"text": "a"}\n')
+    path.write_text(text.replace("include: ", f"include: {PAPERS}/"))
+    record = {"text": "a", "sentence": "b", "label": 0, "title": "", "context": "", "question": ""}
+    data.write_text(json.dumps(record | {"answers": {"text": ["c"]}}) + "\n")
     with pytest.raises(UserError, match=BAD[text]):
         LmTask(str(path), {"train": str(data)})
     with pytest.raises(UserError, match=r"there is no task file .*none\.yaml"):

@@ -30,8 +30,11 @@ TRAIN, DEV, TEST = 1000, 500, 1000
 
 def is_lm_task(name: str) -> bool:
     """Whether ``--task`` names such a task, and no JSON file with template and verbalizer."""
-    suffix = Path(name).suffix.lower()
-    return suffix in (".yaml", ".yml") or not (suffix == ".json" or Path(name).exists())
+    return _is_yaml(name) or not (Path(name).suffix.lower() == ".json" or Path(name).is_file())
+
+
+def _is_yaml(name: str | Path) -> bool:
+    return Path(name).suffix.lower() in (".yaml", ".yml")
 
 
 class LmTask:
@@ -49,13 +52,14 @@ class LmTask:
         stops: texts that end a generated answer.
         max_new_tokens: of a generated answer; 0 where none is.
         loss: what the paper trains with: "classification" or "lm".
+        dev_examples: how many to draw unless the user says otherwise.
 
     Raises:
         UserError: there is no such task, it can't be loaded, or it asks for something else.
     """
 
     def __init__(self, name: str, files: Mapping[str, str] | None = None) -> None:
-        self.name = Path(name).stem if Path(name).suffix else name
+        self.name = Path(name).stem if _is_yaml(name) else name
         self.files = dict(files or {})
         self._task = _load(name, tuple(sorted(self.files.items())))
         config = self._task.config
@@ -73,15 +77,20 @@ class LmTask:
         self.answers = tuple(f"{delimiter}{choice}" for choice in choices) if fixed else ()
         if self.masked and not self.answers:
             raise UserError(f"the task {name} has a {MASK}, but not the same answers for all")
-        self.loss = str(self._metadata("loss", "lm" if self.generates else "classification"))
+        losses = ("lm",) if self.generates else ("classification", "lm")
+        self.loss = self._metadata("loss", losses[0], losses.__contains__)
+        self.dev_examples = self._metadata("dev_examples", DEV, _is_count)
         wanted = (config.generation_kwargs or {}) if self.generates else {}
         until = wanted.get("until", [])
         self.stops = tuple([until] if isinstance(until, str) else until)
         # without a limit of its own, lm_eval's
         self.max_new_tokens = int(wanted.get("max_gen_toks", 256)) if self.generates else 0
 
-    def _metadata(self, key: str, default: Any) -> Any:
-        return (self._task.config.metadata or {}).get(key, default)
+    def _metadata(self, key: str, default: Any, right: Callable[[Any], bool]) -> Any:
+        value = (self._task.config.metadata or {}).get(key, default)
+        if not right(value):
+            raise UserError(f"the task {self.name} has {value!r} for {key} in its metadata")
+        return value
 
     def question(self, example: Example, mask: str = "") -> Question:
         """What `examples` made of the record, with `mask` in the place of `MASK`.
@@ -104,8 +113,8 @@ class LmTask:
         """How many examples to draw, with MeZO's numbers where none are given."""
         if given.k is not None:
             return Draw(None, None, given.test or TEST, given.k, given.seed)
-        dev = int(self._metadata("dev_examples", DEV))
-        return Draw(given.train or TRAIN, given.dev or dev, given.test or TEST, None, given.seed)
+        dev = given.dev or self.dev_examples
+        return Draw(given.train or TRAIN, dev, given.test or TEST, None, given.seed)
 
     def examples(self, given: Draw) -> dict[str, list[Example]]:
         """The examples of each split that there is, drawn as `given` says.
@@ -188,6 +197,10 @@ class LmTask:
         return Question(prompts, answers, _right(right, choices))
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
+
+
 def _right(target: Any, choices: list[str]) -> tuple[int, ...]:
     """The indices of the right candidates, as lm_eval reads what ``doc_to_target`` says.
 
@@ -196,7 +209,7 @@ def _right(target: Any, choices: list[str]) -> tuple[int, ...]:
     """
     found = []
     for one in target if isinstance(target, list) else [target]:
-        index = choices.index(one) if one in choices else one
+        index = choices.index(one) if isinstance(one, str) and one in choices else one
         if isinstance(index, str) and index.isdecimal():  # out of a table
             index = int(index)
         if not isinstance(index, int) or not 0 <= index < len(choices):
@@ -227,7 +240,7 @@ def _load(name: str, files: tuple[tuple[str, str], ...]) -> Any:
     """lm_eval's object of a task, with its data."""
     manager_of = optional("lm_eval.tasks", INSTALL).TaskManager
     path = PAPERS / f"{name}.yaml" if (PAPERS / f"{name}.yaml").is_file() else Path(name)
-    key, from_file = name, path.suffix.lower() in (".yaml", ".yml")
+    key, from_file = name, _is_yaml(path)
     if from_file and not path.is_file():
         raise UserError(f"there is no task file {name}")
     with _quiet(), tempfile.TemporaryDirectory() as folder:

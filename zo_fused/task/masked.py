@@ -19,7 +19,8 @@ from zo_fused.task.data import Example
 from zo_fused.task.encoding import Encoded, Encoder, Tokens, answer_ids, plain_ids
 from zo_fused.task.errors import UserError
 from zo_fused.task.prompt import Question, Task
-from zo_fused.task.scoring import Rows, Scorer
+from zo_fused.task.rows import Rows
+from zo_fused.task.scoring import Scorer
 
 if TYPE_CHECKING:
     from zo_fused.task.lm_tasks import LmTask

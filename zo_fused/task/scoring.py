@@ -22,28 +22,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from zo_fused.task.adapters import base_model, prepended_logits, virtual_tokens
 from zo_fused.task.encoding import Encoded, Tokens
-from zo_fused.task.errors import UserError, optional
+from zo_fused.task.errors import UserError
 from zo_fused.task.generation import SCORES, greedy
+from zo_fused.task.rows import Rows, bears_left_padding, bears_packing, packed_rows
 
 WITHOUT_DERIVATIVE = ("accuracy", *SCORES)
 LOSSES = ("classification", "lm", *WITHOUT_DERIVATIVE)
-
-# Architectures whose rows may hold several answers, if they have no windows (`bears_packing`).
-PACKED = {"cohere", "deepseek_v3", "gemma", "glm", "gpt2", "gpt_neox", "gptj", "granite", "llama"}
-PACKED |= {"mistral", "mixtral", "olmo", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe"}
-PACKED |= {"qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2"}
-_PAD, _PROMPT = -2, -1  # what a token of such a row is; else the number of its answer
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Padded rows for one forward pass, and where the answers are in them."""
-
-    inputs: dict[str, Tensor]  # what the model is called with
-    positions: Tensor  # [answers, tokens] which of the kept logits predict the answers' tokens
-    targets: Tensor  # [answers, tokens] answer tokens
-    mask: Tensor  # [answers, tokens] 1.0 for an answer token, 0.0 for padding
-    of: Tensor | None = None  # [answers] the row that an answer is in; None: each has its own
 
 
 @dataclass(frozen=True)
@@ -66,42 +50,6 @@ class Quality(NamedTuple):
     accuracy: float  # share of those whose right answer has the highest score
     loss: float  # mean cross entropy over the candidates' scores: the loss "classification"
     f1: float | None = None  # of answers that the model writes; the loss is then "lm"
-
-
-def bears_left_padding(model: Any) -> bool:
-    """Whether padding on the left, with `position_ids`, leaves a model's numbers as they are.
-
-    So it does in the causal models of transformers (a test goes through them), but for those with
-    a state that runs over the padding, and for decoders made of encoders, which number tokens in
-    their own way. Of other models nothing is known.
-    """
-    auto = optional("transformers.models.auto.modeling_auto")
-    kind = type(getattr(model, "config", None))
-    return (
-        type(model).__module__.startswith("transformers.")
-        and kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING
-        and kind not in auto.MODEL_FOR_MASKED_LM_MAPPING
-        and not getattr(model, "_is_stateful", False)
-    )
-
-
-def bears_packing(model: Any) -> bool:
-    """Whether a row may hold several answers to one prompt, kept apart by the attention mask.
-
-    In causal models that take a mask [rows, 1, queries, keys] for what they attend to, and know
-    distances from `position_ids` alone: no windows, which such a mask would undo, no ALiBi. Those
-    are the ones that a test has been through.
-    """
-    base = base_model(model)
-    config = getattr(base, "config", None)
-    return (
-        getattr(config, "model_type", None) in PACKED
-        and bears_left_padding(base)
-        and not virtual_tokens(model)
-        and getattr(config, "_attn_implementation", None) in ("eager", "sdpa")
-        and not getattr(config, "sliding_window", None)
-        and set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
-    )
 
 
 class Scorer:
@@ -145,7 +93,8 @@ class Scorer:
         single = bool(self.answers) and all(len(ids) == 1 for ids in self.answers)
         self.shared = share_prompt and single
         # of each answer; on the device from the start, so that a loss waits for no copy
-        self.packed = share_prompt and self.padding_side == "left" and bears_packing(model)
+        fit = self.padding_side == "left" and "logits_to_keep" in self.accepted
+        self.packed = share_prompt and fit and bears_packing(model)
         first = [ids[0] for ids in self.answers]
         self._first_tokens = torch.tensor(first, dtype=torch.int64, device=self.device)
 
@@ -212,7 +161,9 @@ class Scorer:
             return Batch(rows, labels, "generated", prompts=prompts, answers=right)
         counts = [len(of) for of in answers]
         if self.packed and not any(example.prompts for example in examples):
-            rows = self._packed_rows(prompts, answers)
+            rows = packed_rows(
+                prompts, answers, self.pad_id, base_model(self.model).dtype, self.device
+            )
         else:
             every = [
                 prompt
@@ -266,63 +217,6 @@ class Scorer:
             torch.tensor(targets, device=self.device),
             torch.tensor(present, device=self.device),
         )
-
-    def _packed_rows(self, prompts: Sequence[Tokens], answers: Sequence[Sequence[Tokens]]) -> Rows:
-        """A row for each prompt, and behind it its answers without their last tokens.
-
-        An answer's tokens are numbered as if it followed the prompt alone.
-        """
-        width = max(map(len, prompts))
-        tail = max(sum(len(answer) - 1 for answer in of) for of in answers)
-        span = max(len(answer) for of in answers for answer in of)
-        ids, numbers, parts, places, owner = [], [], [], [], []
-        for row, (prompt, of) in enumerate(zip(prompts, answers, strict=True)):
-            gap, at = width - len(prompt), width
-            ids.append([self.pad_id] * gap + prompt)
-            numbers.append([0] * gap + list(range(len(prompt))))
-            parts.append([_PAD] * gap + [_PROMPT] * len(prompt))
-            for number, answer in enumerate(of):
-                ids[-1] += answer[:-1]
-                numbers[-1] += range(len(prompt), len(prompt) + len(answer) - 1)
-                parts[-1] += [number] * (len(answer) - 1)
-                # the logits that are kept begin with those of the prompt's last token
-                own = [0, *range(at - width + 1, at - width + len(answer))]
-                places.append([own[min(k, len(own) - 1)] for k in range(span)])
-                owner.append(row)
-                at += len(answer) - 1
-            rest = width + tail - at
-            ids[-1] += [self.pad_id] * rest
-            numbers[-1] += [0] * rest
-            parts[-1] += [_PAD] * rest
-        every = [answer for of in answers for answer in of]
-        targets = [answer + [0] * (span - len(answer)) for answer in every]
-        present = [[1.0] * len(answer) + [0.0] * (span - len(answer)) for answer in every]
-        kept = range(width - 1, width + tail)
-        inputs = {
-            "input_ids": torch.tensor(ids, device=self.device),
-            "attention_mask": self._apart(torch.tensor(parts, device=self.device)),
-            "position_ids": torch.tensor(numbers, device=self.device),
-        }
-        if "logits_to_keep" in self.accepted:
-            inputs["logits_to_keep"] = torch.tensor(list(kept), device=self.device)
-        else:
-            places = [[kept[place] for place in own] for own in places]
-        return Rows(
-            inputs,
-            torch.tensor(places, device=self.device),
-            torch.tensor(targets, device=self.device),
-            torch.tensor(present, device=self.device),
-            torch.tensor(owner, device=self.device),
-        )
-
-    def _apart(self, parts: Tensor) -> Tensor:
-        """The mask [rows, 1, queries, keys] by which a token sees those before it, of the prompt
-        and of its own answer; 0 or, in the model's dtype, the lowest number."""
-        query, key = parts.unsqueeze(2), parts.unsqueeze(1)
-        seen = ((key == _PROMPT) | (key == query)).tril()
-        lowest = torch.finfo(base_model(self.model).dtype).min
-        mask = torch.zeros(seen.shape, dtype=base_model(self.model).dtype, device=self.device)
-        return mask.masked_fill_(~seen, lowest).unsqueeze(1)
 
     def _answer_logits(self, rows: Rows) -> Tensor:
         """Float32 logits [answers, tokens, vocabulary] at the positions that predict them."""
