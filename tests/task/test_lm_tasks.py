@@ -429,6 +429,9 @@ def test_a_run(name, more, tmp_path, capsys):
     )
     assert ("test F1" in out) == ("test F1 " in out) == (name in ("mezo_squad", "mezo_drop"))
     assert summary["accuracy"].keys() == {"dev", "test"}
+    assert summary["task"] == name
+    assert summary["draw"]["k"] == (1 if "--k=1" in more else None)
+    assert summary["draw"]["test"] == 1000
     log, model = tmp_path / "out" / "replay.jsonl", ["--model", str(EMBEDDED_MODEL)]
     adapter = ["--peft", "lora"] if "--peft=lora" in more else []
     words = ["replay", *model, "--log", str(log), *adapter, "--verify", str(tmp_path / "out")]

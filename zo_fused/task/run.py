@@ -203,6 +203,7 @@ def finetune(options: Options) -> dict[str, Any]:
     summary = summarize(history, optimizer.timings, measured, peak_memory(device))
     summary |= _sizes(optimizer) | {
         "settings": settings,
+        **_provenance(options),
         "max_length": max_length,
         "cut_prompts": cut,
         "device": str(device),
@@ -277,6 +278,14 @@ def _device(name: str) -> torch.device:
     except (AssertionError, ImportError, RuntimeError) as error:  # that PyTorch is not built for
         raise UserError(f"there is no device {name!r}: {first_line(error)}") from error
     return device
+
+
+def _provenance(options: Options) -> dict[str, Any]:
+    """What the examples were made of, and how they were drawn."""
+    task = options.task
+    if isinstance(task, LmTask):
+        return {"task": task.name, "draw": asdict(task.draw(options.draw))}
+    return {"task": task.template, "draw": asdict(options.draw)}
 
 
 def _check_labels(task: Task | LmTask, examples: Mapping[str, Sequence[Example]]) -> None:
