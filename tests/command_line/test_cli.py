@@ -149,7 +149,8 @@ def test_answers_keep_their_spaces_and_equals_signs():
 
 def test_defaults_cover_every_option():
     without = "command model train dev test task template verbalizer no_template method output "
-    options = set(vars(parse())) - set(f"{without} resume overwrite forwards".split())
+    without += "resume overwrite forwards k train_examples dev_examples test_examples"
+    options = set(vars(parse())) - set(without.split())
     seen = set()
     for method, own in by_method().items():
         set_by_recipe = recipes()[method][1].options.keys() - set(OPTIONS)

@@ -25,6 +25,7 @@ COMMON: dict[str, Any] = {
     "device": "auto",
     "seed": 0,
     "label_field": "label",
+    "data_seed": 0,
     "peft": None,  # all weights
     "trust_remote_code": False,
     "max_length": None,  # as many tokens as the model takes

@@ -182,9 +182,13 @@ class Finetuning:
         if not self.data.get(split) or step in dict(self.history.accuracies(split)):
             return
         with self.optimizer.unperturbed():
-            accuracy, loss = self.scorer.evaluate(self.data[split], self.plan.batch_size)
-        self.history.add(**{"step": step, f"{split}_accuracy": accuracy, f"{split}_loss": loss})
-        bar.write(f"step {step}: {split} accuracy {accuracy:.3f}, loss {loss:.3f}")
+            accuracy, loss, f1 = self.scorer.evaluate(self.data[split], self.plan.batch_size)
+        entry = {"step": step, f"{split}_accuracy": accuracy, f"{split}_loss": loss}
+        self.history.add(**entry if f1 is None else entry | {f"{split}_f1": f1})
+        of_answers = (
+            f"accuracy {accuracy:.3f}" if f1 is None else f"F1 {f1:.3f}, exact {accuracy:.3f}"
+        )
+        bar.write(f"step {step}: {split} {of_answers}, loss {loss:.3f}")
 
     def _checkpoint(self) -> Path:
         return save_checkpoint(
