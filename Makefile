@@ -17,7 +17,7 @@ given = $(if $(filter command,$(origin $(1))),$($(1)))
 CHOICE := $(if $(call given,TORCH),--torch $(TORCH)) $(if $(filter-out 0,$(call given,SYSTEM)),--system) \
 	$(if $(filter-out file,$(origin PYTHON)),--this-python)
 
-.PHONY: setup demo test test-all lint bench sass gpu wheels clean FORCE
+.PHONY: setup demo test test-all test-tasks lint bench sass gpu wheels clean FORCE
 
 setup: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; print("ready: Python", sys.version.split()[0] + ", torch", torch.__version__)'
@@ -40,6 +40,11 @@ test: $(INSTALLED)
 
 test-all: test
 	$(BIN)/pytest -q -n auto --dist loadfile -m slow
+
+# What needs lm_eval, which `make setup` does not install: some of its packages have no wheels.
+test-tasks: $(INSTALLED)
+	$(PIP) install -q -c $(VENV)/constraints.txt lm_eval
+	$(BIN)/pytest -q tests/task/test_lm_tasks.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench import machine
-from bench.cpu import overhead
+from bench.cpu import overhead, shared_prompts
 from bench.gpu import sass
 from bench.training import findings, small_updates
 from zo_fused.sweeps.backends import cpu
@@ -51,6 +51,14 @@ def test_small_updates_run_and_keep_what_was_asked_in_float32(tmp_path: Path) ->
     rows = [line for line in out.read_text().splitlines() if line.startswith("| fp32")]
     assert len(rows) == sum("rounding" not in options for *_, options in small_updates.METHODS)
     assert all(row.count("1.00 ± 0.00") == 4 for row in rows)
+
+
+def test_prompts_read_once() -> None:
+    """All ways give the same scores, which the benchmark checks."""
+    pytest.importorskip("transformers")
+    lines = list(shared_prompts.rows(1, {"few": (3, 9, 2, 3), "many": (2, 20, 7, 2)}))
+    assert len(lines) == 4
+    assert all(line.count(" times |") == 2 for line in lines[2:])
 
 
 def test_tables_of_machine_code() -> None:

@@ -1,5 +1,6 @@
 """The command line itself: parsing, help, errors, ``zo-fused doctor``. Needs torch alone."""
 
+import argparse
 import errno
 import inspect
 import io
@@ -13,6 +14,7 @@ import pytest
 import zo_fused
 from zo_fused.cli import compare, defaults, doctor, finetune
 from zo_fused.cli.main import main, make_parser
+from zo_fused.cli.method_help import of_one
 from zo_fused.cli.method_options import OPTIONS, by_method
 from zo_fused.methods.table import recipes
 from zo_fused.task import errors
@@ -71,7 +73,10 @@ def test_mistakes_are_told_in_one_sentence(words, message, capsys):
         (["--resume", "--overwrite"], "exclude each other"),
         (["--method", "mezo", "--rank", "4"], "--rank is no option of the method mezo"),
         (["--method", "zo-sign", "--momentum", "0.5"], "--momentum is no option of the method zo-"),
-        (["--history", "5"], "--history is no option of the method lozo"),
+        (
+            ["--history", "5"],
+            "--history is no option of the method lozo (see `zo-fused finetune --method lozo --he",
+        ),
         (["--method", "zo-conservative", "--one-sided"], "--one-sided is no option of the method"),
         (["--method", "forward-grad", "--eps", "1"], "--eps is no option of the method forward-"),
         (["--method", "forward-grad", "--loss", "accuracy"], "accuracy has no derivative, which"),
@@ -144,7 +149,8 @@ def test_answers_keep_their_spaces_and_equals_signs():
 
 def test_defaults_cover_every_option():
     without = "command model train dev test task template verbalizer no_template method output "
-    options = set(vars(parse())) - set(f"{without} resume overwrite forwards".split())
+    without += "resume overwrite forwards k train_examples dev_examples test_examples"
+    options = set(vars(parse())) - set(without.split())
     seen = set()
     for method, own in by_method().items():
         set_by_recipe = recipes()[method][1].options.keys() - set(OPTIONS)
@@ -173,6 +179,7 @@ def test_some_options_change_the_defaults_of_others():
     assert defaults.defaults("lozo", False)["schedule"] == "factored"
     assert defaults.defaults("lozo", False, one_sided=True)["schedule"] == "deferred"
     assert defaults.defaults("lozo", False, blocks=True)["schedule"] == "plain"
+    assert defaults.defaults("p-gap", True, peft="lora")["schedule"] == "plain"  # has no deferred
     lora = defaults.defaults("lozo", True, peft="lora")
     assert (lora["lr"], lora["eps"], lora["schedule"]) == (5e-5, 1e-2, "deferred")
     assert "eps" not in defaults.defaults("forward-grad", False, peft="prefix")
@@ -210,6 +217,47 @@ def test_help_loads_as_little_as_it_can(commands, loaded):
     assert ("--lr-scheduler" in done.stdout) == bool(loaded)
     assert done.stdout.endswith(f"{loaded}\n")
     assert done.stderr.count("\n") == len(loaded)  # the mistake
+
+
+def help_of(capsys, *words):
+    with pytest.raises(SystemExit) as stop:
+        main(["finetune", *words, "--help"])
+    assert stop.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_of_a_method_has_its_options_and_defaults(capsys):
+    told = help_of(capsys, "--method", "SeeZO")
+    assert "learning rate (default: 0.0003; on the embedded model: 0.002; --peft lora: 5e" in told
+    assert "random directions a step, averaged (default: 8)" in told
+    assert "(default: factored; on the embedded model: deferred; with --peft or --one-sid" in told
+    assert "--interval INTERVAL" not in told
+    assert "--population POPULATION" not in told
+    told = help_of(capsys, "--method", "qzo")
+    assert "(default: 0.001; on the embedded model: 0.0001)" in told  # no adapters
+
+
+def test_help_says_which_method_has_another_default(capsys):
+    told = help_of(capsys)
+    for text in (
+        "--method NAME --help, in this order, shows what a method takes, with its own defaults",
+        "learning rate (default: by method; lozo: 1e-06)",
+        "a step, averaged (default: 1; fzoo, seezo: 8; loren: 5; zo-mopi, zo-muon: 4)",
+        "es: members of a step (default: 30)",
+        "place of --interval (default: once; agzo: 50)",
+        "--steps STEPS (default: 20000; on the embedded model: 600)",
+    ):
+        assert text in told
+    assert " or 0.0" not in told
+
+
+@pytest.mark.parametrize("method", by_method())
+def test_help_has_a_word_for_every_default(method):
+    for option in OPTIONS:
+        text = of_one(option, method)
+        assert (text == argparse.SUPPRESS) == (option not in by_method()[method])
+        assert "None" not in text
+        assert "True" not in text
 
 
 def test_version(capsys):

@@ -209,10 +209,14 @@ QZO = ("--method", "qzo", "--lr", "1e-7", "--eps", "3e-5")
 
 
 @pytest.mark.filterwarnings("default")  # of torchao
-def test_scales_are_tuned_resumed_and_replayed(arguments, base, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scales_are_tuned_resumed_and_replayed(
+    arguments, base, tmp_path, monkeypatch, capsys, dtype
+):
     pytest.importorskip("torchao")
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert main(arguments(*QZO, "--quantize", "int8", output=whole)) == 0
+    more = (*QZO, "--dtype", dtype)
+    assert main(arguments(*more, "--quantize", "int8", output=whole)) == 0
     with monkeypatch.context() as patch:
 
         def kill():
@@ -220,18 +224,22 @@ def test_scales_are_tuned_resumed_and_replayed(arguments, base, tmp_path, monkey
 
         Stop(patch, 10, kill)
         with pytest.raises(MemoryError):
-            main(arguments(*QZO, "--quantize", "int8"))
+            main(arguments(*more, "--quantize", "int8"))
     assert (out / "checkpoint-3").is_dir()
-    assert main(arguments(*QZO, "--quantize", "int8", "--resume")) == 0
+    assert main(arguments(*more, "--quantize", "int8", "--resume")) == 0
     assert_equal(weights(whole), weights(out))
     replay = ["replay", "--model", str(base), "--log", str(out / "replay.jsonl")]
     capsys.readouterr()
-    assert main([*replay, "--quantize", "int8", "--verify", str(whole)]) == 0
+    if dtype != "float32":  # the base's
+        assert main([*replay, "--quantize", "int8", "--verify", str(whole)]) == 2
+        assert "other base weights than these; --dtype must be that" in capsys.readouterr().err
+    more_of_replay = ("--quantize", "int8", "--dtype", dtype, "--verify", str(whole))
+    assert main([*replay, *more_of_replay]) == 0
     assert "bit for bit" in capsys.readouterr().out
     assert main([*replay, "--verify", str(whole)]) == 2
     assert "no parameter" in capsys.readouterr().err
     # a model directory that is quantized already
-    more = ("--model", str(out), *QZO)
+    more = ("--model", str(out), *more)
     assert main(arguments(*more, output=tmp_path / "more")) == 0
     capsys.readouterr()
     assert main(arguments(*more, "--quantize", "int8", output=tmp_path / "no")) == 2
@@ -513,7 +521,7 @@ def test_losses_that_are_not_finite_stop_the_run(arguments, tmp_path, monkeypatc
     monkeypatch.setattr(Scorer, "loss", lambda *_: torch.tensor(float("nan")))
     assert main(arguments("--steps", "50")) == 2
     error = capsys.readouterr().err
-    assert f"{SKIPPED_IN_A_ROW} losses in a row were not finite" in error
+    assert f"{SKIPPED_IN_A_ROW} steps in a row were skipped, as a loss was not finite;" in error
     assert "Traceback" not in error
     history = read(tmp_path / "out" / "history.jsonl")
     assert [e["loss"] for e in history if "loss" in e] == [None] * SKIPPED_IN_A_ROW

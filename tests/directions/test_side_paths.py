@@ -489,6 +489,22 @@ def test_attention_of_both_signs(masks):
         assert_close(run_pair(run, [stack]), torch.stack(wanted))  # without a warning
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # rms_norm is slower so
+@pytest.mark.parametrize("norm", [F.layer_norm, F.group_norm, F.rms_norm])
+def test_norms_in_float32_give_16_bits_their_dtype_back(norm):
+    """As one evaluation does."""
+    x = torch.randn(2, 8, 4).bfloat16()
+
+    def run(weights: list[Tensor]) -> Tensor:
+        out = norm(x, 2 if norm is F.group_norm else (4,), weights[0])
+        assert out.dtype == torch.bfloat16
+        return out.float().square().mean()
+
+    stack = torch.randn(2, 8 if norm is F.group_norm else 4)
+    wanted = torch.stack([run([w]) for w in stack])
+    torch.testing.assert_close(run_pair(run, [[stack]]), wanted, rtol=2**-7, atol=0)
+
+
 def test_a_loss_that_is_a_number_cannot_be_paired():
     setting = Setting(model("opt"))
     for closure in (lambda: 1.0, lambda: setting.module(**batch()).loss.item()):

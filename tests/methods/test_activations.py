@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 from support.models import loss_of, network, same, snapshot
-from support.textbook import EPS, SEED, STEPS, SmallTransformer, dense, model_and_tokens
+from support.textbook import EPS, SEED, STEPS, SmallTransformer, dense, drawn, model_and_tokens
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import zo_fused
+from zo_fused.cli.method_options import by_method
 from zo_fused.directions.activations import FIRST_PASSES
 from zo_fused.directions.inputs import Inputs, linear_layers
-from zo_fused.noise import Purpose, derive_key, normal, parameter_id
+from zo_fused.noise import Purpose
+from zo_fused.task.run import make_optimizer
 
 Weights = dict[str, Tensor]
 
@@ -217,14 +219,13 @@ def test_the_textbook(kw: dict[str, Any]) -> None:
                 us[name], v_of[name] = dense(name, w, t)[:, None], torch.ones(1, 1).double()
                 continue
             m, n = w.shape
-            draw = normal(m, derive_key(SEED, Purpose.U, t), parameter_id(name))
-            us[name] = draw.double()[:, None]
-            key = derive_key(SEED, Purpose.V, t // 10 if not kw.get("moments") else 0)
-            random_v = normal(n, key, parameter_id(name)).double()[:, None]
+            us[name] = drawn(name, (m, 1), Purpose.U, t)
+            window = t // 10 if not kw.get("moments") else 0
+            random_v = drawn(name, (n, 1), Purpose.V, window)
             v_of[name] = vs.get(name, random_v)
             if kw.get("momentum") and t and t % 10 == 0 and name not in vs:
-                old = normal(n, derive_key(SEED, Purpose.V, t // 10 - 1), parameter_id(name))
-                product = old.double()[None] @ random_v / n
+                old = drawn(name, (1, n), Purpose.V, t // 10 - 1)
+                product = old @ random_v / n
                 momentum[name] = momentum[name] @ product
         z = {name: (us[name] @ v_of[name].T).view(theta[name].shape) for name in moving}
         away = 0.0 if kw.get("one_sided") else -1.0
@@ -427,3 +428,24 @@ def test_the_tied_head_is_no_layer_of_its_own() -> None:
     opt = zo_fused.LOZO(model, basis="activations", others="frozen")
     assert not any(p is model.embed.weight for p in opt.param_groups[0]["params"])
     assert len(opt.param_groups[0]["params"]) == len(opt.param_groups[0]["param_names"]) == 8
+
+
+def test_the_command_line_may_refresh_what_a_recipe_has_for_the_whole_run() -> None:
+    hyper = {**by_method()["zo-act"], "schedule": "plain", "refresh": 2}
+    opt = make_optimizer("zo-act", hyper, network())
+    assert opt.param_groups[0]["interval"] == 2
+
+
+@pytest.mark.parametrize("name", ["agzo", "seezo"])
+def test_the_command_line_has_blocks(name: str) -> None:
+    pytest.importorskip("transformers")
+    from support.tiny_models import causal_model
+
+    model = causal_model("opt")
+    hyper = {**by_method()[name], "schedule": "plain", "blocks": "sequential", "rank": 2}
+    opt = make_optimizer(name, hyper, model)
+    ids = torch.arange(6)[None]
+    for _ in range(2):
+        opt.step(lambda: model(input_ids=ids, labels=ids).loss)
+    layers = model.model.decoder.layers
+    assert "basis" in opt.state[layers[0].fc1.weight]

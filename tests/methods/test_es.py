@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from support.models import loss_of, network, same, snapshot
-from support.textbook import EPS, SEED, STEPS, Weights, dense, model_and_tokens
+from support.textbook import EPS, SEED, STEPS, Weights, dense, drawn, loss_of_copy, model_and_tokens
 from torch import Tensor
-from torch.func import functional_call
 
 import zo_fused
+from zo_fused.cli.defaults import EMBEDDED_DATA
 from zo_fused.cli.main import main
 from zo_fused.methods.es import ES
 from zo_fused.noise import Purpose, derive_key, normal, parameter_id
@@ -38,9 +39,7 @@ def low_rank(name: str, w: Tensor, step: int, query: int) -> Tensor:
         return dense(name, w, step, query)
     m, n, rank = w.shape[0], w[0].numel(), 2
     a, b = (
-        normal(rows * rank, derive_key(SEED, purpose, step, query), parameter_id(name))
-        .double()
-        .view(rows, rank)
+        drawn(name, (rows, rank), purpose, step, query)
         for rows, purpose in ((m, Purpose.U), (n, Purpose.V))
     )
     return (a @ b.T / math.sqrt(rank)).view(w.shape)
@@ -94,9 +93,10 @@ def test_fifty_steps_follow_the_textbook(shaping: str, antithetic: bool, directi
     """
     model, tokens = model_and_tokens()
 
+    loss = loss_of_copy(model, tokens)
+
     def reward(weights: Weights) -> float:
-        doubles = {name: w.detach().double() for name, w in weights.items()}
-        return -float(functional_call(model, doubles, (tokens,)))
+        return -float(loss(weights))
 
     theta = {k: p.detach().double() for k, p in model.named_parameters()}
     start = {k: w.clone() for k, w in theta.items()}
@@ -285,6 +285,27 @@ def test_a_member_without_a_reward_is_named_and_may_have_one_later() -> None:
     assert not same(snapshot(model), before)
 
 
+def test_a_reward_without_with_is_of_other_weights() -> None:
+    model = network()
+    before, opt = snapshot(model), ES(model, 1e-2, 3)
+    members = list(opt.members())
+    for member in members:
+        member.reward = float(member.number)
+    with pytest.raises(ValueError, match=r"reward without `with member:`.*: member 0 \("):
+        opt.step()
+    close(model, before)
+    for member in members[:2]:
+        with member:
+            member.reward = float(member.number)
+    with pytest.raises(ValueError, match=r"than the member's: member 2 \(.*\); enter each, one"):
+        opt.step()
+    with members[2]:
+        pass
+    opt.step()
+    assert opt.step_count == 1
+    assert not same(snapshot(model), before)
+
+
 def close(model: Any, before: list[Tensor]) -> None:
     for p, q in zip(snapshot(model), before, strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=6 * 2.0**-24)
@@ -453,8 +474,13 @@ def test_answers_of_several_tokens_are_generated() -> None:
 def test_the_command_line_climbs_minus_the_loss(tmp_path: Path) -> None:
     """Also where that is what the model generates."""
     pytest.importorskip("transformers")
+    shutil.copy(EMBEDDED_DATA / "task.json", tmp_path)
+    for split in ("train", "dev", "test"):
+        lines = (EMBEDDED_DATA / f"{split}.jsonl").read_text().splitlines()
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines[:16]))
     words = ["finetune", "--method", "es", "--loss", "exact-match", "--steps", "3"]
     words += ["--population", "4", "--eps", "1e-2", "--output", str(tmp_path / "out")]
+    words += ["--train", str(tmp_path)]
     assert main(words) == 0
     lines = (tmp_path / "out" / "history.jsonl").read_text().splitlines()
     steps = [entry for entry in map(json.loads, lines) if "loss" in entry]

@@ -73,7 +73,7 @@ def test_a_step_does_not_depend_on_the_size_of_the_loss(scale: float) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
 
 
-def test_losses_that_are_all_equal_skip_the_step() -> None:
+def test_losses_that_are_all_equal_skip_the_step(caplog: pytest.LogCaptureFixture) -> None:
     model = network()
     before = snapshot(model)
     opt = zo_fused.FZOO(model, lr=1.0, queries=2)
@@ -81,6 +81,7 @@ def test_losses_that_are_all_equal_skip_the_step() -> None:
         losses = iter([1.0, 1.0 + 2 * spread, 1.0 - 2 * spread])
         opt.step(lambda losses=losses: next(losses))
         assert opt.skipped_steps == skipped
+    assert "step 0 skipped: a loss was not finite, or none differed from another" in caplog.text
     for a, b in zip(before, snapshot(model), strict=True):  # up to the sweeps' rounding
         torch.testing.assert_close(a, b, rtol=0, atol=2.0**-22)
     losses = iter([1.0, 1.0 + 4e-12, 1.0 - 4e-12])

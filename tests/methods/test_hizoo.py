@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from support.models import loss_of, network, same
-from support.textbook import EPS, SEED, STEPS, dense, model_and_tokens
+from support.textbook import EPS, SEED, STEPS, dense, loss_of_copy, model_and_tokens
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import zo_fused
 
@@ -27,10 +26,7 @@ def test_fifty_float32_steps_follow_the_float64_textbook(queries: int) -> None:
     model, tokens = model_and_tokens()
     lr, decay, smooth = 1e-3, 0.5, 1e-3
 
-    def loss(weights: dict[str, Tensor]) -> Tensor:
-        doubles = {name: w.detach().double() for name, w in weights.items()}
-        return functional_call(model, doubles, (tokens,))
-
+    loss = loss_of_copy(model, tokens)
     opt = zo_fused.HiZOO(model, lr, smooth, eps=EPS, weight_decay=decay, seed=SEED, queries=queries)
     theta = {k: p.detach().double() for k, p in model.named_parameters()}
     start = {k: w.clone() for k, w in theta.items()}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.models import loss_of, network
-from support.textbook import EPS, SEED, STEPS, Weights, dense, follow
+from support.textbook import EPS, SEED, STEPS, Weights, dense, drawn, follow
 from torch import Tensor, nn
 
 import zo_fused
@@ -18,7 +18,7 @@ from zo_fused.directions import gradient_space
 from zo_fused.directions.aligned import Aligned, AlignedFactors
 from zo_fused.directions.gradient_space import Estimate, space_of
 from zo_fused.methods.vectors_apart import vectors_apart
-from zo_fused.noise import Purpose, derive_key, normal, parameter_id
+from zo_fused.noise import Purpose, derive_key, parameter_id
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 
 CPU = torch.device("cpu")
@@ -226,9 +226,8 @@ def test_delta_falls_over_the_run_and_counts_skipped_steps() -> None:
 RANK, INTERVAL, PROBES, DELTA = 4, 17, 3, (2.0, 0.0)
 
 
-def drawn(name: str, rows: int, columns: int, purpose: Purpose, step: int) -> np.ndarray[Any, Any]:
-    flat = normal(rows * columns, derive_key(SEED, purpose, step), parameter_id(name))
-    return flat.double().numpy().reshape(rows, columns)
+def matrix(name: str, rows: int, columns: int, purpose: Purpose, step: int) -> np.ndarray[Any, Any]:
+    return drawn(name, (rows, columns), purpose, step).numpy()
 
 
 def positive_qr(y: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -240,7 +239,7 @@ def positive_qr(y: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarr
 
 def textbook_space(name: str, g: np.ndarray[Any, Any], window: int) -> tuple[Any, Any, Any]:
     """U, S, V by a range finder with two power iterations."""
-    v = drawn(name, g.shape[1], RANK, Purpose.V, window)
+    v = matrix(name, g.shape[1], RANK, Purpose.V, window)
     for _ in range(3):
         u, _ = positive_qr(g @ v)
         v, r = positive_qr(g.T @ u)
@@ -256,11 +255,7 @@ def textbook(
         if t % INTERVAL == 0:
             estimate = {k: torch.zeros_like(w) for k, w in theta.items()}
             for j in range(PROBES):
-                key = derive_key(SEED, Purpose.PROBE, t, j)
-                z = {
-                    k: normal(w.numel(), key, parameter_id(k)).double().view(w.shape)
-                    for k, w in theta.items()
-                }
+                z = {k: drawn(k, w.shape, Purpose.PROBE, t, j) for k, w in theta.items()}
                 away, apart = (0.0, 1) if one_sided else (-1.0, 2)
                 plus = loss({k: w + EPS * z[k] for k, w in theta.items()})
                 minus = loss({k: w + away * EPS * z[k] for k, w in theta.items()})
@@ -278,9 +273,8 @@ def textbook(
                 z[k] = dense(k, w, t)
                 continue
             u, s, v = spaces[k]
-            core = drawn(k, RANK, RANK, Purpose.CORE, t)
-            key = derive_key(SEED, Purpose.SCALAR, t)
-            xi = float(normal(1, key, parameter_id(k), transform="signs"))
+            core = matrix(k, RANK, RANK, Purpose.CORE, t)
+            xi = float(drawn(k, (1,), Purpose.SCALAR, t, transform="signs"))
             norm = np.linalg.norm(s)
             core = core - ((s * core).sum() - xi * math.sqrt(delta) * norm) / norm**2 * s
             size = math.sqrt(w.numel()) / RANK if scale else 1.0

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.equality import in_memory
 from support.models import loss_of, network, snapshot
-from support.textbook import EPS, SEED, STEPS, Loss, Weights, follow, moved_by
+from support.textbook import EPS, SEED, STEPS, Loss, Weights, drawn, follow, moved_by
 from torch import Tensor, nn
 
 import zo_fused
@@ -26,9 +26,7 @@ Name = tuple[int, int]  # of a candidate: step and probe
 
 
 def candidate(theta: Weights, name: Name) -> Weights:
-    key = derive_key(SEED, Purpose.PROBE, *name)
-    drawn = {k: normal(w.numel(), key, parameter_id(k)) for k, w in theta.items()}
-    return {k: drawn[k].double().view(w.shape) for k, w in theta.items()}
+    return {k: drawn(k, w.shape, Purpose.PROBE, *name) for k, w in theta.items()}
 
 
 def combined(prior: str, found: list[tuple[float, Weights]]) -> Weights:

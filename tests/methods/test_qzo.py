@@ -284,7 +284,7 @@ def test_deferred_is_no_option() -> None:
         zo_fused.QZO(quantized_network(), eps=EPS, deferred=True)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("how", ["assigned", "cast", "unquantized"])
+@pytest.mark.parametrize("how", ["assigned", "cast", "unquantized", "replaced", "taken out"])
 def test_a_model_with_other_scales_is_noticed(how: str) -> None:
     model = quantized_network()
     opt = zo_fused.QZO(model, eps=EPS)
@@ -293,10 +293,51 @@ def test_a_model_with_other_scales_is_noticed(how: str) -> None:
         model[3].scales = model[3].scales * 2
     elif how == "cast":
         model[3].half()
-    else:
+    elif how == "unquantized":
         del model[3].scales
+    elif how == "replaced":
+        model[3] = copy.deepcopy(model[3])
+    else:
+        model[3] = nn.Linear(12, 4)
     with pytest.raises(RuntimeError, match=r"another tensor for 3.scales than when"):
         opt.step(lambda: loss_of(model))
+
+
+@pytest.mark.parametrize("how", ["set", "loaded", "added"])
+def test_eps_is_checked_whenever_it_comes(how: str) -> None:
+    """The scales are about 3e-3."""
+    model = quantized_network()
+    opt = zo_fused.QZO(model, eps=EPS)
+    opt.step(lambda: loss_of(model))
+    before = doubles(model)
+
+    def change() -> None:
+        if how == "added":
+            scales = [("more.scales", quantized_network()[0].scales)]
+            opt.add_param_group({"params": scales, "eps": 1e-2})
+            return
+        if how == "set":
+            opt.param_groups[0]["eps"] = 1e-2
+        else:
+            state = opt.state_dict()
+            state["param_groups"][0]["eps"] = 1e-2
+            opt.load_state_dict(state)
+        opt.step(lambda: loss_of(model))
+
+    with pytest.raises(ValueError, match=r"eps=0.01 is too large .*: theta \+ eps z would have"):
+        change()
+    for name, scale in doubles(model).items():
+        torch.testing.assert_close(scale, before[name], rtol=0, atol=2**-31)
+    opt.param_groups[0]["eps"] = EPS / 2
+    opt.step(lambda: loss_of(model))
+
+
+def test_a_floor_is_checked_for_what_is_added() -> None:
+    opt = zo_fused.QZO(quantized_network(), eps=EPS)
+    biases = quantized_network()[0].bias
+    with pytest.raises(ValueError, match=r"'0.bias' has negative elements, which floor would"):
+        opt.add_param_group({"params": [("0.bias", biases)], "eps": 1e-2})
+    assert len(opt.param_groups) == 1
 
 
 def test_scales_that_are_loaded_in_place_are_the_same() -> None:

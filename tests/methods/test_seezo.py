@@ -15,6 +15,7 @@ from support.textbook import (
     Loss,
     Weights,
     dense,
+    drawn,
     float64_loss,
     follow,
     model_and_tokens,
@@ -23,7 +24,7 @@ from support.textbook import (
 from torch import Tensor, nn
 
 import zo_fused
-from zo_fused.noise import Purpose, derive_key, normal, parameter_id
+from zo_fused.noise import Purpose
 from zo_fused.task.run import make_optimizer
 
 RANK, QUERIES, LR = 3, 2, 5e-3
@@ -57,12 +58,11 @@ def textbook(loss: Loss, theta: Weights) -> list[float]:
 
     def z(step: int, query: int) -> Weights:
         out = {}
-        key = derive_key(SEED, Purpose.U, step, query)
         for name, w in theta.items():
             if w.dim() < 2:
                 out[name] = dense(name, w, step, query)
                 continue
-            u = normal(len(w) * RANK, key, parameter_id(name)).double().view(len(w), RANK)
+            u = drawn(name, (len(w), RANK), Purpose.U, step, query)
             out[name] = (u * rows if name == "embed.weight" else u) @ found[name].T
         return out
 
@@ -224,13 +224,40 @@ def test_a_state_of_other_rows_is_refused() -> None:
 
 
 def test_a_decay_would_move_the_other_rows() -> None:
-    with pytest.raises(ValueError, match="weight_decay moves all rows"):
+    with pytest.raises(ValueError, match=r"weight_decay would move all 31 rows of 'embed.weight'"):
         zo_fused.SeeZO(model_and_tokens()[0], rows=ROWS, weight_decay=0.1)
     model, tokens = model_and_tokens()
     opt = made(model)
     opt.param_groups[0]["weight_decay"] = 0.1
-    with pytest.raises(ValueError, match="weight_decay moves all rows"):
+    with pytest.raises(ValueError, match=r"weight_decay would move all 31 rows of 'embed.weight'"):
         opt.step(lambda: model(tokens))
+
+
+@pytest.mark.parametrize("kind", [zo_fused.SeeZO, zo_fused.LOZO])
+def test_others_that_are_added_are_frozen_too(kind: Any) -> None:
+    """SeeZO's are matrices, LOZO's all but the matrices of layers."""
+    model, tokens = model_and_tokens()
+    first, second = (list(block.named_parameters()) for block in model.blocks)
+    kw: dict[str, Any] = {} if kind is zo_fused.SeeZO else {"basis": "activations"}
+    opt = kind(first, lr=LR, rank=2, others="frozen", module=model, **kw)
+    more = [(f"second.{name}", p) for name, p in second]
+    opt.add_param_group({"params": [("embed.weight", model.embed.weight), *more]})
+    tuned = opt.param_groups[1]["param_names"]
+    assert tuned == [name for name, p in more if kind is zo_fused.SeeZO or p.dim() == 2]
+    before = model.embed.weight.detach().clone()
+    opt.step(lambda: model(tokens))
+    assert torch.equal(model.embed.weight, before)
+    with pytest.raises(ValueError, match="leaves nothing to tune"):
+        opt.add_param_group({"params": [("more.weight", nn.Embedding(5, 16).weight)]})
+    assert len(opt.param_groups) == 2
+    with pytest.raises(ValueError, match=r'leaves nothing to tune: .*others="random" tunes it'):
+        kind(
+            [("embed.weight", model.embed.weight)],
+            rank=2,
+            others="frozen",
+            module=model,
+            **kw,
+        )
 
 
 def test_a_state_in_another_order_has_the_same_rows() -> None:

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from support.models import blocks, loss_of, network, same, snapshot
-from support.textbook import EPS, SEED, STEPS, dense, model_and_tokens
+from support.textbook import EPS, SEED, STEPS, dense, loss_of_copy, model_and_tokens
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import zo_fused
 from zo_fused.directions import shaped
@@ -42,10 +41,7 @@ def test_fifty_float32_steps_follow_the_float64_textbook(kind: str) -> None:
     model, tokens = model_and_tokens()
     share, interval, lr, decay = 0.3, 20, 1e-3, 0.5
 
-    def loss(weights: dict[str, Tensor]) -> Tensor:
-        doubles = {name: w.detach().double() for name, w in weights.items()}
-        return functional_call(model, doubles, (tokens,))
-
+    loss = loss_of_copy(model, tokens)
     opt = zo_fused.SparseMeZO(
         *(model, lr, share, kind, interval), eps=EPS, weight_decay=decay, seed=SEED
     )

@@ -10,18 +10,13 @@ import numpy as np
 import pytest
 import torch
 from support.equality import in_memory
-from support.textbook import EPS, SEED, STEPS, dense, follow, model_and_tokens
+from support.textbook import EPS, SEED, STEPS, dense, drawn, follow, model_and_tokens
 from torch import Tensor, nn
 
 import zo_fused
-from zo_fused.noise import Purpose, derive_key, normal, parameter_id
+from zo_fused.noise import Purpose
 
 RANK, INTERVAL = 3, 20
-
-
-def drawn(name: str, shape: tuple[int, int], purpose: Purpose, step: int, query: int = 0) -> Tensor:
-    key = derive_key(SEED, purpose, step, query)
-    return normal(shape[0] * shape[1], key, parameter_id(name)).double().view(shape)
 
 
 def haar(name: str, shape: tuple[int, int], purpose: Purpose, window: int) -> Tensor:

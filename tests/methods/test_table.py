@@ -23,6 +23,7 @@ from zo_fused.methods import table
 from zo_fused.rules.sgd import SGD, ScalarSign
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.schedule import STEP_DEFAULTS, StepOptions
+from zo_fused.task.errors import UserError
 from zo_fused.task.run import make_optimizer
 
 ROOT = Path(zo_fused.__file__).parent.parent
@@ -68,11 +69,19 @@ def test_star_and_import_load_no_more_than_they_must() -> None:
 
 @pytest.mark.parametrize("name", [n for n in table.methods() if n in zo_fused.__all__])
 def test_a_method_is_documented(name: str) -> None:
-    rows = (ROOT / "docs" / "methods.md").read_text()
-    assert re.search(rf"^\|.*`{name}\b", rows, re.MULTILINE), (
-        f"docs/methods.md has no row of {name}"
-    )
-    assert "Args:" in table.methods()[name].__doc__
+    """In the README, too; with its source where the README says that it stands."""
+    paper = re.compile(r"\b[0-9]{4}\.[0-9]{5}\b|this project")
+    row = re.compile(rf"^\|[^|]*`{name}\b.*", re.MULTILINE)
+    rows = row.findall((ROOT / "docs" / "methods.md").read_text())
+    assert rows, f"docs/methods.md has no row of {name}"
+    assert paper.search(rows[0]), f"docs/methods.md has no source of {name}"
+    readme = (ROOT / "README.md").read_text()
+    assert row.search(readme), f"README.md has no row of {name}"
+    *_, sources = readme.partition("Sources: ")
+    assert "its row of [docs/methods.md](docs/methods.md) and in its docstring" in sources
+    told = table.methods()[name].__doc__
+    assert "Args:" in told
+    assert name == "SeeZO" or paper.search(told), f"the docstring of {name} has no source"
 
 
 @pytest.mark.parametrize("name", table.recipes())
@@ -147,6 +156,16 @@ def test_a_recipe_may_have_options_that_the_command_line_lacks() -> None:
         by_method.cache_clear()
     assert type(optimizer) is Scalar
     assert isinstance(optimizer.rule, ScalarSign)
+
+
+@pytest.mark.parametrize(
+    ("name", "has"), [("kerzoo", "plain, deferred"), ("p-gap", "plain, factored"), ("qzo", "plain")]
+)
+def test_a_schedule_that_a_method_lacks_is_refused_with_those_that_it_has(
+    name: str, has: str
+) -> None:
+    with pytest.raises(UserError, match=f"'paired' is not for the method {name}, which has {has}$"):
+        make_optimizer(name, {"schedule": "paired"}, nn.Linear(2, 2))
 
 
 def test_plan_has_every_method() -> None:

@@ -19,21 +19,21 @@ from support.textbook import (
     Loss,
     Weights,
     dense,
+    drawn,
     follow,
     rademacher,
 )
 from torch import Tensor, nn
 
 import zo_fused
-from zo_fused.noise import Purpose, derive_key, normal, parameter_id
+from zo_fused.noise import Purpose, derive_key, normal
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 
 Draw = Callable[[str, Tensor, int, int], Tensor]  # z of a parameter, by its name, step and query
 
 
 def factor(name: str, rows: int, rank: int, purpose: Purpose, step: int, query: int = 0) -> Tensor:
-    key = derive_key(SEED, purpose, step, query)
-    return normal(rows * rank, key, parameter_id(name)).double().view(rows, rank)
+    return drawn(name, (rows, rank), purpose, step, query)
 
 
 def u_and_v(

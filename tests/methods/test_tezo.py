@@ -8,19 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.textbook import EPS, SEED, STEPS, dense, follow, model_and_tokens
+from support.textbook import EPS, SEED, STEPS, dense, drawn, follow, model_and_tokens
 from torch import Tensor, nn
 
 import zo_fused
 from zo_fused.directions import panels
-from zo_fused.noise import Purpose, derive_key, normal, parameter_id
+from zo_fused.noise import Purpose
 
 RANK = 3
-
-
-def drawn(name: str, shape: tuple[int, ...], purpose: Purpose, step: int, query: int = 0) -> Tensor:
-    key = derive_key(SEED, purpose, step, query)
-    return normal(int(np.prod(shape)), key, parameter_id(name)).double().view(shape)
 
 
 def textbook(

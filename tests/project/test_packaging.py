@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,17 @@ def test_source_archive_is_complete(tmp_path: Path) -> None:
     with tarfile.open(archive) as files:
         names = {name.partition("/")[2] for name in files.getnames()}
     assert sources - names == {".gitignore"}
+
+
+def test_data_files_are_installed() -> None:
+    """Whatever lies in the package and is no module is package data."""
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        patterns = tomllib.load(file)["tool"]["setuptools"]["package-data"]["zo_fused"]
+    package = ROOT / "zo_fused"
+    named = {path for pattern in patterns for path in package.glob(pattern) if path.is_file()}
+    built = {".py", ".pyc", ".so"}
+    assert {p for p in package.rglob("*") if p.is_file() and p.suffix not in built} == named
+    assert package / "task" / "papers" / "mezo_sst2.yaml" in named
 
 
 def test_links_of_the_description(build: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.matrix import covering
 from support.methods import CASES, Case, evaluates_both_sides, rounds, those
-from support.models import loss_of, network, same
+from support.models import MIXED, loss_of, network, same
 from torch import Tensor, nn
 
 import zo_fused
@@ -56,10 +56,12 @@ def logged_run(opt: ZerothOrderOptimizer, model: nn.Module, log: Path, steps: in
 
 @covering(
     make=[case for case in CASES.values() if rounds(case)],
-    dtype=[torch.float16, torch.float32],
+    dtype=[torch.float16, torch.float32, MIXED],
     rounding=["nearest", "stochastic"],
 )
-def test_replay_is_bit_exact(make: Case, dtype: torch.dtype, rounding: str, tmp_path: Path) -> None:
+def test_replay_is_bit_exact(
+    make: Case, dtype: torch.dtype | str, rounding: str, tmp_path: Path
+) -> None:
     model, base = network(dtype), network(dtype)
     opt = make(model, lr=1e-2, weight_decay=0.1, rounding=rounding)
     opt.start_log(tmp_path / "log.jsonl")

@@ -555,6 +555,24 @@ def test_a_module_with_another_parameter_is_refused() -> None:
             opt.step(loss_of(net))
 
 
+def test_a_module_with_another_layer_is_refused() -> None:
+    """But not where nothing of the old one moved, nor one that wraps it."""
+    net = network()
+    net[0].requires_grad_(False)
+    opt = zo_fused.MeZO(net)
+    net[2] = nn.Sequential(net[2], nn.Identity())
+    opt.step(loss_of(net))
+    net[0] = nn.Linear(6, 8).requires_grad_(False)
+    opt.step(loss_of(net))
+    before = net[2][0].weight.detach().clone()
+    opt.step(loss_of(net))
+    assert not torch.equal(net[2][0].weight, before)
+    net[2][0] = nn.Linear(8, 3)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"no parameter '2.weight' any more: its layer was"):
+            opt.step(loss_of(net))
+
+
 @pytest.mark.parametrize("sign", [float("nan"), float("inf"), "x"])
 def test_a_sign_must_be_a_number(sign: Any) -> None:
     net = network()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from support.matrix import covering
 from support.methods import CASES, METHODS, Case, evaluates_both_sides, makes_panels, rounds, those
-from support.models import loss_of, masks_of_two_steps, network, same, snapshot
+from support.models import MIXED, loss_of, masks_of_two_steps, network, same, snapshot
 from torch import Tensor, nn
 
 import zo_fused
@@ -593,11 +593,11 @@ def test_hooks_run_around_step() -> None:
 
 @covering(
     make=CASES.values(),
-    dtype=[torch.float16, torch.bfloat16, torch.float32],
+    dtype=[torch.float16, torch.bfloat16, torch.float32, MIXED],
     cut=[1, 4],
     rounding=["nearest", "stochastic"],
 )
-def test_resume_is_bit_exact(make: Case, dtype: torch.dtype, cut: int, rounding: str) -> None:
+def test_resume_is_bit_exact(make: Case, dtype: torch.dtype | str, cut: int, rounding: str) -> None:
     model = network(dtype)
     options = {"rounding": rounding} if rounds(make) else {}
     opt = make(model, **options)

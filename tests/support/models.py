@@ -11,9 +11,25 @@ from torch import Tensor, nn
 INPUT = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
 
 
-def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+MIXED = "mixed"  # in the place of a dtype: one layer in bfloat16, one in float32
+
+
+class Casting(nn.Sequential):
+    """Layers of several dtypes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, between, last = self
+        return last(between(first(x.to(first.bias.dtype))).to(last.bias.dtype))  # type: ignore[no-any-return]
+
+
+def network(dtype: torch.dtype | str = torch.float32) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+    layers = (nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    if isinstance(dtype, torch.dtype):
+        return nn.Sequential(*layers).to(dtype)
+    model = Casting(*layers)
+    model[0].bfloat16()
+    return model
 
 
 def loss_of(model: nn.Module) -> Callable[[], Tensor]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -58,22 +60,51 @@ def model_and_tokens() -> tuple[SmallTransformer, Tensor]:
     return SmallTransformer(), torch.randint(0, 31, (4, 12))
 
 
+@cache
+def _drawn(name: str, size: int, *stream: int, transform: str = "portable") -> Tensor:
+    """Most textbooks draw the same numbers, a parameter at a time, and most of their time went into
+    that."""
+    return normal(size, derive_key(SEED, *stream), parameter_id(name), transform=transform)
+
+
+def drawn(
+    name: str, shape: Sequence[int], purpose: int, step: int = 0, query: int = 0, **options: str
+) -> Tensor:
+    """The noise of a parameter from a stream, float64."""
+    flat = _drawn(name, math.prod(shape), purpose, step, query, **options)
+    return flat.double().view(*shape)
+
+
 def dense(name: str, w: Tensor, step: int, query: int = 0) -> Tensor:
-    key = derive_key(SEED, Purpose.DENSE, step, query)
-    return normal(w.numel(), key, parameter_id(name)).double().view(w.shape)
+    return drawn(name, w.shape, Purpose.DENSE, step, query)
 
 
 def rademacher(name: str, w: Tensor, step: int, query: int = 0) -> Tensor:
-    key = derive_key(SEED, Purpose.DENSE, step, query)
-    return normal(w.numel(), key, parameter_id(name), transform="signs").double().view(w.shape)
+    return drawn(name, w.shape, Purpose.DENSE, step, query, transform="signs")
 
 
 def float64_loss(model: nn.Module, tokens: Tensor) -> Loss:
-    """The loss as a function of named weights, in float64: its rounding plays no part."""
+    """The loss as a function of named weights, in float64: its rounding plays no part. It is the
+    model's own forward pass, with its hooks."""
 
     def loss(weights: Weights) -> Tensor:
         doubles = {name: w.detach().double() for name, w in weights.items()}
         return functional_call(model, doubles, (tokens,))
+
+    return loss
+
+
+def loss_of_copy(model: nn.Module, tokens: Tensor) -> Loss:
+    """The same of all weights, faster, for textbooks."""
+    double = copy.deepcopy(model).double().requires_grad_(False)
+    own = dict(double.named_parameters())
+
+    def loss(weights: Weights) -> Tensor:
+        assert weights.keys() == own.keys()
+        for name, p in own.items():
+            p.copy_(weights[name].detach())
+        value: Tensor = double(tokens)
+        return value
 
     return loss
 
@@ -134,7 +165,7 @@ def follow(
     loss = float64_loss(model, tokens)
     theta = {name: p.detach().double() for name, p in model.named_parameters()}
     start = {name: w.clone() for name, w in theta.items()}
-    expected = textbook(loss, theta)
+    expected = textbook(loss_of_copy(model, tokens), theta)
     opt = make(model)
     grads: list[float] = []
     for step in range(STEPS):

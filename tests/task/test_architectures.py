@@ -12,6 +12,7 @@ from zo_fused.task.encoding import Encoded  # noqa: E402
 from zo_fused.task.errors import UserError  # noqa: E402
 from zo_fused.task.masked import MaskScorer  # noqa: E402
 from zo_fused.task.models import check_kind, fills_masks  # noqa: E402
+from zo_fused.task.rows import PACKED, bears_packing  # noqa: E402
 from zo_fused.task.scoring import Scorer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about its own models
@@ -104,6 +105,39 @@ def assert_a_batch_equals_one_by_one(model):
         scorer.check(examples)
         got = scorer.scores(scorer.batch(examples)).double()
         torch.testing.assert_close(got, one_by_one(model, examples, answers), **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", some(sorted(PACKED)))
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_a_row_of_several_answers(kind, attention):
+    model = built(tiny_models.causal_model, kind, sliding_window=None)
+    model.set_attn_implementation(attention)
+    assert bears_packing(model)
+    examples = [
+        Encoded(e.prompt, 0, tuple(ANSWERS["several"][at:] + [[at + 7]] * at))
+        for at, e in enumerate(texts())
+    ]
+    scorer = Scorer(model, [], pad_id=0)
+    batch = scorer.batch(examples)
+    assert len(batch.rows.inputs["input_ids"]) == len(examples)
+    got = scorer.scores(batch).double()
+    for row, example in zip(got, examples, strict=True):
+        want = one_by_one(model, [example], example.answers)[0]
+        torch.testing.assert_close(row[: len(want)], want, **TOLERANCE)
+        assert (row[len(want) :] == -torch.inf).all()
+
+
+def test_windows_and_other_attention_get_a_row_for_each_answer():
+    """The mask of a row of several answers would undo a window, or not be read at all."""
+    model = tiny_models.causal_model("mistral")
+    assert model.config.sliding_window == 4
+    assert not bears_packing(model)
+    for kind in ("bloom", "mamba", "gemma2"):
+        assert not bears_packing(tiny_models.causal_model(kind))
+    model = tiny_models.causal_model("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    assert not bears_packing(model)
 
 
 REFUSED = NOT_CAUSAL | SEE_PADDING | set(NOT_TINY)

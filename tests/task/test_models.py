@@ -212,6 +212,7 @@ def test_a_pad_token_beyond_the_embeddings_is_not_used():
 
     class Made:
         answers = ((10,), (20,))
+        task = None
 
     model = tiny_models.causal_model("llama")
     assert _scorer(model, Tokenizer(), Made()).pad_id == 0

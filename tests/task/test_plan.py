@@ -65,7 +65,7 @@ def test_state_and_what_is_kept_beside_the_weights(kind, dtype, case):
     settings = hyper(method, more)
     outline = Outline(model.config, dtype)
     want = kept(
-        lambda module: make_optimizer(method, settings, module),
+        lambda module, **rank: make_optimizer(method, settings | rank, module),
         outline.shapes(),
         dtype,
         outline.linear(),
@@ -114,11 +114,11 @@ def test_activations_are_those_that_are_alive(kind):
 @pytest.mark.parametrize("name", ["MeZO", "LOZO, factored", "ZO-Adam", "Forward-Grad"])
 def test_the_peak_of_a_step(name, tmp_path, capsys):
     tiny_models.config("llama", **SMALL).save_pretrained(tmp_path)
-    words = ["plan", "--model", str(tmp_path), "--dtype", "float32", "--json"]
+    _, method, more = next(case for case in plan.cases() if case[0] == name)
+    words = ["plan", "--model", str(tmp_path), "--dtype", "float32", "--json", "--method", method]
     assert main([*words, "--batch-size", "8", "--length", "48"]) == 0
     found = json.loads(capsys.readouterr().out)
     row = next(row for row in found["methods"] if row["method"] == name)
-    _, method, more = next(case for case in plan.cases() if case[0] == name)
     model = tiny_models.causal_model("llama", **SMALL)
     _, _, peak = measured(model, method, hyper(method, more), batch=8, length=48)
     # an estimate: what a step needs for a moment besides (sums of factors, tangents of sums)

@@ -628,8 +628,9 @@ def test_only_the_needed_logits_are_computed():
     model = tiny_model()
     seen = []
     model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
-    for answers, width in ((SINGLE, 1), (SEVERAL, 3)):
-        scorer = Scorer(model, answers, pad_id=1)
+    # answers of 3, 1 and 2 tokens, without their last ones behind their prompt, or each in a row
+    for answers, share, width in ((SINGLE, True, 1), (SEVERAL, True, 4), (SEVERAL, False, 3)):
+        scorer = Scorer(model, answers, pad_id=1, share_prompt=share)
         examples = example_batch((7, 7))
         scorer.scores(scorer.batch(examples))
         assert seen.pop() == width

@@ -118,7 +118,8 @@ def make_runs(
     for seed in seeds:
         for method in methods:
             words = (*shared, *method_words(method), f"--seed={seed}")
-            if "dev" not in finetune.options(parser.parse_args(words)).sources:
+            chosen = finetune.options(parser.parse_args(words))
+            if not ("dev" in chosen.sources or chosen.draw.dev or chosen.draw.k):
                 raise UserError("a comparison needs --dev data")
             place = output / method.replace(":", "_") / f"seed-{seed}"
             runs.append(Run(method, seed, ("finetune", *words), place))

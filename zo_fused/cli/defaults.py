@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_fused.cli.method_options import QUANTIZERS as QUANTIZERS
-from zo_fused.cli.method_options import by_method
+from zo_fused.cli.method_options import by_method, in_place
 
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "embedded"
 EMBEDDED_MODEL = EMBEDDED_FOLDER / "model"
@@ -25,6 +25,7 @@ COMMON: dict[str, Any] = {
     "device": "auto",
     "seed": 0,
     "label_field": "label",
+    "data_seed": 0,
     "peft": None,  # all weights
     "trust_remote_code": False,
     "max_length": None,  # as many tokens as the model takes
@@ -96,7 +97,7 @@ def defaults(
         own = BY_PEFT[peft]
         table |= {name: value for name, value in own.items() if name in table}
     if (peft is not None or one_sided) and table["schedule"] == "factored":
-        table["schedule"] = "deferred"
+        table["schedule"] = in_place(method)
     if blocks:
         table["schedule"] = "plain"
     return table

@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zo_fused.cli import defaults
-from zo_fused.cli.method_options import OPTIONS, add_method_options, by_method
-from zo_fused.cli.parser import add_trust_option, choice, default_text, folder, whole
+from zo_fused.cli.method_help import HINT, add_method_options
+from zo_fused.cli.method_options import OPTIONS, by_method
+from zo_fused.cli.parser import add_trust_option, choice, folder, shown, whole
 from zo_fused.step.interrupts import uninterrupted
 from zo_fused.task.errors import Interrupted, UserError, first_line, out_of_memory
 
 if TYPE_CHECKING:
+    from zo_fused.task.lm_tasks import LmTask
     from zo_fused.task.prompt import Task
     from zo_fused.task.run import Options
 
 HELP = "fine-tune a language model with forward passes only"
 
 DESCRIPTION = """\
-Fine-tune a language model, causal or masked, on a classification task with forward passes only.
+Fine-tune a language model, causal or masked, on a task with forward passes only.
 
 With no arguments, the embedded model on the embedded data set: a run of a minute or two on a CPU.
 With your own model and data, the same, with your options. The output directory becomes a model
@@ -52,9 +54,20 @@ def method_choice() -> dict[str, Any]:
     return choice(by_method(), {"zosignsgd": "zo-sign"})
 
 
+def dtype_choice() -> dict[str, Any]:
+    """The same, for a dtype."""
+    return choice(("float32", "float16", "bfloat16"), _DTYPES)
+
+
 def seed(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,20}", text) or int(text) >= 1 << 64:
         raise argparse.ArgumentTypeError(f"must be a whole number below 2**64, got {text!r}")
+    return int(text)
+
+
+def data_seed(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) >= 1 << 32:
+        raise argparse.ArgumentTypeError(f"must be a whole number below 2**32, got {text!r}")
     return int(text)
 
 
@@ -66,19 +79,16 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _default(name: str) -> str:
-    return default_text([defaults.COMMON[name]])
+    """What a help text says of it."""
+    embedded = defaults.EMBEDDED_COMMON.get(name)
+    other = "" if embedded is None else f"; on the embedded model: {shown(embedded)}"
+    return f"default: {shown(defaults.COMMON[name])}{other}"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options; whatever is not given stays None and gets its default later."""
     add_data_options(parser)
-    method = parser.add_argument_group("method")
-    method.add_argument(
-        "--method",
-        **method_choice(),
-        help=f"optimizer (default: {defaults.METHOD})",
-    )
-    add_method_options(method)
+    add_method_options(parser.add_argument_group("method", HINT), **method_choice())
     run = add_run_options(parser)
     run.add_argument("--steps", type=whole, help=f"({_default('steps')})")
     run.add_argument("--seed", type=seed, help=f"({_default('seed')})")
@@ -119,7 +129,12 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         ("test", "same, for evaluation before and after"),
     ):
         data.add_argument(f"--{split}", metavar="DATA", help=what)
-    data.add_argument("--task", metavar="FILE", help="JSON file with template and verbalizer")
+    data.add_argument(
+        "--task",
+        metavar="NAME_OR_FILE",
+        help="task of a paper (mezo_sst2, ...), other task of lm_eval, YAML file in its format, or "
+        "JSON file with template and verbalizer",
+    )
     data.add_argument(
         "--template",
         metavar="TEXT",
@@ -147,6 +162,27 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "says how many did (default: as many as the model takes)",
     )
     data.add_argument("--label-field", metavar="NAME", help=f"({_default('label_field')})")
+    for split, many in (("train", 1000), ("dev", 500), ("test", 1000)):
+        where = "training set, where --dev is not given" if split == "dev" else f"{split} set"
+        data.add_argument(
+            f"--{split}-examples",
+            metavar="N",
+            type=whole,
+            help=f"draw so many from the {where} (default: {many} of a task by name or of YAML, "
+            f"{'none' if split == 'dev' else 'all'} of others)",
+        )
+    data.add_argument(
+        "--k",
+        metavar="N",
+        type=whole,
+        help="draw so many of each class from the training set for train, and as many for dev",
+    )
+    data.add_argument(
+        "--data-seed",
+        metavar="SEED",
+        type=data_seed,
+        help=f"of the draws ({_default('data_seed')})",
+    )
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> Any:
@@ -185,7 +221,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> Any:
     )
     run.add_argument(
         "--dtype",
-        **choice(("float32", "float16", "bfloat16"), _DTYPES),
+        **dtype_choice(),
         help=f"of the weights ({_default('dtype')})",
     )
     run.add_argument("--device", help=f"cpu, cuda, cuda:1, ... ({_default('device')})")
@@ -200,14 +236,19 @@ def options(args: argparse.Namespace) -> Options:
     """
     with uninterrupted():  # Ctrl-C in the middle would leave torch with half a NumPy
         from zo_fused.methods.table import recipes
+        from zo_fused.task.lm_tasks import is_lm_task
         from zo_fused.task.loop import Plan
         from zo_fused.task.run import Options
         from zo_fused.task.scoring import WITHOUT_DERIVATIVE
+        from zo_fused.task.splits import Draw
 
     embedded = args.model is None
-    demo = embedded and args.train is None
-    if args.model is not None and args.train is None:
-        raise UserError("--model needs --train, the data to fine-tune it on")
+    by_name = args.task is not None and is_lm_task(args.task)
+    demo = embedded and args.train is None and not by_name
+    if args.model is not None and args.train is None and not by_name:
+        raise UserError(
+            "--model needs --train, the data to fine-tune it on, or a --task that names a data set"
+        )
     if args.train is None and (args.dev is not None or args.test is not None):
         raise UserError("--dev and --test need --train")
     if args.resume and args.overwrite:
@@ -221,7 +262,10 @@ def options(args: argparse.Namespace) -> Options:
     table = defaults.defaults(method, embedded, args.peft, blocks, one_sided)
     for name in OPTIONS:
         if name not in table and getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} is no option of the method {method}")
+            raise UserError(
+                f"--{name.replace('_', '-')} is no option of the method {method} "
+                f"(see `zo-fused finetune --method {method} --help`)"
+            )
     if blocks and args.schedule not in (None, "plain"):
         raise UserError("--blocks takes the schedule plain")
     if blocks and args.peft is not None:
@@ -229,6 +273,8 @@ def options(args: argparse.Namespace) -> Options:
     made, recipe = recipes()[method]
     if made.quantized and args.peft is not None:
         raise UserError(f"--peft and the method {method} exclude each other: it tunes no adapter")
+    if args.k is not None and (args.train_examples or args.dev_examples):
+        raise UserError("--k excludes --train-examples and --dev-examples")
     if args.loss in WITHOUT_DERIVATIVE and made.differentiates:
         raise UserError(f"--loss {args.loss} has no derivative, which the method {method} needs")
 
@@ -236,14 +282,25 @@ def options(args: argparse.Namespace) -> Options:
         given = getattr(args, name, None)  # a recipe may have more than the command line
         return table[name] if given is None else given
 
-    train = str(defaults.EMBEDDED_DATA) if args.train is None else args.train
+    task: Task | LmTask
+    if by_name:
+        task, sources = _task_by_name(args)
+        table["loss"] = task.loss
+        if task.generates and args.loss in ("classification", "accuracy"):
+            raise UserError(
+                f"the task {task.name} has no candidates for --loss {args.loss}; take lm, f1 or "
+                "exact-match"
+            )
+    else:
+        train = str(defaults.EMBEDDED_DATA) if args.train is None else args.train
+        task, sources = _task(args, train), _sources(train, args.dev, args.test)
     model = str(defaults.EMBEDDED_MODEL) if embedded else args.model
     name = "the embedded model" if embedded else Path(model).name
     short = "demo" if demo else f"{'embedded' if embedded else Path(model).name}-{method}"
     return Options(
         model=model,
-        sources=_sources(train, args.dev, args.test),
-        task=_task(args, train),
+        sources=sources,
+        task=task,
         method=method,
         hyper={name: value(name) for name in by_method()[method]},
         plan=Plan(**{name: value(name) for name in _PLAN}),
@@ -252,6 +309,9 @@ def options(args: argparse.Namespace) -> Options:
         max_length=value("max_length"),
         output=args.output or Path("zo-fused-runs") / short,
         label_field=value("label_field"),
+        draw=Draw(
+            args.train_examples, args.dev_examples, args.test_examples, args.k, value("data_seed")
+        ),
         dtype=value("dtype"),
         device=value("device"),
         trust_remote_code=value("trust_remote_code"),
@@ -259,6 +319,23 @@ def options(args: argparse.Namespace) -> Options:
         overwrite=args.overwrite or (demo and args.output is None and not args.resume),
         title=f"{recipe.title} fine-tuning of {name}",
     )
+
+
+def _task_by_name(args: argparse.Namespace) -> tuple[LmTask, dict[str, str]]:
+    """The task of ``--task``, and where each split comes from: its data set, or local files."""
+    from zo_fused.task.lm_tasks import LmTask
+
+    if args.template is not None or args.verbalizer is not None:
+        raise UserError("--task and --template exclude each other")
+    for name in ("no_template", "label_field"):
+        if getattr(args, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} is for a task given by template and verbalizer, "
+                f"not for --task {args.task}"
+            )
+    files = {} if args.train is None else _sources(args.train, args.dev, args.test)
+    drawn = {"train": args.task, "dev": args.task} | ({} if files else {"test": args.task})
+    return LmTask(args.task, files), drawn | files
 
 
 def _sources(train: str, dev: str | None, test: str | None) -> dict[str, str]:

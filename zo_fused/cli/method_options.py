@@ -5,17 +5,17 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from zo_fused.cli.parser import choice, default_text, whole
+from zo_fused.cli.parser import choice, whole
 
 QUANTIZERS = ("int8",)  # keys of `zo_fused.task.models.QUANTIZERS`
 
 # Arguments of the methods; two names that stand for several, schedule and blocks; and quantize,
-# what a method needs of the model. In a help text {default} stands for the default, and {methods}
-# for the methods that take the option.
+# what a method needs of the model. `zo_fused.cli.method_help` adds to a help text who takes the
+# option and its default; UNSET says what a default of None is.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "lr": {"type": float, "help": "learning rate ({default})"},
-    "eps": {"type": float, "help": "perturbation radius ({default})"},
-    "queries": {"type": whole, "help": "random directions a step, averaged ({default})"},
+    "lr": {"type": float, "help": "learning rate"},
+    "eps": {"type": float, "help": "perturbation radius"},
+    "queries": {"type": whole, "help": "random directions a step, averaged"},
     "one_sided": {
         "action": "store_true",
         "default": None,
@@ -23,64 +23,59 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "distribution": {
         **choice(("gaussian", "hadamard", "rademacher")),
-        "help": "{methods}: of z, or U and V ({default})",
+        "help": "of z, or U and V",
     },
     "prior": {
         **choice(("guiding", "greedy", "survivor")),
-        "help": "{methods}: make z of candidates whose losses are taken first, the better half "
-        "minus the worse, the best, or the better of a new one and the last step's minus the worse "
-        "(default: none, with mezo-gv guiding, with mezo-greedy greedy)",
+        "help": "make z of candidates whose losses are taken first, the better half "
+        "minus the worse, the best, or the better of a new one and the last step's minus the worse",
     },
     "pool": {
         "type": whole,
-        "help": "{methods}: candidates with --prior, a forward pass each (default: 4, with "
-        "survivor 2)",
+        "help": "candidates with --prior, a forward pass each",
     },
-    "rank": {"type": whole, "help": "{methods}: columns of U and V ({default})"},
+    "rank": {"type": whole, "help": "columns of U and V"},
     "interval": {
         "type": whole,
-        "help": "{methods}: steps for which V, or a mask, stays ({default})",
+        "help": "steps for which V, or a mask, stays",
     },
-    "population": {"type": whole, "help": "{methods}: members of a step ({default})"},
+    "population": {"type": whole, "help": "members of a step"},
     "shaping": {
         **choice(("zscore", "centered_rank", "none")),
-        "help": "{methods}: what is made of rewards ({default})",
+        "help": "what is made of rewards",
     },
     "antithetic": {
         "action": "store_true",
         "default": None,
-        "help": "{methods}: members in pairs, at theta + eps z and theta - eps z",
+        "help": "members in pairs, at theta + eps z and theta - eps z",
     },
     "direction": {
         **choice(("dense", "lowrank")),
-        "help": "{methods}: z of independent elements, or of low rank ({default})",
+        "help": "z of independent elements, or of low rank",
     },
     "basis": {
         **choice(("random", "activations")),
-        "help": "{methods}: V at random, or the main directions of what linear layers are given "
-        "({default})",
+        "help": "V at random, or the main directions of what linear layers are given",
     },
     "refresh": {
         "metavar": "STEPS",
         "type": whole,
-        "help": "{methods}: with --basis activations, look at activations again every so many "
-        "steps, which takes a forward pass and the place of --interval (default: once; agzo: 50)",
+        "help": "where V is of activations, look at them again every so many steps, which takes a "
+        "forward pass and the place of --interval",
     },
     "others": {
         **choice(("random", "frozen")),
-        "help": "{methods}: with --basis activations, what is no matrix of a linear layer alone "
-        "({default})",
+        "help": "where V is of activations, what is no matrix of a linear layer alone",
     },
     "moments": {
         **choice(("adam",)),
-        "help": "{methods}: Adam on the estimate in the factor or core (default: none, with "
-        "zo-act, subzero-adam and tezo-adam adam)",
+        "help": "Adam on the estimate in the factor or core",
     },
-    "momentum": {"type": float, "help": "{methods}: in [0, 1) (default: 0, with -m 0.9)"},
+    "momentum": {"type": float, "help": "in [0, 1)"},
     "history": {
         "metavar": "STEPS",
         "type": whole,
-        "help": "{methods}: keep no moments, make them anew from so many last steps",
+        "help": "keep no moments, make them anew from so many last steps",
     },
     "blocks": {
         **choice(("sequential", "simultaneous")),
@@ -89,21 +84,30 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "quantize": {
         **choice(QUANTIZERS),
-        "help": "{methods}: quantize the model's linear layers, with torchao (default: a model of "
-        "your own must be quantized already)",
+        "help": "quantize the model's linear layers, with torchao",
     },
-    "weight_decay": {"type": float, "help": "({default})"},
+    "weight_decay": {"type": float, "help": "decay, times the learning rate"},
     "rounding": {
         **choice(("nearest", "stochastic")),
-        "help": "of updates in 16-bit weights (default: stochastic where the schedule is factored "
-        "or paired and with forward-grad, else nearest)",
+        "help": "of updates in 16-bit weights",
     },
     "schedule": {
         **choice(("plain", "deferred", "factored", "paired")),
         "help": "sweeps over the weights a step: 3, 2, or (low rank) one a window; paired: the "
-        "same, with both signs in one forward pass, for batches of few tokens (default: factored "
-        "for methods of low rank but tezo-adam, deferred for it and the others that have it)",
+        "same, with both signs in one forward pass, for batches of few tokens",
     },
+}
+
+UNSET = {
+    "prior": "none",
+    "pool": "4, with survivor 2",
+    "interval": "the whole run",
+    "refresh": "once",
+    "moments": "none",
+    "history": "none",
+    "blocks": "none",
+    "quantize": "a model of your own must be quantized already",
+    "rounding": "stochastic where the schedule is factored or paired, else nearest",
 }
 
 
@@ -116,9 +120,7 @@ def by_method() -> dict[str, dict[str, Any]]:
     for name, (method, recipe) in recipes().items():
         takes = arguments(method)
         own = {option: takes[option] for option in OPTIONS if option in takes}
-        own["schedule"] = recipe.schedule or (
-            "factored" if "mode" in takes else "deferred" if "deferred" in takes else "plain"
-        )
+        own["schedule"] = recipe.schedule or ("factored" if "mode" in takes else in_place(name))
         if "block_order" in takes:
             own["blocks"] = None
         if method.quantized:
@@ -127,10 +129,8 @@ def by_method() -> dict[str, dict[str, Any]]:
     return table
 
 
-def add_method_options(parser: Any) -> None:
-    """Adds all of them."""
-    for name, option in OPTIONS.items():
-        takers = {method: table[name] for method, table in by_method().items() if name in table}
-        told = {"default": default_text(takers.values()), "methods": ", ".join(takers)}
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, **{**option, "help": option["help"].format(**told)})
+def in_place(name: str) -> str:
+    """The schedule of a method where nothing is kept beside the weights."""
+    from zo_fused.methods.table import arguments, recipes
+
+    return "deferred" if "deferred" in arguments(recipes()[name][0]) else "plain"

@@ -60,10 +60,11 @@ def whole(text: str) -> int:
     return value
 
 
-def default_text(values: Iterable[Any]) -> str:
-    """What a help text says of an option's defaults."""
-    texts = {f"{v:g}" if isinstance(v, float) else f"{v}" for v in values if v is not None}
-    return f"default: {' or '.join(sorted(texts))}"
+def shown(value: Any) -> str:
+    """A default as a help text has it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else f"{value}"
 
 
 def folder(text: str) -> Path:

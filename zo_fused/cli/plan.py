@@ -130,7 +130,7 @@ def _row(
         own["rank"] = args.rank
     dtype = getattr(torch, args.dtype)
     held = kept(
-        lambda module: make_optimizer(method, own, module),
+        lambda module, **rank: make_optimizer(method, own | rank, module),
         outline.shapes(),
         dtype,
         outline.linear(),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zo_fused.cli import defaults
+from zo_fused.cli import defaults, finetune
 from zo_fused.cli.parser import add_trust_option, choice, folder
 from zo_fused.step.interrupts import uninterrupted
 from zo_fused.task.errors import UserError, first_line
@@ -34,6 +34,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quantize", **choice(defaults.QUANTIZERS), help="the run quantized its base so"
+    )
+    parser.add_argument(
+        "--dtype",
+        **finetune.dtype_choice(),
+        help="of the base, as in the run (default: what the log says; with --quantize, of which it "
+        "has the scales alone, that of the base)",
     )
     add_trust_option(parser)
     parser.add_argument("--log", metavar="FILE", type=Path, required=True, help="replay.jsonl")
@@ -121,6 +127,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     ):
         raise UserError(f"the output {args.output} is not an empty directory")
     dtype, seed = logged(args.log)
+    dtype = args.dtype or dtype
 
     import torch
 
@@ -143,7 +150,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     try:
         steps = zo_fused.replay(model, args.log, progress=sys.stderr.isatty())
     except ValueError as error:
-        raise UserError(f"can't replay {args.log} on {base}: {first_line(error)}") from error
+        hint = "; --dtype must be that of the run" if args.quantize and not args.dtype else ""
+        raise UserError(f"can't replay {args.log} on {base}: {first_line(error)}{hint}") from error
     if args.output is not None:
         with writing(args.output):
             save_model(model, load_tokenizer(base, trust), args.output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -20,6 +20,11 @@ from zo_fused.step.schedule import Position
 
 logger = logging.getLogger("zo_fused")
 
+_NOTHING_LEFT = (
+    'others="frozen" leaves nothing to tune: what requires gradients is no weight that an '
+    'nn.Linear of the model alone holds; others="random" tunes it'
+)
+
 
 class SeesActivations(ZerothOrderOptimizer):
     """An optimizer whose direction may be `LowRank` with `Activations`.
@@ -27,6 +32,8 @@ class SeesActivations(ZerothOrderOptimizer):
     Where a V must be made, the step evaluates the closure at theta first: in the first step
     `FIRST_PASSES` times, then once. With ``one_sided`` the last of them is the baseline.
     """
+
+    _freezes = False
 
     @property
     def _activations(self) -> Activations | None:
@@ -41,13 +48,43 @@ class SeesActivations(ZerothOrderOptimizer):
         again = 0 if activations.refresh is None else (steps - 1) // activations.refresh
         return total + FIRST_PASSES - 1 + alone * (1 + again)
 
-    def leave_all_but(self, those: Collection[int]) -> None:
-        """The parameters whose ids are not among these are no business of this optimizer."""
+    def is_other(self, p: Tensor) -> bool:
+        """Whether a parameter that no linear layer alone holds is frozen by ``others="frozen"``."""
+        return True
+
+    def freeze_others(self) -> None:
+        """From now on, and in groups that are added, others are no business of this optimizer.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        self._freezes = True
+        moved = self._any_moves(self.param_groups)
         for group in self.param_groups:
-            kept = [i for i, p in enumerate(group["params"]) if id(p) in those]
-            for name in ("params", "param_names"):
-                if group.get(name):
-                    group[name] = [group[name][i] for i in kept]
+            self._leave_others(group)
+        if moved and not self._any_moves(self.param_groups):
+            raise ValueError(_NOTHING_LEFT)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if self._freezes:
+            self._leave_others(self.param_groups[-1])
+            if not self.param_groups[-1]["params"]:
+                del self.param_groups[-1]
+                raise ValueError(_NOTHING_LEFT)
+
+    add_param_group.__doc__ = ZerothOrderOptimizer.add_param_group.__doc__
+
+    def _any_moves(self, groups: Sequence[dict[str, Any]]) -> bool:
+        return any(self.moves(p) for group in groups for p in group["params"])
+
+    def _leave_others(self, group: dict[str, Any]) -> None:
+        assert self._activations is not None
+        layers = self._activations.layers()
+        kept = [i for i, p in enumerate(group["params"]) if id(p) in layers or not self.is_other(p)]
+        for name in ("params", "param_names"):
+            if group.get(name):
+                group[name] = [group[name][i] for i in kept]
 
     def _wanting(self) -> dict[int, tuple[Tensor, int, int]]:
         """The weights that need a V before this step."""

@@ -44,6 +44,8 @@ class FZOO(ZerothOrderOptimizer):
             blocks, sigma is of the losses of a block.
     """
 
+    why_skipped = "a loss was not finite, or none differed from another (larger batches differ)"
+
     def __init__(
         self,
         params: Any,

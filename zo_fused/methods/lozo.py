@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from zo_fused.checks import choice, switch, whole
 from zo_fused.directions.activations import Activations
 from zo_fused.directions.factored.direction import Factored
-from zo_fused.directions.inputs import linear_layers
 from zo_fused.directions.low_rank import LowRank
 from zo_fused.methods.activations import SeesActivations
 from zo_fused.methods.beside import evaluated_module, rounding_of
@@ -133,15 +132,20 @@ class LOZO(SeesActivations):
             raise ValueError('refresh and others need basis="activations"')
         if refresh is not None:
             refresh = whole("refresh", refresh, 1)
-            if interval not in (INTERVAL, refresh):
-                raise ValueError(f"refresh={refresh} is the interval, too: leave interval out")
+            if interval not in (INTERVAL, WHOLE_RUN, refresh):  # nobody chose the first two
+                raise ValueError(
+                    f"refresh={refresh} is the interval, too: leave interval out, or change refresh"
+                )
             interval = refresh
         if moments is not None:
             choice("moments", moments, ("adam",))
         if moments and momentum:
             raise ValueError('moments="adam" has a momentum of its own, betas[0]: momentum=0')
         if (momentum or moments) and common.get("block_order") == "sequential":
-            raise ValueError("a block would miss the steps at which its momentum moves to a new V")
+            raise ValueError(
+                "a block would miss the steps at which its momentum moves to a new V: no momentum "
+                "or moments, or simultaneous blocks"
+            )
         defaults: dict[str, Any] = {
             "lr": lr,
             "rank": rank,
@@ -180,7 +184,7 @@ class LOZO(SeesActivations):
         direction = LowRank(**of_z) if evaluated is None else Factored(evaluated, paired, **of_z)
         super().__init__(params, direction, rule, defaults, options, **common)
         if others == "frozen":
-            self.leave_all_but(linear_layers(model).keys())
+            self.freeze_others()
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import median_low
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from zo_fused.checks import bounded
 from zo_fused.directions.dense import Dense
-from zo_fused.methods.scales import Scale, moved_away, quantization_scales, scales_of
+from zo_fused.methods.scales import moved_away, quantization_scales, scales_of
 from zo_fused.methods.table import Recipe, method
 from zo_fused.rules.sgd import SGD, Floored
 from zo_fused.step.evaluation import Closure
@@ -45,8 +45,11 @@ class QZO(ZerothOrderOptimizer):
             scale from inside a weight.
 
     Raises:
-        ValueError: the module has no quantized layer, or one whose scales can't be moved; eps is
-            above a third of the scales; floor is not None and theta has negative elements.
+        ValueError: the module has no quantized layer, or one whose scales can't be moved; eps of a
+            group is, or becomes, above a third of its scales (of a module); floor is not None and
+            theta has negative elements.
+        RuntimeError: in a step: the module has other scales now, or a layer of its own was
+            replaced.
     """
 
     quantized = True
@@ -76,6 +79,10 @@ class QZO(ZerothOrderOptimizer):
                 "the model has no quantized layer, whose scales QZO would tune: load it with a "
                 "quantization_config, or quantize it (torchao.quantization.quantize_)"
             )
+        self.clip = clip
+        self._floored = floor is not None
+        self._scales = scales
+        self._sizes: dict[Tensor, float] = {}  # of what was looked at, when it came
         super().__init__(
             params,
             Dense(distribution),
@@ -89,14 +96,9 @@ class QZO(ZerothOrderOptimizer):
             one_sided=one_sided,
             queries=queries,
         )
-        self.clip = clip
-        self._scales = scales
         if scales:
             self.weights.parameters.checks.append(self._check_places)
             self.look()
-            _check_eps(float(self.param_groups[0]["eps"]), scales)
-        if floor is not None:
-            _check_signs(self.param_groups)
 
     @staticmethod
     def found_in(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -125,40 +127,46 @@ class QZO(ZerothOrderOptimizer):
             )
         return super().__getstate__()
 
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        names = group.get("param_names") or range(len(group["params"]))
+        for name, p in zip(names, group["params"], strict=True):
+            if p in self._sizes or p.is_meta:
+                continue
+            if self._floored and bool((p < 0).any()):
+                raise ValueError(
+                    f"{name!r} has negative elements, which floor would raise: it is no scale, or "
+                    "of a quantizer with signed ones; pass floor=None"
+                )
+            self._sizes[p] = float(p.detach().float().square().mean().sqrt())
+        scales = [p for p in group["params"] if not isinstance(p, nn.Parameter)]
+        sizes = [self._sizes[p] for p in scales if p in self._sizes]
+        if self._scales and sizes:
+            _check_eps(group["eps"], sizes)
+
     def _check_places(self) -> None:
         for scale in self._scales:
             if moved_away(scale):
                 raise RuntimeError(
                     f"the model has another tensor for {scale.name} than when the optimizer was "
-                    "made (moved to a device or dtype, or packed?): make the optimizer anew"
+                    "made (was its layer replaced, moved to a device or dtype, or packed?): make "
+                    "the optimizer anew"
                 )
 
 
-def _check_eps(eps: float, scales: Sequence[Scale]) -> None:
+def _check_eps(eps: float, sizes: Sequence[float]) -> None:
     """A perturbation past zero turns around the weights of whole groups: it must take more than
     three standard deviations of z.
+
+    Args:
+        sizes: root mean square of the scale of each layer.
 
     Raises:
         ValueError: it takes less in half of the layers.
     """
-    sizes = torch.stack([scale.tensor.float().square().mean().sqrt().cpu() for scale in scales])
-    typical = float(sizes.median())
+    typical = median_low(sizes)
     if 3 * eps > typical:
         raise ValueError(
             f"eps={eps:g} is too large for the scales, {typical:.2g} in the median layer: theta + "
             f"eps z would have other signs than theta. Take a part of them, as {typical / 20:.1g}"
         )
-
-
-def _check_signs(param_groups: list[dict[str, Any]]) -> None:
-    """Raises:
-    ValueError: the floor would change theta itself.
-    """
-    for group in param_groups:
-        names = group.get("param_names") or range(len(group["params"]))
-        for name, p in zip(names, group["params"], strict=True):
-            if not p.is_meta and bool((p < 0).any()):
-                raise ValueError(
-                    f"{name!r} has negative elements, which floor would raise: it is no scale, or "
-                    "of a quantizer with signed ones; pass floor=None"
-                )

@@ -53,7 +53,7 @@ def scales_of(model: nn.Module) -> list[Scale]:
     found: dict[int, Scale] = {}
     for prefix, module in model.named_modules():
         for path in _paths(module, prefix):
-            held = partial(_follow, module, path)
+            held = partial(_follow, model, (*filter(None, prefix.split(".")), *path))
             scale, name = held(), ".".join([prefix, *_spelled(path)] if prefix else _spelled(path))
             if scale is None:
                 raise ValueError(f"{name}: the layer is quantized and holds no scale")
@@ -83,6 +83,8 @@ def _follow(module: nn.Module, path: Path) -> Any:
     into the layer's state in the first forward pass."""
     value: Any = module
     for name in path:
+        if isinstance(value, nn.Module):
+            module = value
         if name == "SCB" and getattr(module, "state", None) is not None:
             moved = getattr(module.state, "SCB", None)
             if moved is not None:

@@ -127,13 +127,13 @@ class SeeZO(SeesActivations):
             block_order=block_order,
         )
         if others == "frozen":
-            kept = activations.layers().keys() | {
-                id(p) for group in self.param_groups for p in group["params"] if p.dim() < 2
-            }
-            self.leave_all_but(kept)
+            self.freeze_others()
         self._keep_rows(named, modules, activations.layers())
         for group in self.param_groups:
             self.check_group(group)
+
+    def is_other(self, p: Tensor) -> bool:
+        return p.dim() >= 2
 
     def _keep_rows(
         self, named: Mapping[str, list[int]], known: Mapping[str, Tensor], layers: Container[int]
@@ -151,10 +151,17 @@ class SeeZO(SeesActivations):
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        if group["weight_decay"] and any("rows" in self.state.get(p, {}) for p in group["params"]):
-            raise ValueError(
-                "weight_decay moves all rows of a matrix, rows only some: give one of them"
-            )
+        if not group["weight_decay"]:
+            return
+        names = group.get("param_names") or range(len(group["params"]))
+        for name, p in zip(names, group["params"], strict=True):
+            rows = self.state.get(p, {}).get("rows")
+            if rows is not None:
+                raise ValueError(
+                    f"weight_decay would move all {len(p)} rows of {name!r}, of which SeeZO tunes "
+                    f"{len(rows)} (those in rows, on the command line those of the answers): leave "
+                    "weight_decay out"
+                )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of other optimizers.

@@ -95,7 +95,10 @@ class TeZO(ZerothOrderOptimizer):
             if momentum:
                 raise ValueError('moments="adam" has a momentum of its own, betas[0]: momentum=0')
             if mode == "factored":
-                raise ValueError("the step of Adam has full rank: it can't be kept beside weights")
+                raise ValueError(
+                    "the step of Adam has full rank: it can't be kept beside weights, as factored "
+                    "and paired steps are"
+                )
             mode = "inplace"
         mode = mode_of(mode, rank, params, module, common)
         evaluated = evaluated_module("TeZO", params, module, mode, paired, common)

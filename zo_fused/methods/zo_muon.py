@@ -89,7 +89,10 @@ class ZOMuon(ZerothOrderOptimizer):
         elif not momentum:
             raise ValueError('sign="power" iterates on a moving average: momentum above 0')
         if momentum and block_order == "sequential":
-            raise ValueError("a block would miss the steps at which its momentum moves to a new P")
+            raise ValueError(
+                "a block would miss the steps at which its momentum moves to a new P: no momentum, "
+                "or simultaneous blocks"
+            )
         defaults: dict[str, Any] = {"lr": lr, "rank": rank, "interval": interval}
         if momentum:
             defaults["momentum"] = momentum

@@ -44,6 +44,7 @@ class Base(Chooses, torch.optim.Optimizer):
     """
 
     state: defaultdict[Any, Any]
+    why_skipped = "a loss was not finite"  # of a skipped step, in warnings
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """`inspect.signature`, help() and replays see the names that ``**common`` stands for."""
@@ -84,13 +85,8 @@ class Base(Chooses, torch.optim.Optimizer):
                 f"got {type(params).__name__}"
             )
         _check_pair(rule, direction)
-        counters: dict[str, Any] = {
-            "seed": seed,
-            "step": 0,
-            "restores": 0,
-            "contract": CONTRACT_VERSION,
-        }
-        counters |= {"in_place": (), **_kind(self, rule, direction, recorded)}
+        counters: dict[str, Any] = {"seed": seed, "step": 0, "restores": 0, "in_place": ()}
+        counters |= {"contract": CONTRACT_VERSION, **_kind(self, rule, direction, recorded)}
         defaults = {"block": 0, **{name: hyper(name, value) for name, value in defaults.items()}}
         defaults |= counters
         self._assemble(direction, rule, schedule, recorded, defaults, module)
@@ -118,7 +114,7 @@ class Base(Chooses, torch.optim.Optimizer):
         self._capture = Capture(self.weights)
         self._access = Access(self, self.weights, self._capture, guard)
         self._timer = Timer(parameters)
-        self._report = Report()
+        self._report = Report(self.why_skipped)
         self._evaluation = Evaluation(self.weights, self._timer, self._report)
 
     def _bind(self) -> None:

@@ -26,12 +26,14 @@ class Member:
         position: where it is: ``theta + position.sign * eps * z`` of its query.
         reward: how good it is, higher is better: a number, or a tensor of one. To be set within the
             block or after it.
+        entered: whether the weights have been there.
     """
 
     def __init__(self, generation: Generation, number: int, position: Position) -> None:
         self.number = number
         self.position = position
         self.reward: Any = None
+        self.entered = False
         self._generation = generation
 
     def __enter__(self) -> Member:
@@ -83,7 +85,7 @@ class Generation:
         """What the rewards tell.
 
         Raises:
-            ValueError: a member has no reward.
+            ValueError: a member has no reward, or its block was never entered.
             TypeError: a reward is no number.
         """
         missing = [member for member in self.members if member.reward is None]
@@ -91,6 +93,13 @@ class Generation:
             raise ValueError(
                 f"no reward: {', '.join(map(repr, missing))}; set member.reward of each before "
                 "step()"
+            )
+        elsewhere = [member for member in self.members if not member.entered]
+        if elsewhere:
+            raise ValueError(
+                f"a reward without `with member:`, so of other weights than the member's: "
+                f"{', '.join(map(repr, elsewhere))}; enter each, one after the other, and evaluate "
+                "there: for member in opt.members(): with member: member.reward = .."
             )
         self._check_eps()
         return self._estimate({member.position: member.reward for member in self.members})
@@ -116,6 +125,7 @@ class Generation:
                 self._weights.visit(member.position)
             self._access.pending = None  # within the block the weights are for all to see
             self._inside = member
+            member.entered = True
 
     @plain_tensors
     def leave(self, member: Member, error: BaseException | None) -> None:
@@ -178,8 +188,8 @@ class Population(ZerothOrderOptimizer):
         block, or if the loop ends early, the weights are at theta. Evaluate under `torch.no_grad`.
 
         Members may come in any order (``list(opt.members())``), and a reward may be set after the
-        block. Every one needs a reward: `step` names those that have none, and works again when
-        they have. A reward that is not finite makes the step be skipped and counted in
+        block. Every one needs its block and a reward: `step` names those that have none, and works
+        again when they have. A reward that is not finite makes the step be skipped and counted in
         `skipped_steps`; give a member that failed a low reward instead.
 
         Raises:

@@ -30,6 +30,17 @@ class Chooses:
         return module.named_parameters()
 
 
+def _places(module: nn.Module | None) -> tuple[list[Any], ...]:
+    """Where a module has parameters and modules: tables, names, what is there."""
+    columns: tuple[list[Any], ...] = ([], [], [])
+    for part in module.modules() if module is not None else ():
+        for table in (part._parameters, part._modules):
+            for name, value in table.items():
+                for column, entry in zip(columns, (table, name, value), strict=True):
+                    column.append(entry)
+    return columns
+
+
 class Parameters:
     """Those that move, a bucket a device.
 
@@ -62,24 +73,39 @@ class Parameters:
         self.checks: list[Callable[[], None]] = []
         self._signature: tuple[Any, ...] | None = None
         self._versioned: list[Tensor] = []  # those whose changes autograd can be told
-        self._places: tuple[list[Any], ...] = ([], [], [])  # a module's tables, names, parameters
-        for part in module.modules() if module is not None else ():
-            for name, p in part._parameters.items():
-                for column, value in zip(self._places, (part._parameters, name, p), strict=True):
-                    column.append(value)
+        self._module = module
+        self._places = _places(module)
 
     def check_module(self) -> None:
-        """The module may hold another parameter now, which the forward pass then uses."""
-        tables, names, params = self._places
-        held = list(map(dict.get, tables, names, params))  # in loops of C
-        if not all(map(operator.is_, held, params)):
-            name = next(n for n, now, p in zip(names, held, params, strict=True) if now is not p)
-            raise RuntimeError(
-                f"the module holds another parameter {name!r} than when the optimizer was made "
-                "(load_state_dict(assign=True), or an assignment?): make the optimizer anew"
-            )
+        """The module may hold another parameter now, or another layer, which the forward pass then
+        uses."""
+        tables, names, held = self._places
+        now = list(map(dict.get, tables, names, held))  # in loops of C
+        if not all(map(operator.is_, now, held)):
+            for name, one, other in zip(names, held, now, strict=True):
+                layer = isinstance(one, nn.Module) or isinstance(other, nn.Module)
+                if one is not other and not layer:
+                    raise RuntimeError(
+                        f"the module holds another parameter {name!r} than when the optimizer was "
+                        "made (load_state_dict(assign=True), or an assignment?): make the optimizer"
+                        " anew"
+                    )
+            self._check_layers()
         for check in self.checks:
             check()
+
+    def _check_layers(self) -> None:
+        """Layers were replaced: by such as wrap them, or their parameters are out of use."""
+        assert self._module is not None
+        places = _places(self._module)
+        lost = set(map(id, self._places[2])) - set(map(id, places[2]))
+        for label, p in zip(labels(self._groups.all), self._groups.params(), strict=True):
+            if id(p) in lost and self._moves(p):
+                raise RuntimeError(
+                    f"the module has no parameter {label} any more: its layer was replaced after "
+                    "the optimizer was made; make the optimizer anew"
+                )
+        self._places = places
 
     def changed(self, direction: Direction) -> bool:
         """Whether the buckets must be made anew: what requires gradients, or where it lies, is not

@@ -18,11 +18,15 @@ _IDLE_STEPS = 20
 class Report:
     """Counts skipped steps and warns.
 
+    Args:
+        why_skipped: why a step of this method is skipped.
+
     Attributes:
         skipped: steps that were not applied; on a GPU a tensor int64 [].
     """
 
-    def __init__(self) -> None:
+    def __init__(self, why_skipped: str) -> None:
+        self._why_skipped = why_skipped
         self.skipped: int | Tensor = 0
         self._idle = 0  # steps in a row whose losses were all equal
         self._told: set[str] = set()  # warnings that were given
@@ -47,7 +51,7 @@ class Report:
         applied = not bool(skipped)
         if not applied:
             self.skipped = self.skipped + 1
-            logger.warning("step %d skipped: a loss was not finite; weights restored", number)
+            logger.warning("step %d skipped: %s; weights restored", number, self._why_skipped)
         self._watch_idle(applied and not bool(grads.any()))
 
     def _watch_idle(self, idle: bool) -> None:

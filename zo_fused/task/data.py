@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from zo_fused.task.errors import UserError
-from zo_fused.task.prompt import Task
-from zo_fused.task.records import SUFFIXES, TABLES, Record, kind, read_file, read_hub
+from zo_fused.task.prompt import Question, Task
+from zo_fused.task.records import SUFFIXES, TABLES, Record, Records, kind, read_file, read_hub
 
 SPLITS = ("train", "dev", "test")
 _HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
@@ -23,6 +23,7 @@ class Example:
     fields: Mapping[str, Any]
     label: str
     source: str  # where it was read, for messages: "train.jsonl:12"
+    question: Question | None = None  # what the model is asked, where the task has said it already
 
 
 def split_file(source: str, split: str) -> Path | None:
@@ -58,23 +59,42 @@ def read_examples(
     if label_field in task.fields:
         raise UserError(f"the template shows the answer: it uses the label field {label_field!r}")
     labels = _labels(task)
-    path = Path(source)
-    if path.is_dir():
-        file = split_file(source, split)
-        if file is None:
-            others = ", ".join(SUFFIXES[1:])
-            raise UserError(f"the directory {source} has no {split}.jsonl (nor {others})")
-        path = file
-    if path.exists():  # perhaps a pipe
-        records = read_file(path, label_field)
-    elif path.suffix.lower() in (*SUFFIXES, ".txt") or source.startswith((".", "/", "~")):
-        raise UserError(f"there is no data file {source}")
-    else:
-        records = read_hub(source, _HUB_SPLITS[split], label_field)
+    records = read_records(source, split, label_field)
     examples = [_example(where, record, task, labels, label_field) for where, record in records]
     if not examples:
-        raise UserError(f"{path if path.exists() else source} holds no examples")
+        raise UserError(f"{_file(source, split) or source} holds no examples")
     return examples
+
+
+def read_records(source: str, split: str = "train", label_field: str = "") -> Records:
+    """The records of a data file, a directory with one for the split, or a data set.
+
+    Args:
+        source, split: as in `read_examples`.
+        label_field: numbered classes in this field become (number, name).
+
+    Raises:
+        UserError: the first thing that is wrong, with file and line.
+    """
+    path = _file(source, split)
+    if path is not None:
+        return read_file(path, label_field)
+    path = Path(source)
+    if path.suffix.lower() in (*SUFFIXES, ".txt") or source.startswith((".", "/", "~")):
+        raise UserError(f"there is no data file {source}")
+    return read_hub(source, _HUB_SPLITS[split], label_field)
+
+
+def _file(source: str, split: str) -> Path | None:
+    """The data file that `source` is, perhaps a pipe, or that it has for the split."""
+    path = Path(source)
+    if not path.is_dir():
+        return path if path.exists() else None
+    file = split_file(source, split)
+    if file is None:
+        others = ", ".join(SUFFIXES[1:])
+        raise UserError(f"the directory {source} has no {split}.jsonl (nor {others})")
+    return file
 
 
 def _plain(label: Any) -> str | None:

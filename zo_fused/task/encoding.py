@@ -8,22 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zo_fused.task.adapters import virtual_tokens
 from zo_fused.task.data import Example
 from zo_fused.task.errors import UserError
-from zo_fused.task.prompt import Task
+from zo_fused.task.prompt import Question, Task
+
+if TYPE_CHECKING:
+    from zo_fused.task.lm_tasks import LmTask
 
 Tokens = list[int]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt's token ids (bos included where the tokenizer puts one) and its answer's index."""
+    """A question as token ids.
+
+    Attributes:
+        prompt: what the answers follow (bos included where the tokenizer puts one).
+        label: the number of the right answer; where several are, of the one to train on.
+        answers: this example's own; (): those that all examples have.
+        prompts: one for each answer, where they don't follow the same; else ().
+        right: the numbers of all right answers, where there are several; else ().
+        texts: what the answer may be, where the model is to write it; else ().
+    """
 
     prompt: Tokens
     label: int
+    answers: tuple[Tokens, ...] = ()
+    prompts: tuple[Tokens, ...] = ()
+    right: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()
 
 
 def plain_ids(tokenizer: Any, text: str) -> Tokens:
@@ -59,42 +75,54 @@ class Encoder:
     """Turns examples of one task into token ids.
 
     Args:
-        task: template and verbalizer.
+        task: what the examples are asked.
         tokenizer: of transformers.
         max_length: longest row of prompt and answer. Longer prompts lose tokens on their left
             (never the bos); answers are never cut. Room is left for the longest answer, so every
-            candidate of an example follows the same prompt.
+            candidate of an example follows the same prompt, and for what the model is to write.
 
     Attributes:
+        answers: token ids of the candidates, where all examples have the same; else [].
         cut: prompts that have lost tokens so far.
 
     Raises:
         UserError: an answer has no tokens, two have the same, or one is too long for the model.
     """
 
-    def __init__(self, task: Task, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, task: Task | LmTask, tokenizer: Any, max_length: int) -> None:
         self.task = task
         self.tokenizer = tokenizer
+        self.max_length = max_length
         self.cut = 0
-        self.answers = [answer_ids(tokenizer, answer) for answer in task.answers]
-        for index, (answer, ids) in enumerate(zip(task.answers, self.answers, strict=True)):
-            if not ids:
-                raise UserError(f"the tokenizer makes no tokens of the answer {answer!r}")
+        self.answers = [self._answer(answer) for answer in task.answers]
+        for index, ids in enumerate(self.answers):
             if ids in self.answers[:index]:
                 other = task.answers[self.answers.index(ids)]
                 raise UserError(
-                    f"the tokenizer makes the same tokens of the answers {other!r} and {answer!r}"
+                    f"the tokenizer makes the same tokens of the answers {other!r} and "
+                    f"{task.answers[index]!r}"
                 )
-        self.room = max_length - max(map(len, self.answers))
-        if self.room < 2:
-            raise UserError(
-                f"the longest answer leaves no room for a prompt: there are {max_length} tokens "
-                "for both"
-            )
+        self.room = self._room(self.answers)
 
-    def text(self, example: Example) -> str:
-        """What the model reads."""
-        return self.task.prompt(example.fields)
+    def _answer(self, answer: str) -> Tokens:
+        ids = answer_ids(self.tokenizer, answer)
+        if not ids:
+            raise UserError(f"the tokenizer makes no tokens of the answer {answer!r}")
+        return ids
+
+    def _room(self, answers: Sequence[Tokens]) -> int:
+        """The most tokens of a prompt that these answers may follow."""
+        room = self.max_length - max([self.task.max_new_tokens, *map(len, answers)])
+        if room < 2:
+            raise UserError(
+                f"the longest answer leaves no room for a prompt: there are {self.max_length} "
+                "tokens for both"
+            )
+        return room
+
+    def question(self, example: Example) -> Question:
+        """What the model is asked."""
+        return self.task.question(example)
 
     def prompt_ids(self, text: str) -> Tokens:
         """Token ids of a prompt, at most `self.room`.
@@ -114,12 +142,25 @@ class Encoder:
         """The examples in their order.
 
         Raises:
-            UserError: a prompt has no tokens at all.
+            UserError: a prompt has no tokens at all, or an example's own answers are as those that
+                the constructor refuses.
         """
-        encoded = []
-        for example in examples:
-            ids = self.prompt_ids(self.text(example))
-            if not ids:
-                raise UserError(f"{example.source}: the prompt is empty")
-            encoded.append(Encoded(ids, self.task.labels.index(example.label)))
-        return encoded
+        return [self._encode(example) for example in examples]
+
+    def _encode(self, example: Example) -> Encoded:
+        question = self.question(example)
+        answers: tuple[Tokens, ...] = ()
+        if not self.answers:
+            answers = tuple(map(self._answer, question.answers))
+            self.room = self._room(answers)
+        prompts = tuple(map(self.prompt_ids, question.prompts))
+        if not all(prompts):
+            raise UserError(f"{example.source}: the prompt is empty")
+        return Encoded(
+            prompts[0],
+            question.right[0],
+            answers,
+            prompts if len(prompts) > 1 else (),
+            question.right if len(question.right) > 1 else (),
+            question.texts,
+        )

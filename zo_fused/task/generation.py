@@ -23,16 +23,23 @@ SCORES = {"exact-match": exact_match, "f1": f1}
 
 
 def greedy(
-    prompts: Sequence[Tokens], count: int, next_tokens: Callable[[list[Tokens]], list[int]]
+    prompts: Sequence[Tokens],
+    count: int,
+    next_tokens: Callable[[list[Tokens]], list[int]],
+    ended: Callable[[Tokens], bool] = lambda made: False,
 ) -> list[Tokens]:
     """The most likely continuations of prompts.
 
     Args:
-        count: tokens of each; as many forward passes, each over the whole text.
+        count: tokens of each, at most; as many forward passes, each over the whole text.
         next_tokens: the most likely token after each text.
+        ended: whether a continuation needs no more tokens; once all have, none are added.
     """
-    texts = [list(prompt) for prompt in prompts]
+    made: list[Tokens] = [[] for _ in prompts]
     for _ in range(count):
-        picked = next_tokens(texts)
-        texts = [[*text, token] for text, token in zip(texts, picked, strict=True)]
-    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+        texts = [[*prompt, *more] for prompt, more in zip(prompts, made, strict=True)]
+        for more, token in zip(made, next_tokens(texts), strict=True):
+            more.append(token)
+        if all(map(ended, made)):
+            break
+    return made

@@ -2,8 +2,9 @@
 
 Lines ``{"step", "loss", "projected_grad", "forwards", "seconds"}`` for a training step, counted
 from 1, with its number of forward passes over a batch, and
-``{"step", "<split>_accuracy", "<split>_loss"}`` for an evaluation after so many steps. A number
-that is not finite is null. The projected gradients of several directions are a list.
+``{"step", "<split>_accuracy", "<split>_loss"}`` for an evaluation after so many steps; where the
+model writes answers, the accuracy is the share of exact matches, and ``"<split>_f1"`` is there too.
+A number that is not finite is null. The projected gradients of several directions are a list.
 """
 
 from __future__ import annotations
@@ -52,16 +53,18 @@ def _entry(where: str, line: bytes) -> Entry:
     if not isinstance(entry, dict):
         raise UserError(f"{where}: not a line of a history")
     needed = dict(_OF_A_STEP if "loss" in entry else _OF_ALL)
-    needed |= {name: (float, int) for name in entry if name.endswith("_accuracy")}
+    needed |= {name: (float, int) for name in entry if name.endswith(("_accuracy", "_f1"))}
     needed |= {name: _OF_A_STEP["loss"] for name in entry if name.endswith("_loss")}
     if any(type(entry.get(name)) not in types for name, types in needed.items()):
         raise UserError(f"{where}: not a line of a history")
     return entry
 
 
-def accuracies(entries: list[Entry], split: str) -> list[tuple[int, float]]:
-    """(step, accuracy) of a split's evaluations."""
-    key = f"{split}_accuracy"
+def accuracies(
+    entries: list[Entry], split: str, measure: str = "accuracy"
+) -> list[tuple[int, float]]:
+    """(step, accuracy) of a split's evaluations, or another measure: "f1"."""
+    key = f"{split}_{measure}"
     return [(entry["step"], entry[key]) for entry in entries if key in entry]
 
 
@@ -109,9 +112,9 @@ class History:
         with writing(self._path):
             self._file.close()
 
-    def accuracies(self, split: str) -> list[tuple[int, float]]:
-        """(step, accuracy) of a split's evaluations."""
-        return accuracies(self.entries, split)
+    def accuracies(self, split: str, measure: str = "accuracy") -> list[tuple[int, float]]:
+        """(step, accuracy) of a split's evaluations, or another measure: "f1"."""
+        return accuracies(self.entries, split, measure)
 
     def losses(self) -> list[tuple[int, float | None]]:
         """(step, loss) of the training steps."""

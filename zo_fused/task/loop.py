@@ -99,7 +99,7 @@ class Finetuning:
         Raises:
             Interrupted: Ctrl-C; the weights were restored and a checkpoint saved.
         BrokenPipeError: nobody reads what is printed; a checkpoint was saved.
-            UserError: `SKIPPED_IN_A_ROW` losses in a row were not finite.
+            UserError: `SKIPPED_IN_A_ROW` steps in a row were skipped.
         """
         tqdm = optional("tqdm").tqdm
         # None: the bar shows on a terminal only
@@ -165,8 +165,8 @@ class Finetuning:
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= SKIPPED_IN_A_ROW:
             raise UserError(
-                f"stopped at step {step + 1}: {SKIPPED_IN_A_ROW} losses in a row were not finite; "
-                "lower the learning rate, or use bfloat16 or float32"
+                f"stopped at step {step + 1}: {SKIPPED_IN_A_ROW} steps in a row were skipped, as "
+                f"{self.optimizer.why_skipped}; lower the learning rate, or use bfloat16 or float32"
             )
         bar.set_postfix(self._postfix(loss, grads), refresh=False)
         bar.update()
@@ -182,9 +182,13 @@ class Finetuning:
         if not self.data.get(split) or step in dict(self.history.accuracies(split)):
             return
         with self.optimizer.unperturbed():
-            accuracy, loss = self.scorer.evaluate(self.data[split], self.plan.batch_size)
-        self.history.add(**{"step": step, f"{split}_accuracy": accuracy, f"{split}_loss": loss})
-        bar.write(f"step {step}: {split} accuracy {accuracy:.3f}, loss {loss:.3f}")
+            accuracy, loss, f1 = self.scorer.evaluate(self.data[split], self.plan.batch_size)
+        entry = {"step": step, f"{split}_accuracy": accuracy, f"{split}_loss": loss}
+        self.history.add(**entry if f1 is None else entry | {f"{split}_f1": f1})
+        of_answers = (
+            f"accuracy {accuracy:.3f}" if f1 is None else f"F1 {f1:.3f}, exact {accuracy:.3f}"
+        )
+        bar.write(f"step {step}: {split} {of_answers}, loss {loss:.3f}")
 
     def _checkpoint(self) -> Path:
         return save_checkpoint(

@@ -9,24 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from zo_fused.task.adapters import base_model
 from zo_fused.task.data import Example
-from zo_fused.task.encoding import Encoder, Tokens, answer_ids, plain_ids
+from zo_fused.task.encoding import Encoded, Encoder, Tokens, answer_ids, plain_ids
 from zo_fused.task.errors import UserError
-from zo_fused.task.prompt import Task
-from zo_fused.task.scoring import Rows, Scorer
+from zo_fused.task.prompt import Question, Task
+from zo_fused.task.rows import Rows
+from zo_fused.task.scoring import Scorer
+
+if TYPE_CHECKING:
+    from zo_fused.task.lm_tasks import LmTask
 
 
 class MaskEncoder(Encoder):
     """Turns examples of a task whose template has a ``{mask}`` into token ids.
 
     Args:
-        task, tokenizer: as in `Encoder`.
+        task: of prompts with one mask, and the same answers for all examples.
+        tokenizer: as in `Encoder`.
         max_length: longest text, special tokens included. Of longer texts, what is farthest from
             the mask is cut.
 
@@ -34,7 +39,7 @@ class MaskEncoder(Encoder):
         UserError: the tokenizer has no mask token, or an answer is not one token.
     """
 
-    def __init__(self, task: Task, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, task: Task | LmTask, tokenizer: Any, max_length: int) -> None:
         self.mask_id = tokenizer.mask_token_id
         if self.mask_id is None:
             raise UserError("the tokenizer has no mask token, for which {mask} stands")
@@ -56,12 +61,12 @@ class MaskEncoder(Encoder):
             f"makes {self.tokenizer.convert_ids_to_tokens(ids)} of it; {cure}"
         )
 
-    def text(self, example: Example) -> str:
-        """What the model reads, with the tokenizer's mask token in it."""
+    def question(self, example: Example) -> Question:
+        """What the model is asked, with the tokenizer's mask token in it."""
         mask = self.tokenizer.mask_token
-        if mask in self.task.prompt(example.fields):
+        if mask in self.task.question(example).prompts[0]:
             raise UserError(f"{example.source}: the text holds {mask!r}, the mask token itself")
-        return self.task.prompt(example.fields, mask)
+        return self.task.question(example, mask)
 
     def prompt_ids(self, text: str) -> Tokens:
         """Token ids of a text, special tokens included, at most `self.room`."""
@@ -92,7 +97,7 @@ class MaskScorer(Scorer):
         super().__init__(model, answers, pad_id, padding_side="right")
         self.mask_id = mask_id
 
-    def _check_order(self, prompt: Tokens) -> None:
+    def _check_order(self, example: Encoded) -> None:
         """An encoder may look at what follows."""
 
     def _rows(self, prompts: Sequence[Tokens], answers: Sequence[Tokens]) -> Rows:

@@ -2,9 +2,10 @@
 
 Weights are counted as tensors without data. What an optimizer keeps beside them is asked of the
 optimizer itself: it takes steps on small matrices, and as its bytes are ``a + b m + c n + d m n``
-for a matrix (m, n) that has the rank of the method, four of them give those of any. Activations are
-an estimate: the model's own forward pass runs on tensors without data, and what would be alive at a
-time is added up.
+for a matrix (m, n) that has the rank of the method, four of them give those of any; as a to d are
+quadratic in the rank, three small ranks give those of a large one, whose factors take a while.
+Activations are an estimate: the model's own forward pass runs on tensors without data, and what
+would be alive at a time is added up.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import itertools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +36,8 @@ from zo_fused.task.models import check_kind, fills_masks
 from zo_fused.task.scoring import Scorer
 
 Shapes = Counter[tuple[int, ...]]
-Make = Callable[[nn.Module], Any]
+Make = Callable[..., Any]
+SMALL = (3, 4, 5)  # ranks that are tried in place of one above 8
 
 
 class Kept(NamedTuple):
@@ -239,18 +242,19 @@ def kept(make: Make, model_shapes: Shapes, dtype: torch.dtype, linear: Shapes) -
     """The bytes that an optimizer holds beside weights of these shapes.
 
     Args:
-        make: the optimizer of a module.
+        make: the optimizer of a module; of another rank, if given as ``rank=``.
         linear: those of the shapes that linear layers alone hold.
     """
     kinds = [(shape, True, count) for shape, count in linear.items()]
     kinds += [(shape, False, count) for shape, count in (model_shapes - linear).items()]
     _held(make, (2, 2), 1, dtype, linear=True)  # keys of streams, which later trials find
     rank = make(_Small((2, 2), 1, dtype, linear=True)).defaults.get("rank", 1)
-    least = max(16, 2 * rank)  # sides as long as the rank are another case to some methods
+    ranks = {rank: make} if rank <= 8 else {few: partial(make, rank=few) for few in SMALL}
+    least = 16  # sides as long as the rank are another case to some methods
     gc.freeze()  # what was there before is not looked through for what the trials leave
     together, Factors.together = Factors.together, (0, 0)  # as matrices of a real size
     try:
-        adds: dict[tuple[int, bool], list[list[Kept]]] = {}
+        adds: dict[tuple[int, bool], list[list[list[Kept]]]] = {}
         totals = [0, 0, 0]
         for shape, alone, count in kinds:
             dims = _dims(shape)
@@ -261,10 +265,15 @@ def kept(make: Make, model_shapes: Shapes, dtype: torch.dtype, linear: Shapes) -
                 totals = [total + count * size for total, size in zip(totals, own, strict=True)]
                 continue
             if (dims, alone) not in adds:
-                adds[dims, alone] = _adds(make, dims, alone, dtype, least)
+                adds[dims, alone] = [
+                    _adds(of_rank, dims, alone, dtype, least) for of_rank in ranks.values()
+                ]
             for index in range(3):
-                corners = [[kept[index] for kept in row] for row in adds[dims, alone]]
-                totals[index] += count * _bilinear(corners, rows, columns, least)
+                found = []
+                for tried in adds[dims, alone]:
+                    corners = [[kept[index] for kept in row] for row in tried]
+                    found.append(_bilinear(corners, rows, columns, least))
+                totals[index] += count * (found[0] if len(found) == 1 else _quadratic(found, rank))
     finally:
         Factors.together = together
         gc.unfreeze()
@@ -303,3 +312,10 @@ def _bilinear(corners: list[list[int]], rows: int, columns: int, least: int) -> 
     down, right = rows - m, columns - n
     scaled = first * m * n + (below - first) * down * n + (across - first) * m * right
     return (scaled + (both - below - across + first) * down * right) // (m * n)
+
+
+def _quadratic(found: list[int], rank: int) -> int:
+    """At `rank`, the parabola through what was found at the ranks of `SMALL`, in whole numbers."""
+    first, second, third = found
+    x = rank - SMALL[0]
+    return first + x * (second - first) + x * (x - 1) // 2 * (third - 2 * second + first)

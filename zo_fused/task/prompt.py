@@ -6,12 +6,33 @@ import json
 import re
 import string
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zo_fused.task.errors import UserError
 
+if TYPE_CHECKING:
+    from zo_fused.task.data import Example
+
 MASK = "mask"  # the placeholder of a masked language model's answer
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked: prompts, answers that go on from them, and which are right.
+
+    Attributes:
+        prompts: one that all answers follow, or one for each.
+        answers: the candidates; where the model is to write the answer, the one to train on.
+        right: the numbers of the right ones; the first is trained on.
+        texts: where the model is to write the answer, what it may be.
+    """
+
+    prompts: tuple[str, ...]
+    answers: tuple[str, ...]
+    right: tuple[int, ...]
+    texts: tuple[str, ...] = ()
 
 
 def _parse(template: str) -> list[tuple[str, str | None]]:
@@ -37,7 +58,7 @@ def _parse(template: str) -> list[tuple[str, str | None]]:
 
 
 class Task:
-    """A classification task put as a question to a language model.
+    """A classification task put as a question to a language model: the same answers for all.
 
     Args:
         template: the prompt, with a ``{field}`` for each field of a record it shows;
@@ -51,6 +72,9 @@ class Task:
     Raises:
         UserError: the two make no task; the message says why.
     """
+
+    loss = "classification"  # what it is trained with unless the user says otherwise
+    generates, max_new_tokens = False, 0  # the model writes no answer of its own
 
     def __init__(self, template: str, verbalizer: Mapping[str, str], description: str = "") -> None:
         self.template = template
@@ -125,6 +149,11 @@ class Task:
             else:
                 made += text + (str(fields[name]) if name is not None else "")
         return made
+
+    def question(self, example: Example, mask: str = "") -> Question:
+        """What the model is asked about an example; `mask` as in `prompt`."""
+        prompt, right = self.prompt(example.fields, mask), self.labels.index(example.label)
+        return Question((prompt,), self.answers, (right,))
 
     def without_words(self) -> Task:
         """The task without alignment (arXiv 2402.11592): the prompt is the fields alone, in their

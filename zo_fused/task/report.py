@@ -66,23 +66,30 @@ def summarize(
     share = 1 / max(1, measured_steps)
     seconds = {"total": sum(entry["seconds"] for entry in measured) * share}
     seconds |= {phase: timings.get(phase, 0.0) * share for phase in PHASES}
-    accuracy = {}
-    for split in ("dev", "test"):
-        points = history.accuracies(split)
-        if points:
-            first, last = points[0], points[-1]
-            accuracy[split] = {
-                "before": first[1] if first[0] == 0 else None,
-                "after": last[1] if last[0] > 0 else None,
-            }
+    f1 = _before_and_after(history, "f1")  # where the model writes answers
     return {
         "steps": len(steps),
         "forwards": sum(entry["forwards"] for entry in steps),
         "skipped_steps": sum(map(_skipped, steps)),
-        "accuracy": accuracy,
+        "accuracy": _before_and_after(history, "accuracy"),
+        **({"f1": f1} if f1 else {}),
         "seconds_per_step": seconds,
         "peak_memory_bytes": memory,
     }
+
+
+def _before_and_after(history: History, measure: str) -> dict[str, dict[str, float | None]]:
+    """The first and the last evaluation of each split, if they are of the first and last step."""
+    found: dict[str, dict[str, float | None]] = {}
+    for split in ("dev", "test"):
+        points = history.accuracies(split, measure)
+        if points:
+            first, last = points[0], points[-1]
+            found[split] = {
+                "before": first[1] if first[0] == 0 else None,
+                "after": last[1] if last[0] > 0 else None,
+            }
+    return found
 
 
 def _skipped(entry: Entry) -> bool:
@@ -94,9 +101,11 @@ def _skipped(entry: Entry) -> bool:
 def table(summary: dict[str, Any]) -> str:
     """The summary as aligned lines."""
     rows: list[tuple[str, str]] = []
-    for split, values in summary["accuracy"].items():
-        before, after = (_accuracy(values[name]) for name in ("before", "after"))
-        rows.append((f"{split} accuracy", f"{before} -> {after}"))
+    f1 = summary.get("f1", {})
+    for measure, splits in (("F1", f1), ("exact" if f1 else "accuracy", summary["accuracy"])):
+        for split, values in splits.items():
+            before, after = (_accuracy(values[name]) for name in ("before", "after"))
+            rows.append((f"{split} {measure}", f"{before} -> {after}"))
     seconds = summary["seconds_per_step"]
     rows.append(("time per step", _time(seconds["total"])))
     rows += [(f"  {phase}", _time(seconds[phase])) for phase in PHASES]

@@ -7,7 +7,7 @@ import inspect
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from zo_fused.task.data import SPLITS, Example, read_examples
 from zo_fused.task.encoding import Encoded, Encoder, maximum_length
 from zo_fused.task.errors import UserError, first_line, optional, warn
 from zo_fused.task.files import to_json, write_text, writing
+from zo_fused.task.generating import GenerationScorer
 from zo_fused.task.generation import SCORES
+from zo_fused.task.lm_tasks import LmTask
 from zo_fused.task.loop import Finetuning, Plan
 from zo_fused.task.masked import MaskEncoder, MaskScorer
 from zo_fused.task.models import (
@@ -42,6 +44,7 @@ from zo_fused.task.models import (
 from zo_fused.task.prompt import Task
 from zo_fused.task.report import draw, peak_memory, place, sizes, summarize
 from zo_fused.task.scoring import Scorer
+from zo_fused.task.splits import Draw, drawn
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -58,7 +61,7 @@ class Options:
 
     model: str  # directory or Hub id
     sources: dict[str, str]  # split -> where to read it; "train" at least
-    task: Task
+    task: Task | LmTask
     method: str  # a key of `zo_fused.methods.table.recipes`
     hyper: dict[str, Any]  # arguments of the optimizer: lr, eps, ...; schedule, blocks, quantize
     plan: Plan
@@ -67,6 +70,7 @@ class Options:
     peft: str | None = None  # an adapter to tune instead of the weights
     max_length: int | None = None  # tokens of prompt and answer; None: as many as the model takes
     label_field: str = "label"
+    draw: Draw = field(default_factory=Draw)  # how many examples of each split, and which
     dtype: str = "float32"
     device: str = "auto"
     trust_remote_code: bool = False
@@ -129,12 +133,8 @@ def finetune(options: Options) -> dict[str, Any]:
     device = _device(options.device)
     if Path(options.model).is_dir() and options.output.resolve() == Path(options.model).resolve():
         raise UserError(f"the output {options.output} is the base model's own directory")
-    examples = {
-        split: read_examples(options.sources[split], options.task, split, options.label_field)
-        for split in SPLITS
-        if split in options.sources
-    }
-    _check_labels(examples)
+    examples = _examples(options)
+    _check_labels(options.task, examples)
     _check_template(options)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     checkpoint = find_checkpoint(options.output, options.resume, options.overwrite)
@@ -146,7 +146,7 @@ def finetune(options: Options) -> dict[str, Any]:
     data, cut = _encode(encoder, examples)
     print(sizes({split: len(encoded) for split, encoded in data.items()}, cut, max_length))
     plan = options.plan
-    tokens = None if options.plan.loss in SCORES else encoder.answers
+    tokens = None if options.plan.loss in SCORES else encoder.answers or None
     make = partial(make_optimizer, options.method, options.hyper, model, plan.seed, tokens=tokens)
     optimizer = make(plan.steps)
     options = replace(options, plan=_plan(options, optimizer))
@@ -203,6 +203,7 @@ def finetune(options: Options) -> dict[str, Any]:
     summary = summarize(history, optimizer.timings, measured, peak_memory(device))
     summary |= _sizes(optimizer) | {
         "settings": settings,
+        **_provenance(options),
         "max_length": max_length,
         "cut_prompts": cut,
         "device": str(device),
@@ -221,17 +222,40 @@ def _check_template(options: Options) -> None:
     """Refuses a template that is not for this kind of model."""
     config = load_config(options.model, options.trust_remote_code)
     check_kind(config)
-    masked, template = fills_masks(config), options.task.template
-    if masked and not options.task.masked:
+    masked, task = fills_masks(config), options.task
+    what = f"{options.model!r} is a {'masked' if masked else 'causal'} language model"
+    if isinstance(task, LmTask):
+        if masked != task.masked:
+            has = "no" if masked else "a"
+            raise UserError(
+                f"{what} ({config.model_type}), and the prompts of the task {task.name} have {has} "
+                "<mask>; mezo_roberta_sst2 is one for masked language models, mezo_sst2 for others"
+            )
+    elif masked and not task.masked:
         raise UserError(
-            f"{options.model!r} is a masked language model ({config.model_type}): say in the "
-            f"template where the answer belongs, as in {template.rstrip() + ' {mask}.'!r}"
+            f"{what} ({config.model_type}): say in the template where the answer belongs, as in "
+            f"{task.template.rstrip() + ' {mask}.'!r}"
         )
-    if options.task.masked and not masked:
+    elif task.masked and not masked:
         raise UserError(
-            f"{options.model!r} is a causal language model ({config.model_type}), which goes on "
-            "from where a text ends: end the template where the answer begins, without {mask}"
+            f"{what} ({config.model_type}), which goes on from where a text ends: end the "
+            "template where the answer begins, without {mask}"
         )
+
+
+def _examples(options: Options) -> dict[str, list[Example]]:
+    """The examples of each split that the run has."""
+    task, wanted = options.task, options.draw
+    if isinstance(task, LmTask):
+        return task.examples(wanted)
+    read = {
+        split: read_examples(options.sources[split], task, split, options.label_field)
+        for split in SPLITS
+        if split in options.sources
+    }
+    sizes = {split: len(examples) for split, examples in read.items()}
+    places = drawn(sizes, wanted, lambda i: read["train"][i].label)
+    return {split: [read[of][i] for of, i in places[split]] for split in SPLITS if split in places}
 
 
 def _scorer(model: Any, tokenizer: Any, encoder: Encoder) -> Scorer:
@@ -239,6 +263,9 @@ def _scorer(model: Any, tokenizer: Any, encoder: Encoder) -> Scorer:
     # the tokenizer's own may have been added without an embedding; attention masks it anyway
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     pad_id = next((token for token in candidates if token is not None and token < rows), 0)
+    task = encoder.task
+    if isinstance(task, LmTask) and task.generates:
+        return GenerationScorer(model, tokenizer, pad_id, task.stops, task.max_new_tokens)
     if isinstance(encoder, MaskEncoder):
         return MaskScorer(model, encoder.answers, pad_id, encoder.mask_id)
     return Scorer(model, encoder.answers, pad_id)
@@ -253,8 +280,18 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _check_labels(examples: Mapping[str, Sequence[Example]]) -> None:
+def _provenance(options: Options) -> dict[str, Any]:
+    """What the examples were made of, and how they were drawn."""
+    task = options.task
+    if isinstance(task, LmTask):
+        return {"task": task.name, "draw": asdict(task.draw(options.draw))}
+    return {"task": task.template, "draw": asdict(options.draw)}
+
+
+def _check_labels(task: Task | LmTask, examples: Mapping[str, Sequence[Example]]) -> None:
     """Warns of splits with one label: a constant answer has the best loss and accuracy there."""
+    if not task.answers:  # each example has its own
+        return
     labels = {split: {e.label for e in records} for split, records in examples.items()}
     alone = [split for split, found in labels.items() if len(found) == 1]
     if alone:
@@ -328,7 +365,11 @@ def make_optimizer(
     if "mode" in takes:  # some choose it themselves, if it is not said
         arguments = {"mode": "inplace", **arguments}
     if not arguments.keys() <= takes:
-        raise UserError(f"the schedule {schedule!r} is not for the method {method}")
+        known = [name for name, needs in SCHEDULES.items() if needs.keys() <= takes]
+        raise UserError(
+            f"the schedule {schedule!r} is not for the method {method}, which has "
+            f"{', '.join(known)}"
+        )
     if "total_steps" in takes:
         hyper["total_steps"] = steps
     if "rows" in takes and tokens is not None:
@@ -337,6 +378,8 @@ def make_optimizer(
         params = model
         if blocks is not None:
             params, arguments = zo_fused.layer_blocks(model), {"block_order": blocks}
+            if "module" in takes:  # some look at its layers
+                arguments["module"] = model
         return made(params, **hyper, **arguments, seed=seed)
     except ValueError as error:
         raise UserError(first_line(error)) from error
@@ -389,7 +432,7 @@ def _settings(options: Options, encoder: Encoder, train: list[Encoded]) -> dict[
     plan = asdict(options.plan)
     del plan["eval_steps"]
     local = os.path.isdir(options.model)
-    content = repr([encoder.answers, [(example.prompt, example.label) for example in train]])
+    content = repr([encoder.answers, train])
     return {
         "model": os.path.abspath(options.model) if local else options.model,
         "method": options.method,

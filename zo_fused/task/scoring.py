@@ -18,24 +18,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from zo_fused.task.adapters import base_model, prepended_logits, virtual_tokens
 from zo_fused.task.encoding import Encoded, Tokens
-from zo_fused.task.errors import UserError, optional
+from zo_fused.task.errors import UserError
 from zo_fused.task.generation import SCORES, greedy
+from zo_fused.task.rows import Rows, bears_left_padding, bears_packing, packed_rows
 
 WITHOUT_DERIVATIVE = ("accuracy", *SCORES)
 LOSSES = ("classification", "lm", *WITHOUT_DERIVATIVE)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Padded rows for one forward pass, and where the answers are in them."""
-
-    inputs: dict[str, Tensor]  # what the model is called with
-    positions: Tensor  # [rows, answer] which of the kept logits predict the answer's tokens
-    targets: Tensor  # [rows, answer] answer tokens
-    mask: Tensor  # [rows, answer] 1.0 for an answer token, 0.0 for padding
 
 
 @dataclass(frozen=True)
@@ -44,8 +36,12 @@ class Batch:
 
     rows: Rows
     labels: Tensor  # [examples]
-    kind: str  # "shared": a row per example, "candidates": a row per candidate, "right": see `lm`
+    kind: str  # "shared": of single tokens, "candidates": of any, "right": see `lm`, "generated"
+    counts: Sequence[int] = ()  # candidates of each example
+    right: Tensor | None = None  # [examples, candidates] where an example has several right ones
     prompts: Sequence[Tokens] = ()  # where answers are generated token by token
+    answers: Sequence[Tokens] = ()  # and what is right there, as tokens
+    texts: Sequence[Sequence[str]] = ()  # or, where there are no candidates, as texts
 
 
 class Quality(NamedTuple):
@@ -53,37 +49,23 @@ class Quality(NamedTuple):
 
     accuracy: float  # share of those whose right answer has the highest score
     loss: float  # mean cross entropy over the candidates' scores: the loss "classification"
-
-
-def bears_left_padding(model: Any) -> bool:
-    """Whether padding on the left, with `position_ids`, leaves a model's numbers as they are.
-
-    So it does in the causal models of transformers (a test goes through them), but for those with
-    a state that runs over the padding, and for decoders made of encoders, which number tokens in
-    their own way. Of other models nothing is known.
-    """
-    auto = optional("transformers.models.auto.modeling_auto")
-    kind = type(getattr(model, "config", None))
-    return (
-        type(model).__module__.startswith("transformers.")
-        and kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING
-        and kind not in auto.MODEL_FOR_MASKED_LM_MAPPING
-        and not getattr(model, "_is_stateful", False)
-    )
+    f1: float | None = None  # of answers that the model writes; the loss is then "lm"
 
 
 class Scorer:
-    """Scores a fixed set of answers with a causal language model.
+    """Scores answers with a causal language model.
 
-    Where every answer is one token, an example is one row, its prompt, and the candidates'
-    log-probabilities are read off the last position: the same numbers as with a row for every
-    candidate, for a fraction of the forward pass. Only the logits that are needed are computed,
-    in models that can leave out the others.
+    A prompt goes through the model once, whatever the number of its candidates: the same numbers as
+    with a row for every candidate, for a fraction of the forward pass. Where all examples have the
+    same answers and each is one token, a row is a prompt, and the candidates' log-probabilities are
+    read off its last position. Other candidates lie behind their prompt, one after the other, and
+    see the prompt and themselves (in models that bear it, see `bears_packing`; in others each has a
+    row). Only the logits that are needed are computed, in models that can leave out the others.
 
     Args:
         model: of transformers or peft, or any module called as those are. Dropout should be off
             (``model.eval()``): it would only add noise to the two losses of a step.
-        answers: token ids of each candidate.
+        answers: token ids of each candidate; none where each example has its own.
         pad_id: any token id that the model has an embedding for.
         padding_side: "left", "right" or None: on the left where the model is known to number the
             tokens as it is told, so that fewer logits are computed; else on the right, which no
@@ -108,9 +90,13 @@ class Scorer:
             self.accepted -= {"position_ids"}
         left = "position_ids" in self.accepted and bears_left_padding(base_model(model))
         self.padding_side = padding_side or ("left" if left else "right")
-        self.shared = share_prompt and all(len(ids) == 1 for ids in self.answers)
+        single = bool(self.answers) and all(len(ids) == 1 for ids in self.answers)
+        self.shared = share_prompt and single
         # of each answer; on the device from the start, so that a loss waits for no copy
-        self._first_tokens = torch.tensor([ids[0] for ids in self.answers], device=self.device)
+        fit = self.padding_side == "left" and "logits_to_keep" in self.accepted
+        self.packed = share_prompt and fit and bears_packing(model)
+        first = [ids[0] for ids in self.answers]
+        self._first_tokens = torch.tensor(first, dtype=torch.int64, device=self.device)
 
     def check(self, examples: Sequence[Encoded]) -> None:
         """Refuses tokens that the model lacks, and a model whose scores would mean nothing.
@@ -119,18 +105,24 @@ class Scorer:
             UserError: says which.
         """
         rows = getattr(base_model(self.model).get_input_embeddings(), "num_embeddings", None)
-        highest = max(max(ids) for ids in (*(e.prompt for e in examples), *self.answers))
+        texts = [ids for e in examples for ids in (e.prompt, *e.prompts, *e.answers)]
+        highest = max(map(max, [*texts, *self.answers]))
         if rows is not None and highest >= rows:
             raise UserError(
                 f"the tokenizer is not this model's: it makes the token {highest}, and the model "
                 f"has embeddings for {rows}"
             )
-        self._check_order(examples[0].prompt)
+        self._check_order(examples[0])
+
+    def answers_of(self, example: Encoded) -> Sequence[Tokens]:
+        """The candidates of an example."""
+        return example.answers or self.answers
 
     @torch.no_grad()
-    def _check_order(self, prompt: Tokens) -> None:
+    def _check_order(self, example: Encoded) -> None:
         """A text's last token must not change what the model says of those before it."""
-        texts = [[*prompt[:16], answer[0]] for answer in (self.answers[0], self.answers[1])]
+        prompt, answers = example.prompt, self.answers_of(example)
+        texts = [[*prompt[:16], answer[0]] for answer in (answers[0], answers[-1])]
         if texts[0] == texts[1]:
             texts[1][-1] = prompt[0]
         extra = {"use_cache": False} if "use_cache" in self.accepted else {}
@@ -159,13 +151,35 @@ class Scorer:
         if self.shared:
             # the answer's place, not its token, is what matters: `scores` reads all candidates
             return Batch(self._rows(prompts, [self.answers[0]] * len(prompts)), labels, "shared")
-        if loss == "lm":
-            right = [self.answers[example.label] for example in examples]
-            return Batch(self._rows(prompts, right), labels, "right")
-        if loss in SCORES:
-            return Batch(self._rows(prompts, [[0]] * len(prompts)), labels, "generated", prompts)
-        every = [prompt for prompt in prompts for _ in self.answers]
-        return Batch(self._rows(every, self.answers * len(prompts)), labels, "candidates")
+        answers = [self.answers_of(example) for example in examples]
+        right = [of[example.label] for of, example in zip(answers, examples, strict=True)]
+        if loss == "lm" or loss in SCORES:
+            prompts = [e.prompts[e.label] if e.prompts else e.prompt for e in examples]
+            if loss == "lm":
+                return Batch(self._rows(prompts, right), labels, "right")
+            rows = self._rows(prompts, [[0]] * len(prompts))
+            return Batch(rows, labels, "generated", prompts=prompts, answers=right)
+        counts = [len(of) for of in answers]
+        if self.packed and not any(example.prompts for example in examples):
+            rows = packed_rows(
+                prompts, answers, self.pad_id, base_model(self.model).dtype, self.device
+            )
+        else:
+            every = [
+                prompt
+                for example, count in zip(examples, counts, strict=True)
+                for prompt in (example.prompts or [example.prompt] * count)
+            ]
+            rows = self._rows(every, [answer for of in answers for answer in of])
+        return Batch(rows, labels, "candidates", counts, self._right(examples, max(counts)))
+
+    def _right(self, examples: Sequence[Encoded], width: int) -> Tensor | None:
+        if not any(example.right for example in examples):
+            return None
+        right = torch.zeros(len(examples), width, dtype=torch.bool)
+        for row, example in zip(right, examples, strict=True):
+            row[list(example.right or [example.label])] = True
+        return right.to(self.device)
 
     def _rows(self, prompts: Sequence[Tokens], answers: Sequence[Tokens]) -> Rows:
         """Prompt and answer joined, without the answer's last token, which predicts nothing."""
@@ -205,20 +219,22 @@ class Scorer:
         )
 
     def _answer_logits(self, rows: Rows) -> Tensor:
-        """Float32 logits [rows, answer, vocabulary] at the positions that predict the answers."""
+        """Float32 logits [answers, tokens, vocabulary] at the positions that predict them."""
         extra = {"use_cache": False} if "use_cache" in self.accepted else {}
         logits = self.model(**rows.inputs, **extra).logits
-        index = torch.arange(len(logits), device=logits.device).unsqueeze(1)
-        return logits[index, rows.positions].float()
+        index = torch.arange(len(logits), device=logits.device) if rows.of is None else rows.of
+        return logits[index.unsqueeze(1), rows.positions].float()
 
     def _answer_log_probs(self, rows: Rows) -> Tensor:
-        """Log-probabilities [rows, answer] of the answers' tokens; 0 at padding."""
+        """Log-probabilities [answers, tokens] of the answers' tokens; 0 at padding."""
         logits = self._answer_logits(rows)
         chosen = logits.gather(-1, rows.targets.unsqueeze(-1)).squeeze(-1)
         return (chosen - logits.logsumexp(-1)) * rows.mask
 
     def scores(self, batch: Batch) -> Tensor:
         """Mean log-probability of each candidate's tokens, float32 [examples, candidates].
+
+        Where an example has fewer candidates than another, the rest is minus infinity.
 
         Raises:
             ValueError: the batch was made for the "lm" loss of right answers alone.
@@ -229,7 +245,17 @@ class Scorer:
             logits = self._answer_logits(batch.rows)[:, 0]
             return logits[:, self._first_tokens] - logits.logsumexp(-1, keepdim=True)
         means = self._answer_log_probs(batch.rows).sum(-1) / batch.rows.mask.sum(-1)
-        return means.view(len(batch.labels), len(self.answers))
+        if len(set(batch.counts)) == 1:
+            return means.view(len(batch.labels), batch.counts[0])
+        parts = means.split(list(batch.counts))
+        return pad_sequence(parts, batch_first=True, padding_value=-torch.inf)
+
+    def hits(self, batch: Batch, scores: Tensor) -> Tensor:
+        """Whether the candidate with the highest score is right, bool [examples]."""
+        picked = scores.argmax(-1)
+        if batch.right is None:
+            return picked == batch.labels
+        return batch.right.gather(-1, picked.unsqueeze(-1)).squeeze(-1)
 
     def loss(self, batch: Batch, kind: str = "classification") -> Tensor:
         """The training loss, a float32 scalar.
@@ -244,7 +270,7 @@ class Scorer:
         if kind == "classification":
             return F.cross_entropy(self.scores(batch), batch.labels)
         if kind == "accuracy":
-            return -(self.scores(batch).argmax(-1) == batch.labels).float().mean()
+            return -self.hits(batch, self.scores(batch)).float().mean()
         if batch.kind == "right":
             return -self._answer_log_probs(batch.rows).sum() / batch.rows.mask.sum()
         if batch.kind == "shared":
@@ -253,10 +279,11 @@ class Scorer:
 
     def _generated_score(self, batch: Batch, kind: str) -> Tensor:
         """The mean score of the generated answers: a forward pass for each token of the longest."""
-        right = [self.answers[label] for label in batch.labels.tolist()]
         if batch.kind == "shared":
+            right = [self.answers[label] for label in batch.labels.tolist()]
             made = [[token] for token in self._most_likely(batch.rows)]
         elif batch.kind == "generated":
+            right = list(batch.answers)
             made = greedy(batch.prompts, max(map(len, right)), self._next_tokens)
         else:
             raise ValueError(f'the "{kind}" loss needs a batch made with loss="{kind}"')
@@ -290,13 +317,25 @@ class Scorer:
     def evaluate(self, examples: Sequence[Encoded], batch_size: int) -> Quality:
         """How well the examples are answered.
 
-        Examples of similar length share a batch, to pad less.
+        Examples of similar length share a batch, to pad less. Where examples have their own
+        candidates, of which there may be dozens, a batch has at most `batch_size` of those, too, or
+        it is one example.
         """
-        ordered = sorted(examples, key=lambda example: len(example.prompt))
         right, loss = 0, 0.0
-        for start in range(0, len(ordered), batch_size):
-            batch = self.batch(ordered[start : start + batch_size])
+        for part in self._parts(examples, batch_size):
+            batch = self.batch(part)
             scores = self.scores(batch)
-            right += int((scores.argmax(-1) == batch.labels).sum())
+            right += int(self.hits(batch, scores).sum())
             loss += float(F.cross_entropy(scores, batch.labels, reduction="sum"))
-        return Quality(right / len(ordered), loss / len(ordered))
+        return Quality(right / len(examples), loss / len(examples))
+
+    def _parts(self, examples: Sequence[Encoded], batch_size: int) -> list[list[Encoded]]:
+        parts: list[list[Encoded]] = [[]]
+        rows = 0
+        for example in sorted(examples, key=lambda example: len(example.prompt)):
+            rows += max(1, len(example.answers))
+            if parts[-1] and rows > batch_size:
+                parts.append([])
+                rows = max(1, len(example.answers))
+            parts[-1].append(example)
+        return parts

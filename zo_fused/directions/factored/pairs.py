@@ -44,7 +44,7 @@ def run_pair(function: Callable[..., Any], stacks: Sequence[Sequence[Tensor]]) -
         return result.reshape(())
 
     try:
-        with torch.compiler.set_stance("force_eager"), _BatchedAttention():
+        with torch.compiler.set_stance("force_eager"), _Batched():
             return torch.vmap(scalar, randomness="same")(*map(list, stacks))
     except RuntimeError as error:
         reason = str(error)
@@ -60,18 +60,25 @@ def run_pair(function: Callable[..., Any], stacks: Sequence[Sequence[Tensor]]) -
         raise
 
 
-class _BatchedAttention(TorchFunctionMode):
-    """Runs F.scaled_dot_product_attention for both signs as one batch.
+_NORMS = (F.layer_norm, F.group_norm, F.rms_norm)
 
-    vmap has no rule for the CPU's kernel, and its rules for others draw a dropout mask for each
-    sign, whatever `randomness` says.
+
+class _Batched(TorchFunctionMode):
+    """What vmap has no rule for, or one that does something else.
+
+    Runs F.scaled_dot_product_attention for both signs as one batch: there is no rule for the CPU's
+    kernel, and those for others draw a dropout mask for each sign, whatever `randomness` says.
+    Norms in float32 give 16-bit inputs their dtype back; the rules would hand on float32.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func in _NORMS:
+            return out.to((args[0] if args else kwargs["input"]).dtype)
+        return out
 
 
 def _attention(
