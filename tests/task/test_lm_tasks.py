@@ -14,6 +14,7 @@ if importlib.util.find_spec("lm_eval") is None:
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
+from safetensors.torch import load_file  # noqa: E402
 from support import tiny_models  # noqa: E402
 from support.tiny_models import roberta_tokenizer  # noqa: E402
 
@@ -25,7 +26,7 @@ from zo_fused.task.generating import GenerationScorer  # noqa: E402
 from zo_fused.task.lm_tasks import PAPERS, LmTask, _load, is_lm_task  # noqa: E402
 from zo_fused.task.models import load_model, load_tokenizer  # noqa: E402
 from zo_fused.task.scoring import Scorer  # noqa: E402
-from zo_fused.task.splits import Draw  # noqa: E402
+from zo_fused.task.splits import Draw, shuffled  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -437,6 +438,31 @@ def test_a_run(name, more, tmp_path, capsys):
     words = ["replay", *model, "--log", str(log), *adapter, "--verify", str(tmp_path / "out")]
     assert main(words) == 0
     assert "equal: all" in capsys.readouterr().out
+
+
+def test_a_run_is_resumed_with_the_same_examples(tmp_path, monkeypatch, capsys):
+    """The draw is made anew, from the same seed; another one is refused."""
+    more = ("--train-examples=1", "--steps=4", "--method=mezo", "--data-seed=5")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main(arguments("mezo_record", whole, *more)) == 0
+    with monkeypatch.context() as patch:
+        original, calls = Scorer.loss, []
+
+        def loss(scorer, batch, kind="classification"):
+            calls.append(0)
+            if len(calls) == 7:
+                raise KeyboardInterrupt
+            return original(scorer, batch, kind)
+
+        patch.setattr(Scorer, "loss", loss)
+        assert main(arguments("mezo_record", out, *more)) == 130
+    other = arguments("mezo_record", out, *more[:-1], "--data-seed=0", "--resume")
+    assert shuffled(2, 5)[0] != shuffled(2, 0)[0]
+    assert main(other) == 2
+    assert "the run was started with training data" in capsys.readouterr().err
+    assert main(arguments("mezo_record", out, *more, "--resume")) == 0
+    tuned, resumed = (load_file(folder / "model.safetensors") for folder in (whole, out))
+    assert all(torch.equal(tuned[name], resumed[name]) for name in tuned)
 
 
 def test_a_run_of_a_masked_model(tmp_path, capsys):

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 HELP = "show versions, devices and backends, and what to do where something is missing"
-PACKAGES = ("torch", "triton", "transformers", "datasets", "tqdm", "matplotlib", "peft")
+PACKAGES = ("torch", "triton", "transformers", "datasets", "tqdm", "matplotlib", "peft", "lm_eval")
 _FOR_FINETUNE = ("transformers", "datasets", "tqdm", "matplotlib")
 
 
