@@ -21,8 +21,8 @@ from zo_fused.step.schedule import Position
 logger = logging.getLogger("zo_fused")
 
 _NOTHING_LEFT = (
-    'others="frozen" leaves nothing to tune: what requires gradients is no weight that an '
-    'nn.Linear of the model alone holds; others="random" tunes it'
+    'others="frozen" leaves nothing to tune: no parameter here is the weight of an nn.Linear that '
+    'nothing else of the model holds; others="random" tunes all'
 )
 
 
@@ -53,17 +53,12 @@ class SeesActivations(ZerothOrderOptimizer):
         return True
 
     def freeze_others(self) -> None:
-        """From now on, and in groups that are added, others are no business of this optimizer.
-
-        Raises:
-            ValueError: nothing is left.
-        """
+        """From now on, and in groups that are added, others are no business of this optimizer. If
+        nothing is left, steps say so."""
         self._freezes = True
-        moved = self._any_moves(self.param_groups)
         for group in self.param_groups:
             self._leave_others(group)
-        if moved and not self._any_moves(self.param_groups):
-            raise ValueError(_NOTHING_LEFT)
+        self.weights.parameters.checks.append(self._check_left)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -75,8 +70,9 @@ class SeesActivations(ZerothOrderOptimizer):
 
     add_param_group.__doc__ = ZerothOrderOptimizer.add_param_group.__doc__
 
-    def _any_moves(self, groups: Sequence[dict[str, Any]]) -> bool:
-        return any(self.moves(p) for group in groups for p in group["params"])
+    def _check_left(self) -> None:
+        if not any(group["params"] for group in self.param_groups):
+            raise ValueError(_NOTHING_LEFT)
 
     def _leave_others(self, group: dict[str, Any]) -> None:
         assert self._activations is not None
