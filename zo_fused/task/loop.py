@@ -98,7 +98,7 @@ class Finetuning:
 
         Raises:
             Interrupted: Ctrl-C; the weights were restored and a checkpoint saved.
-        BrokenPipeError: nobody reads what is printed; a checkpoint was saved.
+            BrokenPipeError: nobody reads what is printed; a checkpoint was saved.
             UserError: `SKIPPED_IN_A_ROW` steps in a row were skipped.
         """
         tqdm = optional("tqdm").tqdm
