@@ -3,7 +3,9 @@
 The rules are in `protocol.json`, fixed before the runs. Every method gets the same forward passes
 and as many learning rates around a rate of its own; the rate with the lowest dev loss (one seed)
 goes on to three other seeds. Runs are those of ``zo-fused compare``, two at a time with a thread
-each; what is finished in ``--runs`` is not done again. Writes ``methods-TASK.md`` and ``.png``.
+each; what is finished in ``--runs`` is not done again. After every method ``methods-TASK.json``,
+``.md`` and ``.png`` are written; methods that are in the first already stay there until they are
+named again, so a page can be made in several sittings.
 
 The tasks "sentiment" (the embedded one) and "opinions" (`examples/embedded/make_data.py`) take the
 embedded model, "tweets" and "tweets-lora" a real one (`bench.training.tweets`, whose packages must
@@ -25,6 +27,7 @@ from typing import Any
 
 from bench import machine
 from bench.training import tweets
+from bench.training.outcomes import Result, of_all, read, write
 from zo_fused.cli.compare import make_runs
 from zo_fused.cli.defaults import EMBEDDED_DATA
 from zo_fused.cli.runs import Run, run_all
@@ -97,19 +100,34 @@ def last_loss(run: Run) -> float:
     return found[-1][1] if found and math.isfinite(found[-1][1]) else math.inf
 
 
-def choose(task: str, methods: Sequence[str], shared: Sequence[str], folder: Path) -> Chosen:
-    """The best rate of every method, and what all of them came to."""
-    names = [f"{method}:lr={rate}" for method in methods for rate in grid(task, method)]
-    runs = make_runs(names, [PROTOCOL["tuning_seed"]], shared, folder)
-    do(runs)
-    ends = {run.method: last_loss(run) for run in runs}
-    return {
-        method: {rate: ends[f"{method}:lr={rate}"] for rate in grid(task, method)}
-        for method in methods
-    }
+def measure(task: str, method: str, shared: Sequence[str], folder: Path) -> tuple[Result, Failures]:
+    """The rates of a method, and its seeds with the best of them; a sentence for every seed that
+    failed."""
+    rates = grid(task, method)
+    tried = make_runs(
+        [f"{method}:lr={rate}" for rate in rates],
+        [PROTOCOL["tuning_seed"]],
+        shared,
+        folder / "rates",
+    )
+    do(tried)
+    ends = dict(zip(rates, map(last_loss, tried), strict=True))
+    runs = make_runs(
+        [f"{method}:lr={best(ends)}"],
+        rule(task, "seeds"),
+        shared,
+        folder / "seeds",
+    )
+    failures = do(runs)
+    outcomes = [
+        replace(read_outcome(run.method, run.seed, run.output), method=method)
+        for run in runs
+        if run.finished
+    ]
+    return Result(machine.commit(), ends, outcomes), failures
 
 
-Chosen = dict[str, dict[str, float]]  # method -> rate -> dev loss at the end
+Failures = list[str]
 
 
 def best(rates: dict[str, float]) -> str:
@@ -122,7 +140,7 @@ def beats(runs: Sequence[Outcome], base: Sequence[Outcome], speed: float | None)
     return speed is not None and speed > 1 and max(ends) < min(others)
 
 
-def rates_table(chosen: Chosen) -> str:
+def rates_table(chosen: dict[str, dict[str, float]]) -> str:
     """Every rate tried, and the dev loss that it led to; the best is bold, an edge is named."""
     lines = ["| method | learning rate: dev loss at the end, one seed |", "|---|---|"]
     for method, rates in chosen.items():
@@ -146,21 +164,25 @@ def verdicts(outcomes: Sequence[Outcome]) -> str:
     return f"By the criterion, {first} is beaten by: {', '.join(won) or 'none'}."
 
 
-def report(task: str, chosen: Chosen, outcomes: Sequence[Outcome], out: Path) -> None:
+def report(task: str, results: dict[str, Result], out: Path) -> None:
     """Writes the page and the picture."""
     forwards = PROTOCOL["tasks"][task]["forwards"]
+    outcomes = of_all(list(results.values()))
     draw(outcomes, f"{task}: {forwards} training forward passes", out / f"methods-{task}.png")
+    commits = dict.fromkeys(result.commit for result in results.values())
     page = [
         f"# Methods on the task {task}",
         f"`{shlex.join(['python', '-m', 'bench.training.methods', *sys.argv[1:]])}`",
         "  \n".join(machine.of_cpu()),
         f"{forwards} training forward passes; rules: [protocol.json](../training/protocol.json). "
         + PROTOCOL["criterion"],
+        f"Runs of the commits {', '.join(commits)}; not all on one machine, and some beside other "
+        "work, so times are not to be compared.",
         verdicts(outcomes),
         comparison.markdown(summarize(outcomes)),
         f"![dev loss over forward passes](methods-{task}.png)",
         "Learning rates tried:",
-        rates_table(chosen),
+        rates_table({method: result.rates for method, result in results.items()}),
     ]
     (out / f"methods-{task}.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
 
@@ -173,33 +195,35 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("zo-fused-runs") / "methods")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results")
     args = parser.parse_args()
-    methods = args.methods.split(",") if args.methods else list(PROTOCOL["methods"])
-    methods.sort(key=lambda method: method != "mezo")  # what the others are compared with
+    task, order = args.task, list(PROTOCOL["methods"])
+    methods = args.methods.split(",") if args.methods else list(order)
+    for method in methods:
+        if method not in order:
+            parser.error(f"protocol.json has no method {method!r}")
     args.out.mkdir(parents=True, exist_ok=True)
-    folder = args.runs / args.task
+    kept = args.out / f"methods-{task}.json"
+    results, failures = read(kept), []
+    # what the others are compared with comes first
+    if "mezo" not in results and "mezo" not in methods:
+        methods.append("mezo")
     try:
-        options = rule(args.task, "options")
         shared = [
-            *data(args.task, args.runs),
-            *options,
-            f"--forwards={rule(args.task, 'forwards')}",
+            *data(task, args.runs),
+            *rule(task, "options"),
+            f"--forwards={rule(task, 'forwards')}",
         ]
-        chosen = choose(args.task, methods, shared, folder / "rates")
-        names = {f"{method}:lr={best(chosen[method])}": method for method in methods}
-        runs = make_runs(list(names), rule(args.task, "seeds"), shared, folder / "seeds")
-        failures = do(runs)
+        for method in sorted(methods, key=order.index):
+            results[method], failed = measure(task, method, shared, args.runs / task)
+            failures += failed
+            results = {name: results[name] for name in order if name in results}
+            write(kept, results)
+            report(task, {name: r for name, r in results.items() if r.runs}, args.out)
     except (UserError, Interrupted) as error:
         print(f"methods: {error}", file=sys.stderr)
         return 2
-    done = [run for run in runs if run.finished]
-    outcomes = [
-        replace(read_outcome(run.method, run.seed, run.output), method=names[run.method])
-        for run in done
-    ]
-    report(args.task, chosen, outcomes, args.out)
     for failure in failures:
         print(f"methods: {failure}", file=sys.stderr)
-    print((args.out / f"methods-{args.task}.md").read_text())
+    print((args.out / f"methods-{task}.md").read_text())
     return 1 if failures else 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from bench.training import methods, tweets
+from bench.training import methods, outcomes, tweets
 from zo_fused.methods.table import recipes
-from zo_fused.task.comparison import Outcome
+from zo_fused.task.comparison import Outcome, curve, summarize
 
 
 def ending_with(method: str, *ends: float) -> list[Outcome]:
@@ -59,6 +60,31 @@ def test_rates_that_diverged_lose() -> None:
     assert "| lozo | **1: 0.100** (edge), 2: 0.200 |" in table
 
 
+def test_results_are_kept_as_the_tables_need_them(tmp_path: Path) -> None:
+    history: list[dict[str, Any]] = [{"step": 0, "dev_accuracy": 0.5, "dev_loss": 0.7}]
+    for step in range(1, 7):
+        history.append({"step": step, "loss": 1.0, "forwards": 2, "seconds": 0.5})
+        if step % 3 == 0:
+            history.append({"step": step, "dev_accuracy": 0.6, "dev_loss": None})
+    summary = {
+        "accuracy": {"test": {"after": 0.5}},
+        "forwards": 12,
+        "parameters": 8,
+        "steps": 6,
+        "peak_memory_bytes": 5,
+        "state_bytes": 16,
+        "settings": {"lr": 0.1, "eps": 1e-3},
+    }
+    runs = [Outcome("mezo", seed, summary, history) for seed in (0, 1)]
+    results = {"mezo": outcomes.Result("abc", {"0.1": 0.5, "1": float("inf")}, runs)}
+    outcomes.write(tmp_path / "results.json", results)
+    again = outcomes.read(tmp_path / "results.json")
+    assert again["mezo"].rates == results["mezo"].rates
+    assert summarize(again["mezo"].runs) == summarize(runs)
+    assert curve(again["mezo"].runs) == curve(runs)
+    assert outcomes.read(tmp_path / "none.json") == {}
+
+
 @pytest.mark.slow  # ten processes
 def test_a_task_with_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two methods, two rates, two seeds, a few steps."""
@@ -92,6 +118,15 @@ def test_a_task_with_the_embedded_model(tmp_path: Path, monkeypatch: pytest.Monk
     assert "By the criterion, mezo is beaten by: " in page
     assert (tmp_path / "methods-opinions.png").read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "runs").rglob("*.safetensors"))
+    # another sitting, in which MeZO's runs are no longer there
+    shutil.rmtree(tmp_path / "runs")
+    small["methods"]["lozo-m"] = {"embedded": 1e-4}
+    monkeypatch.setattr(sys, "argv", [*words, "--methods", "lozo-m"])
+    assert methods.main() == 0
+    more = (tmp_path / "methods-opinions.md").read_text()
+    assert [line for line in page.splitlines() if line[:6] == "| mezo"][1] in more
+    assert more.count("\n| lozo-m |") == 2
+    assert len(list((tmp_path / "runs").rglob("summary.json"))) == 4
 
 
 @pytest.mark.parametrize("task", ["sentiment", "opinions"])
