@@ -21,8 +21,8 @@ from zo_fused.step.schedule import Position
 logger = logging.getLogger("zo_fused")
 
 _NOTHING_LEFT = (
-    'others="frozen" leaves nothing to tune: no parameter here is the weight of an nn.Linear that '
-    'nothing else of the model holds; others="random" tunes all'
+    'others="frozen" leaves nothing to tune: no weight of an nn.Linear that nothing else of the '
+    'model holds is there and requires gradients; others="random" tunes others, too'
 )
 
 
@@ -71,7 +71,7 @@ class SeesActivations(ZerothOrderOptimizer):
     add_param_group.__doc__ = ZerothOrderOptimizer.add_param_group.__doc__
 
     def _check_left(self) -> None:
-        if not any(group["params"] for group in self.param_groups):
+        if not any(self.moves(p) for group in self.param_groups for p in group["params"]):
             raise ValueError(_NOTHING_LEFT)
 
     def _leave_others(self, group: dict[str, Any]) -> None:
