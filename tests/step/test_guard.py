@@ -806,7 +806,7 @@ MISTAKES: dict[str, tuple[Callable[[Any, Any], Any], type[Exception], str]] = {
     "backward before": (
         lambda opt, net: (loss_of(net)().backward(), opt.step()),
         TypeError,
-        "There is no backward pass.*Trainer.*estimate",
+        "There is no backward pass.*estimate.*ZOTrainer",
     ),
     "one loss": (lambda opt, net: opt.step(loss_plus=1.0), TypeError, "loss_minus"),
     "a method": (
