@@ -57,6 +57,38 @@ def load_adapted(
     return adapted.to(device).eval()
 
 
+def load_saved(
+    directory: str,
+    name: str | None,
+    dtype: str | torch.dtype,
+    device: torch.device,
+    **loading: Any,
+) -> Any:
+    """A model with the adapter that a directory holds, in eval mode.
+
+    Args:
+        directory: of an adapter of peft, as `zo-fused finetune --peft` writes it.
+        name: of the model; None: the one that the adapter was made for, as its config names it.
+        loading: further arguments of `load_model`.
+
+    Raises:
+        UserError: model or adapter can't be loaded.
+    """
+    peft = optional("peft")
+    if not (Path(directory) / "adapter_config.json").is_file():
+        raise UserError(f"{directory} is no directory of an adapter: no adapter_config.json")
+    try:
+        name = name or peft.PeftConfig.from_pretrained(directory).base_model_name_or_path
+        model = load_model(str(name), dtype, torch.device("cpu"), **loading)
+        with _quiet():
+            adapted = peft.PeftModel.from_pretrained(model, directory, torch_device="cpu")
+    except UserError:
+        raise
+    except Exception as error:  # of peft, safetensors or pickle
+        raise UserError(f"can't load the adapter {directory}: {first_line(error)}") from error
+    return adapted.to(device).eval()
+
+
 def _fresh(peft: Any, model: Any, scheme: str, seed: int) -> Any:
     """The adapters of MeZO (arXiv 2305.17333): LoRA with r 8 and alpha 16, and five tokens of
     prefix that start as what the model makes of random tokens. Ten tokens of prompt.
