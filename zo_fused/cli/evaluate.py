@@ -42,8 +42,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         metavar="DIR",
-        help="adapter of peft, such as finetune --peft writes, for --model (default of which is "
-        "then the model that the adapter names)",
+        help="adapter of peft, such as finetune --peft writes; without --model, on the model that "
+        "it was made for",
     )
     parser.add_argument(
         "--task",
@@ -143,18 +143,20 @@ def _sources(train: str | None, test: str | None) -> dict[str, str]:
 
 
 def _model(args: argparse.Namespace, device: Any) -> tuple[Any, Any, str]:
-    """The model, its tokenizer, and what it is called."""
-    from zo_fused.task.adapters import load_saved
+    """The model, its tokenizer, and the name of the model, without the adapter's."""
+    from zo_fused.task.adapters import load_saved, made_for
     from zo_fused.task.models import load_model, load_tokenizer
 
     trust = bool(args.trust_remote_code)
     if args.adapter is not None:
-        model = load_saved(args.adapter, args.model, args.dtype, device, trust_remote_code=trust)
-        return model, load_tokenizer(args.adapter, trust), args.adapter
-    name = args.model or str(defaults.EMBEDDED_MODEL)
-    if (Path(name) / "adapter_config.json").is_file():
-        raise UserError(f"{name} holds an adapter: give it as --adapter")
-    return load_model(name, args.dtype, device, trust), load_tokenizer(name, trust), name
+        name = args.model or made_for(args.adapter)
+        model = load_saved(args.adapter, name, args.dtype, device, trust_remote_code=trust)
+    else:
+        name = args.model or str(defaults.EMBEDDED_MODEL)
+        if (Path(name) / "adapter_config.json").is_file():
+            raise UserError(f"{name} holds an adapter: give it as --adapter")
+        model = load_model(name, args.dtype, device, trust)
+    return model, load_tokenizer(name, trust), name
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
@@ -214,7 +216,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
             "zo_fused": __version__,
             **versions,
             "model": name,
-            "base": args.model if args.adapter else None,
+            "adapter": args.adapter,
             "dtype": args.dtype,
             "device": str(device),
             "data_seed": args.data_seed,
