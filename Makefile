@@ -44,7 +44,7 @@ test-all: test
 # What needs lm_eval, which `make setup` does not install: some of its packages have no wheels.
 test-tasks: $(INSTALLED)
 	$(PIP) install -q -c $(VENV)/constraints.txt lm_eval
-	$(BIN)/pytest -q tests/task/test_lm_tasks.py
+	$(BIN)/pytest -q tests/task/test_lm_tasks.py tests/task/test_evaluating.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -191,7 +191,7 @@ def test_some_options_change_the_defaults_of_others():
 @pytest.mark.parametrize(
     ("commands", "loaded"),
     [
-        ([["--help"], ["doctor", "--help"], ["replay", "--help"]], []),
+        ([["--help"], ["doctor", "--help"], ["replay", "--help"], ["evaluate", "--help"]], []),
         # their options are those of the methods
         (
             [["finetune", "--help"], ["compare", "--help"], ["finetune", "--method", "x"]],

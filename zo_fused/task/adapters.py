@@ -57,6 +57,46 @@ def load_adapted(
     return adapted.to(device).eval()
 
 
+def made_for(directory: str) -> str:
+    """The model that a saved adapter is for, as the adapter's config names it.
+
+    Raises:
+        UserError: the directory holds no adapter, or names no model.
+    """
+    if not (Path(directory) / "adapter_config.json").is_file():
+        raise UserError(f"{directory} is no directory of an adapter: no adapter_config.json")
+    try:
+        name = optional("peft").PeftConfig.from_pretrained(directory).base_model_name_or_path
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"can't load the adapter {directory}: {first_line(error)}") from error
+    if not name:
+        raise UserError(f"the adapter {directory} does not say which model it is for; give --model")
+    return str(name)
+
+
+def load_saved(
+    directory: str, name: str, dtype: str | torch.dtype, device: torch.device, **loading: Any
+) -> Any:
+    """A model with a saved adapter of any kind, in eval mode.
+
+    Args:
+        directory: of the adapter, as `zo-fused finetune --peft` writes it.
+        name: of the model.
+        loading: further arguments of `load_model`.
+
+    Raises:
+        UserError: model or adapter can't be loaded.
+    """
+    peft = optional("peft")
+    model = load_model(name, dtype, torch.device("cpu"), **loading)
+    try:
+        with _quiet():
+            adapted = peft.PeftModel.from_pretrained(model, directory, torch_device="cpu")
+    except Exception as error:  # of peft, safetensors or pickle
+        raise UserError(f"can't load the adapter {directory}: {first_line(error)}") from error
+    return adapted.to(device).eval()
+
+
 def _fresh(peft: Any, model: Any, scheme: str, seed: int) -> Any:
     """The adapters of MeZO (arXiv 2305.17333): LoRA with r 8 and alpha 16, and five tokens of
     prefix that start as what the model makes of random tokens. Ten tokens of prompt.

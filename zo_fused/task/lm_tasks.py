@@ -11,7 +11,7 @@ import functools
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from zo_fused.task.data import SPLITS, Example, read_records
 from zo_fused.task.errors import UserError, first_line, optional
 from zo_fused.task.prompt import Question
-from zo_fused.task.splits import Draw, drawn
+from zo_fused.task.splits import Draw, drawn, shuffled
 
 PAPERS = Path(__file__).parent / "papers"
 MASK = "<mask>"  # in a prompt: where the answer of a masked language model belongs
@@ -129,7 +129,7 @@ class LmTask:
         if given.k is not None and not self.answers:
             raise UserError(f"--k needs classes, and the answers of the task {self.name} differ")
         sizes = {split: len(docs) for split, docs in sets.items()}
-        with _quiet():
+        with quiet():
             label_of = self._labels(sets["train"]) if given.k is not None else lambda i: None
             places = drawn(sizes, self.draw(given), label_of)
             return {
@@ -137,10 +137,37 @@ class LmTask:
                 for split, chosen in places.items()
             }
 
+    def for_lm_eval(self, given: Draw) -> tuple[Any, list[int], Sequence[Mapping[str, Any]]]:
+        """The task as lm_eval evaluates it, the numbers in its `eval_docs` of the test examples
+        that `examples` would draw, in that order, and the training set, () where there is none.
+
+        Raises:
+            UserError: there is no test set, or a record that lm_eval could not judge.
+        """
+        sets = self._sets()
+        if "test" not in sets:
+            raise UserError(f"the task {self.name} needs --test with its --train")
+        test = shuffled(len(sets["test"]), given.seed)[: self.draw(given).test]
+        with quiet():
+            for i in test:
+                self._check_target(self._example(f"{self.name} test", sets["test"], i))
+        return self._task, test, sets.get("train", ())
+
+    def _check_target(self, example: Example) -> None:
+        """Refuses an answer that we understand, and that lm_eval would hold for wrong."""
+        question, target = example.question, self._task.doc_to_target(example.fields)
+        if self.generates or self._task.multiple_input or question is None:
+            return
+        if isinstance(target, str) and target not in self._task.doc_to_choice(example.fields):
+            raise UserError(
+                f"{example.source}: its answer {target!r} is a text, as it is in tables, and "
+                "lm_eval wants the number; give the records as JSON lines or Parquet"
+            )
+
     def _sets(self) -> dict[str, Any]:
         """The task's sets: test is what lm_eval evaluates on; dev is there in `files` alone."""
         task, sets = self._task, {}
-        with _quiet():
+        with quiet():
             if task.has_training_docs():
                 sets["train"] = task.training_docs()
             if self.files:
@@ -221,7 +248,7 @@ def _right(target: Any, choices: list[str]) -> tuple[int, ...]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what lm_eval warns of in tasks of its own, and the progress bars of datasets."""
     logger, datasets = logging.getLogger("lm_eval"), optional("datasets")
     level, bars = logger.level, datasets.is_progress_bar_enabled()
@@ -243,7 +270,7 @@ def _load(name: str, files: tuple[tuple[str, str], ...]) -> Any:
     key, from_file = name, _is_yaml(path)
     if from_file and not path.is_file():
         raise UserError(f"there is no task file {name}")
-    with _quiet(), tempfile.TemporaryDirectory() as folder:
+    with quiet(), tempfile.TemporaryDirectory() as folder:
         if from_file:
             # a folder with this task alone: lm_eval reads all files of a folder
             key = path.stem
