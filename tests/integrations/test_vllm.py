@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -257,3 +257,70 @@ def test_quantized_weights_and_deferred_are_refused() -> None:
         engine.collective_rpc("zo_start", kwargs=OPTIONS)
     with pytest.raises(ValueError, match="deferred"):
         Engine().collective_rpc("zo_start", kwargs=OPTIONS | {"deferred": True})
+
+
+# ---- the recipe ---------------------------------------------------------------------------------
+
+
+class Actor:
+    """An actor of Ray's that lives here."""
+
+    def __init__(self, made: Any) -> None:
+        self.made = made
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=getattr(self.made, name))
+
+
+class StandInLLM(Engine):
+    """Writes an answer that depends on its weights."""
+
+    made: ClassVar[list[Any]] = []
+
+    def __init__(self, worker_extension_cls: str, enable_prefix_caching: bool, **_: Any) -> None:
+        assert worker_extension_cls == f"{ZOWorker.__module__}.{ZOWorker.__name__}"
+        assert not enable_prefix_caching
+        super().__init__(torch.bfloat16)
+        self.made.append(self)
+
+    def generate(self, prompts: list[str], _: Any) -> list[Any]:
+        return [said(text) for text in texts_of(self.model, len(prompts))]
+
+
+def said(text: str) -> SimpleNamespace:
+    return SimpleNamespace(outputs=[SimpleNamespace(text=text)])
+
+
+@torch.no_grad()
+def texts_of(model: nn.Module, count: int) -> list[str]:
+    first, second, _ = model(INPUT[:count].bfloat16()).float().unbind(1)
+    return [" great" if great else " terrible" for great in first > second]
+
+
+def test_recipe_with_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def remote(**_: Any) -> Any:
+        return lambda kind: SimpleNamespace(remote=lambda **given: Actor(kind(**given)))
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(remote=remote, get=lambda x: x))  # type: ignore[arg-type]
+    stand_in = SimpleNamespace(LLM=StandInLLM, SamplingParams=dict)
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)  # type: ignore[arg-type]
+    monkeypatch.setattr(StandInLLM, "made", [])
+    monkeypatch.chdir(tmp_path)
+    recipe = Path(__file__).parents[2] / "examples/engines/vllm_ray.py"
+    text = recipe.read_text()
+    short = text.replace("GENERATIONS = 4, 30, 100", "GENERATIONS = 4, 6, 5").replace("1e-3", "0.3")
+    assert short.count("0.3") == 1
+    there: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(short.replace('"lr": 5e-4', '"lr": 0.2'), str(recipe), "exec"), there)
+
+    model = network(torch.bfloat16)
+    before = snapshot(model)
+    opt = zo_fused.ES(model, population=6, eps=0.3, lr=0.2, seed=0)
+    for _ in range(5):
+        opt.step(lambda: there["reward"]([said(text) for text in texts_of(model, 8)]))
+    assert not same(snapshot(model), before)
+    assert len(StandInLLM.made) == 4
+    assert all(same(snapshot(engine.model), snapshot(model)) for engine in StandInLLM.made)
+    fresh = Engine(torch.bfloat16)
+    assert fresh.collective_rpc("zo_replay", ("es.jsonl",)) == [5]
+    assert same(snapshot(fresh.model), snapshot(model))
