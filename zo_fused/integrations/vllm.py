@@ -23,9 +23,9 @@ class ZOWorker:
 
     A generation of `zo_fused.ES` (docs/methods/es.md), over any number of engines: `zo_perturb` to
     each member that an engine is to evaluate, then `zo_update` with the rewards of all members. A
-    worker passes the members that other engines evaluate as well: a sweep each, of milliseconds.
-    So all workers round alike and never differ in a bit, without a copy of theta and without
-    sending weights; nor do they differ from `ES` in one process over parameters of these names.
+    worker passes the members that other engines evaluate as well, a sweep each. So all workers
+    round alike and never differ in a bit, without a copy of theta and without sending weights; nor
+    do they differ from `ES` in one process over parameters of these names.
 
     Noise is tied to the engine's own names and shapes. vLLM fuses projections (``qkv_proj``,
     ``gate_up_proj``), so there a run is not the one that `ES` makes over the checkpoint, and its
