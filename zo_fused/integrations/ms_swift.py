@@ -31,7 +31,8 @@ class Choice(OptimizerCallback):
 
     def __init__(self, args: Any, trainer: Any) -> None:
         super().__init__(args, trainer)
-        args.callbacks = [*args.callbacks, TURN]
+        if TURN not in args.callbacks:  # it may be of saved arguments
+            args.callbacks = [*args.callbacks, TURN]
 
 
 class Turn(TrainerCallback):
