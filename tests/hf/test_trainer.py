@@ -236,6 +236,8 @@ def test_classes_that_it_refuses(tmp_path: Path) -> None:
     for kind, message in ((Generates, "GRPO"), (Steps, "Steps.training_step")):
         with pytest.raises(ValueError, match=message):
             zeroth_order(trainer(tmp_path, kind=kind), "mezo")
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        assert type(zeroth_order(trainer(tmp_path, kind=kind), "mezo", read=[name])) is not kind
 
 
 def test_old_versions_that_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ FOLDERS = (
     "zo_fused.methods",
     "zo_fused.replaying",
     "zo_fused.hf",
+    "zo_fused.integrations",
     "zo_fused.task",
     "zo_fused.cli",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from zo_fused.hf.limits import check_trainer
@@ -9,7 +10,7 @@ from zo_fused.hf.methods import named
 from zo_fused.hf.mixin import ZOMixin
 
 
-def zeroth_order(trainer: Any, zo: Any = None) -> Any:
+def zeroth_order(trainer: Any, zo: Any = None, *, read: Sequence[str] = ()) -> Any:
     """Turn a trainer into its zeroth-order kind, in place: for those that another tool makes. ::
 
         trainer = zeroth_order(trainer, ("lozo", {"rank": 2}))
@@ -17,6 +18,9 @@ def zeroth_order(trainer: Any, zo: Any = None) -> Any:
     Args:
         trainer: of any class that derives from `transformers.Trainer`, before it trains.
         zo: as in `ZOMixin`.
+        read: classes (``module.Class``) that you have read: what their `training_step` and
+            `_prepare_inputs` do may be left out of the former, and done once a batch in the latter.
+            Others that have these are refused.
 
     Returns:
         The trainer, whose class now is ``ZO`` + its name, with `ZOMixin` before its own.
@@ -25,7 +29,7 @@ def zeroth_order(trainer: Any, zo: Any = None) -> Any:
         As `ZOMixin`; then the trainer is what it was.
     """
     chosen = None if zo is None else named(zo)
-    check_trainer(trainer)
+    check_trainer(trainer, read)
     if isinstance(trainer, ZOMixin):
         trainer.choose(chosen)
         return trainer

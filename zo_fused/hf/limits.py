@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import transformers
@@ -14,8 +14,11 @@ if not hasattr(Trainer, "_prepare_for_training"):  # where the replay log is sta
     )
 
 
-def check_trainer(trainer: Any) -> None:
+def check_trainer(trainer: Any, read: Sequence[str] = ()) -> None:
     """Look at a trainer that is, or is to become, a zeroth-order one.
+
+    Args:
+        read: classes whose own step and batches are no reason to refuse it.
 
     Raises:
         ValueError: its arguments or its class need what zeroth-order steps have not.
@@ -39,16 +42,19 @@ def check_trainer(trainer: Any) -> None:
     for engine in ("deepspeed", "fsdp"):
         if getattr(trainer, f"is_{engine}_enabled", False):
             raise ValueError(f"weights that {engine} shards can't be perturbed: leave it out")
-    _check_class(type(trainer))
+    _check_class(type(trainer), read)
 
 
-def _check_class(kind: type) -> None:
-    if inspect.getattr_static(kind, "_prepare_inputs") is not Trainer._prepare_inputs:
-        raise ValueError(
-            f"{kind.__name__} makes its batches as it goes (_prepare_inputs), and its loss need "
-            "not tell how good the weights are, as that of GRPO does not: it can't be turned"
-        )
+def _check_class(kind: type, read: Sequence[str]) -> None:
     for parent in kind.__mro__:
+        if parent is Trainer or f"{parent.__module__}.{parent.__qualname__}" in read:
+            continue
+        if "_prepare_inputs" in vars(parent):
+            raise ValueError(
+                f"{kind.__name__} makes its batches as it goes (_prepare_inputs), and its loss "
+                "need not tell how good the weights are, as that of GRPO does not: it can't be "
+                "turned"
+            )
         ours = parent.__module__.startswith(("zo_fused.", "transformers.", "trl."))
         if "training_step" in vars(parent) and not ours:  # TRL's offload activations, no more
             raise ValueError(
