@@ -45,9 +45,8 @@ def test_every_public_name_is_in_the_reference() -> None:
 
 
 def test_make_docs_installs_the_extra() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = project["optional-dependencies"]["docs"]
     match = re.search(r"\ndocs:.*\n.* -c \S+ (.*)\n", (ROOT / "Makefile").read_text())
     assert match is not None
     assert match[1].split() == [re.split("[<>=]", name)[0] for name in extra]
