@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -92,3 +93,12 @@ def test_pages_bring_what_they_lead_to() -> None:
     assert {"docs/methods/es.md", "bench/results/es.md"} <= shown  # the latter by the former
     assert "bench/results/compare-embedded.png" in shown
     assert not {path for path in shown if path.endswith(".py")}
+
+
+def test_docstrings_have_no_markup_of_sphinx() -> None:
+    """They are rendered as Markdown, which shows `::` and `:class:` as they stand."""
+    for path in (ROOT / "zo_fused").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                text = ast.get_docstring(node) or ""
+                assert not re.search(r"::$|:\w+:`", text, re.MULTILINE), f"{path}: {text}"

@@ -10,7 +10,7 @@ from zo_fused.hf.mixin import ZOMixin
 
 
 def zeroth_order(trainer: Any, zo: Any = None) -> Any:
-    """Turn a trainer into its zeroth-order kind, in place: for those that another tool makes. ::
+    """Turn a trainer into its zeroth-order kind, in place: for those that another tool makes:
 
         trainer = zeroth_order(trainer, ("lozo", {"rank": 2}))
 
