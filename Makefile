@@ -17,7 +17,7 @@ given = $(if $(filter command,$(origin $(1))),$($(1)))
 CHOICE := $(if $(call given,TORCH),--torch $(TORCH)) $(if $(filter-out 0,$(call given,SYSTEM)),--system) \
 	$(if $(filter-out file,$(origin PYTHON)),--this-python)
 
-.PHONY: setup demo test test-all test-tasks test-plugins lint bench sass gpu wheels clean FORCE
+.PHONY: setup demo test test-all test-tasks test-plugins lint docs bench sass gpu wheels clean FORCE
 
 setup: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; print("ready: Python", sys.version.split()[0] + ", torch", torch.__version__)'
@@ -56,6 +56,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, into build/site, with what `make setup` does not install. A warning is an error.
+docs: $(INSTALLED)
+	$(PIP) install -q -c $(VENV)/constraints.txt mkdocs-material mkdocstrings-python
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 
 bench: $(INSTALLED)
 	$(BIN)/pytest -q bench/cpu --benchmark-disable-gc --benchmark-json=bench/results/latest.json --table bench/results/latest.md $(BENCH)

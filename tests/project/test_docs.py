@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
 
-from zo_fused.cli.main import make_parser
+from zo_fused.cli.main import main, make_parser
 from zo_fused.methods.table import arguments, methods
 
 ROOT = Path(__file__).parents[2]
@@ -49,3 +50,37 @@ def test_arguments_for_those_who_come_from_other_codes_exist() -> None:
     for name, given in calls:
         for argument in re.findall(r"(\w+)=", given):
             assert argument in arguments(methods()[name]), f"{name}({argument}=)"
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The arguments of every `zo-fused` in a page's blocks of commands."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    text = "\n".join(block for language, block in blocks if not language)
+    lines = re.findall(r"^(?:\$ )?zo-fused (.*)", text.replace("\\\n", " "), re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_understood(page: Path) -> None:
+    for command in commands(page):
+        make_parser(command).parse_args(command)
+
+
+def test_there_are_commands() -> None:
+    assert sum(len(commands(page)) for page in PAGES) > 10
+
+
+def test_the_command_of_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the embedded model in the place of a large one, and two steps."""
+    pytest.importorskip("transformers")
+    page = DOCS / "tutorials/own-data.md"
+    [block] = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    command = commands(page)[0]
+    command[command.index("--model") + 1] = str(ROOT / "zo_fused/embedded/model")
+    command[command.index("--steps") + 1] = "2"
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, page.name, "exec"), {})
+    assert main(command) in (None, 0)
+    listed = set(re.findall(r"^\| `([\w.]+)` \|", page.read_text(), re.MULTILINE))
+    assert listed <= {path.name for path in Path("runs/mine").iterdir()}
+    assert "replay.jsonl" in listed

@@ -8,14 +8,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+
+
+def programs(path: Path) -> list[str]:
+    """A page's blocks. Those of a tutorial, which is read from its top, are one program."""
+    blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    return ["\n".join(blocks)] if path.parent.name == "tutorials" else blocks
+
+
 BLOCKS = [
     pytest.param(block, id=f"{path.name}-{i}")
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    for i, block in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
+    for i, block in enumerate(programs(path))
 ]
 
 
-@pytest.mark.filterwarnings("ignore:'pin_memory'", "ignore:.gradient_checkpointing")  # no GPU; TRL
+# No GPU; TRL and peft.
+@pytest.mark.filterwarnings("ignore:'pin_memory'", "ignore:.(is_)?gradient_checkpointing")
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.usefixtures("no_hub")
 def test_example_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from zo_fused.hf.mixin import ZOMixin
 
 
 def zeroth_order(trainer: Any, zo: Any = None, *, read: Sequence[str] = ()) -> Any:
-    """Turn a trainer into its zeroth-order kind, in place: for those that another tool makes. ::
+    """Turn a trainer into its zeroth-order kind, in place: for those that another tool makes:
 
         trainer = zeroth_order(trainer, ("lozo", {"rank": 2}))
 

@@ -11,7 +11,7 @@ class ZOSFTTrainer(ZOMixin, SFTTrainer):
     """`trl.SFTTrainer` with zeroth-order steps: see `ZOMixin` for ``zo=``.
 
     Tokens and metrics of a step are counted once, in one of its evaluations. `SFTConfig` turns
-    gradient checkpointing on, which has nothing to save here, and bfloat16 autocast. For example::
+    gradient checkpointing on, which has nothing to save here, and bfloat16 autocast. For example:
 
         args = SFTConfig("out", learning_rate=1e-6, gradient_checkpointing=False, bf16=False)
         trainer = ZOSFTTrainer(model, args, train_dataset=data, zo="lozo")

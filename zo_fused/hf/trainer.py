@@ -10,7 +10,7 @@ from zo_fused.hf.mixin import ZOMixin
 class ZOTrainer(ZOMixin, Trainer):
     """`transformers.Trainer` with zeroth-order steps: see `ZOMixin` for ``zo=``.
 
-    For example::
+    For example:
 
         args = TrainingArguments("out", learning_rate=1e-6, max_steps=1000)
         trainer = ZOTrainer(model, args, train_dataset=data, zo=("lozo", {"deferred": True}))

@@ -28,7 +28,7 @@ class Hybrid:
     evaluation, and a step of fo. Memory beyond the weights: the state of both, the gradients of
     fo's parameters during a step, and the activations of one evaluation from the first parameter of
     fo on: the layers before it keep none. Parameters that are in neither optimizer get no gradient,
-    but autograd keeps activations for those that require one: freeze them. ::
+    but autograd keeps activations for those that require one: freeze them:
 
         first, rest = zo_fused.first_layers(model, 8)
         opt = zo_fused.Hybrid(zo_fused.MeZO(first, lr=1e-6), torch.optim.AdamW(rest, lr=1e-5))

@@ -175,7 +175,7 @@ class Population(ZerothOrderOptimizer):
     )
 
     def members(self) -> Iterator[Member]:
-        """The population of the coming step, for rewards that don't come from a closure::
+        """The population of the coming step, for rewards that don't come from a closure:
 
             for member in opt.members():
                 with member:
