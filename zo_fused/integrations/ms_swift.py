@@ -52,7 +52,7 @@ class Turn(TrainerCallback):
 
 
 def register(optimizer: str, method: str, **options: Any) -> None:
-    """Let ``--optimizer`` name a method with arguments::
+    """Let ``--optimizer`` name a method with arguments:
 
         register("lozo8", "lozo", rank=8)
 

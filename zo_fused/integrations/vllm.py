@@ -16,7 +16,7 @@ from zo_fused.sweeps.numbers import WEIGHT_DTYPES
 
 
 class ZOWorker:
-    """What a worker of vLLM becomes able to do, by ``collective_rpc``::
+    """What a worker of vLLM becomes able to do, by ``collective_rpc``:
 
         LLM(.., worker_extension_cls="zo_fused.integrations.vllm.ZOWorker",
             enable_prefix_caching=False)
