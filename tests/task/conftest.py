@@ -4,6 +4,10 @@ import importlib
 import importlib.util
 
 import pytest
+import torch
+
+from zo_fused.cli.defaults import EMBEDDED_MODEL
+from zo_fused.task.models import load_model, load_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -11,3 +15,15 @@ def no_network(monkeypatch, one_thread):
     if importlib.util.find_spec("huggingface_hub") is not None:
         module = importlib.import_module("huggingface_hub.constants")
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The embedded model."""
+    return load_model(str(EMBEDDED_MODEL), "float32", torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """That of the embedded model."""
+    return load_tokenizer(str(EMBEDDED_MODEL))

@@ -26,7 +26,6 @@ from zo_fused.task.encoding import Encoder  # noqa: E402
 from zo_fused.task.errors import UserError  # noqa: E402
 from zo_fused.task.evaluating import Evaluator, of_lm_task  # noqa: E402
 from zo_fused.task.lm_tasks import LmTask  # noqa: E402
-from zo_fused.task.models import load_model, load_tokenizer  # noqa: E402
 from zo_fused.task.prompt import Task  # noqa: E402
 from zo_fused.task.scoring import Scorer  # noqa: E402
 from zo_fused.task.splits import Draw, shuffled  # noqa: E402
@@ -34,16 +33,6 @@ from zo_fused.task.splits import Draw, shuffled  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")  # of lm_eval and what it imports
 
 DATA = Path(__file__).parents[1] / "data" / "tasks"
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_model(str(EMBEDDED_MODEL), "float32", torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(str(EMBEDDED_MODEL))
 
 
 @pytest.fixture(scope="module")

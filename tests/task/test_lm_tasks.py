@@ -24,7 +24,6 @@ from zo_fused.task.encoding import Encoder  # noqa: E402
 from zo_fused.task.errors import UserError  # noqa: E402
 from zo_fused.task.generating import GenerationScorer  # noqa: E402
 from zo_fused.task.lm_tasks import PAPERS, LmTask, _load, is_lm_task  # noqa: E402
-from zo_fused.task.models import load_model, load_tokenizer  # noqa: E402
 from zo_fused.task.scoring import Scorer  # noqa: E402
 from zo_fused.task.splits import Draw, shuffled  # noqa: E402
 
@@ -189,16 +188,6 @@ def test_data_sets_and_their_sets(name, monkeypatch):
 
 
 # ---- what is trained on is what lm_eval scores ---------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_model(str(EMBEDDED_MODEL), "float32", torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(str(EMBEDDED_MODEL))
 
 
 def evaluated(task, model, tokenizer):

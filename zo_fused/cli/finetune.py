@@ -59,16 +59,19 @@ def dtype_choice() -> dict[str, Any]:
     return choice(("float32", "float16", "bfloat16"), _DTYPES)
 
 
-def seed(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,20}", text) or int(text) >= 1 << 64:
-        raise argparse.ArgumentTypeError(f"must be a whole number below 2**64, got {text!r}")
+def _below_power(text: str, power: int) -> int:
+    digits = len(str(1 << power))
+    if not re.fullmatch(rf"[0-9]{{1,{digits}}}", text) or int(text) >= 1 << power:
+        raise argparse.ArgumentTypeError(f"must be a whole number below 2**{power}, got {text!r}")
     return int(text)
+
+
+def seed(text: str) -> int:
+    return _below_power(text, 64)
 
 
 def data_seed(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) >= 1 << 32:
-        raise argparse.ArgumentTypeError(f"must be a whole number below 2**32, got {text!r}")
-    return int(text)
+    return _below_power(text, 32)
 
 
 def _pair(text: str) -> tuple[str, str]:
