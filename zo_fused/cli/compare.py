@@ -12,7 +12,7 @@ from typing import Any
 
 from zo_fused.cli import defaults, finetune
 from zo_fused.cli.method_options import OPTIONS
-from zo_fused.cli.parser import Parser, folder
+from zo_fused.cli.parser import Parser, folder, run_seed
 from zo_fused.cli.runs import Run, run_all
 from zo_fused.task.errors import Interrupted, UserError, first_line
 
@@ -32,7 +32,7 @@ _OWN = ("methods", "seeds", "forwards", "output", "command")
 
 
 def _seeds(text: str) -> list[int]:
-    return [finetune.seed(word) for word in text.split(",")]
+    return [run_seed(word) for word in text.split(",")]
 
 
 def _methods(text: str) -> list[str]:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zo_fused.cli import defaults
-from zo_fused.cli.finetune import data_seed, dtype_choice
-from zo_fused.cli.parser import add_trust_option, whole
+from zo_fused.cli.parser import add_trust_option, data_seed, dtype_choice, whole
 from zo_fused.step.interrupts import uninterrupted
 from zo_fused.task.errors import UserError, first_line, out_of_memory, warn
 

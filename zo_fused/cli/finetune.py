@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 from zo_fused.cli import defaults
 from zo_fused.cli.method_help import HINT, add_method_options
 from zo_fused.cli.method_options import OPTIONS, by_method
-from zo_fused.cli.parser import add_trust_option, choice, folder, shown, whole
+from zo_fused.cli.parser import (
+    add_trust_option,
+    choice,
+    data_seed,
+    dtype_choice,
+    folder,
+    run_seed,
+    shown,
+    whole,
+)
 from zo_fused.step.interrupts import uninterrupted
 from zo_fused.task.errors import Interrupted, UserError, first_line, out_of_memory
 
@@ -40,38 +48,9 @@ _PLAN = (
 )
 
 
-_DTYPES = {
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "half": "float16",
-    "fp32": "float32",
-    "float": "float32",
-} | {f"torch.{name}": name for name in ("float32", "float16", "bfloat16")}
-
-
 def method_choice() -> dict[str, Any]:
     """Arguments of ``add_argument`` for the name of a method."""
     return choice(by_method(), {"zosignsgd": "zo-sign"})
-
-
-def dtype_choice() -> dict[str, Any]:
-    """The same, for a dtype."""
-    return choice(("float32", "float16", "bfloat16"), _DTYPES)
-
-
-def _below_power(text: str, power: int) -> int:
-    digits = len(str(1 << power))
-    if not re.fullmatch(rf"[0-9]{{1,{digits}}}", text) or int(text) >= 1 << power:
-        raise argparse.ArgumentTypeError(f"must be a whole number below 2**{power}, got {text!r}")
-    return int(text)
-
-
-def seed(text: str) -> int:
-    return _below_power(text, 64)
-
-
-def data_seed(text: str) -> int:
-    return _below_power(text, 32)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -94,7 +73,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_method_options(parser.add_argument_group("method", HINT), **method_choice())
     run = add_run_options(parser)
     run.add_argument("--steps", type=whole, help=f"({_default('steps')})")
-    run.add_argument("--seed", type=seed, help=f"({_default('seed')})")
+    run.add_argument("--seed", type=run_seed, help=f"({_default('seed')})")
     run.add_argument(
         "--output",
         metavar="DIR",

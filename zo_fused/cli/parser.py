@@ -11,6 +11,14 @@ from typing import Any, NoReturn
 
 from zo_fused.task.errors import UserError
 
+_DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+} | {f"torch.{name}": name for name in ("float32", "float16", "bfloat16")}
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises `UserError` instead of leaving the process."""
@@ -48,6 +56,26 @@ def choice(names: Iterable[str], others: Mapping[str, str] | None = None) -> dic
         raise argparse.ArgumentTypeError(f"invalid choice: {text!r} ({hint})")
 
     return {"type": read, "metavar": f"{{{','.join(names)}}}"}
+
+
+def dtype_choice() -> dict[str, Any]:
+    """The same of a dtype of weights."""
+    return choice(("float32", "float16", "bfloat16"), _DTYPES)
+
+
+def _below_power(text: str, power: int) -> int:
+    digits = len(str(1 << power))
+    if not re.fullmatch(rf"[0-9]{{1,{digits}}}", text) or int(text) >= 1 << power:
+        raise argparse.ArgumentTypeError(f"must be a whole number below 2**{power}, got {text!r}")
+    return int(text)
+
+
+def run_seed(text: str) -> int:
+    return _below_power(text, 64)
+
+
+def data_seed(text: str) -> int:
+    return _below_power(text, 32)
 
 
 def whole(text: str) -> int:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zo_fused.cli import defaults, finetune
-from zo_fused.cli.parser import add_trust_option, choice, folder
+from zo_fused.cli import defaults
+from zo_fused.cli.parser import add_trust_option, choice, dtype_choice, folder
 from zo_fused.step.interrupts import uninterrupted
 from zo_fused.task.errors import UserError, first_line
 
@@ -37,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        **finetune.dtype_choice(),
+        **dtype_choice(),
         help="of the base, as in the run (default: what the log says; with --quantize, of which it "
         "has the scales alone, that of the base)",
     )
