@@ -122,8 +122,10 @@ class Finetuning(ZOTrainer):
                 self.evaluate("test")
                 optimizer.flush()  # also where there was nothing to evaluate on
         except KeyboardInterrupt:
-            path = self._save_checkpoint(self.model)
-            raise Interrupted(f"step {optimizer.step_count} is saved in {path}") from None
+            self._save_checkpoint(self.model)
+            step = optimizer.step_count
+            path = self.directory / f"checkpoint-{step}"
+            raise Interrupted(f"step {step} is saved in {path}") from None
         except BrokenPipeError:
             self._save_checkpoint(self.model)
             raise
@@ -156,7 +158,7 @@ class Finetuning(ZOTrainer):
         self.loss = super().training_step(*args, **others)
         return self.loss
 
-    def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Tensor:
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
         self.losses += 1
         return self.scorer.mean_loss(inputs["batches"], self.plan.loss)
 
@@ -220,7 +222,7 @@ class Finetuning(ZOTrainer):
     def save_model(self, output_dir: Any = None, _internal_call: bool = False) -> None:
         save_model(self.model, self.words, Path(output_dir))
 
-    def _save_checkpoint(self, model: Any, trial: Any = None) -> Path:
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Saves the run after the optimizer's last step and drops older checkpoints.
 
         A checkpoint appears complete or not at all. One of that step that is already there is kept:
@@ -240,7 +242,6 @@ class Finetuning(ZOTrainer):
                 write_text(self.saving_to / final.name / SETTINGS, to_json(self.settings))
                 (self.saving_to / final.name).replace(final)
         remove_checkpoints(self.directory, keep=final)
-        return final
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.saving_to)
