@@ -632,6 +632,17 @@ def test_a_duration_in_words():
     ]  # fmt: skip
 
 
+def test_a_config_makes_the_same_run(arguments, base, data, tmp_path):
+    assert main(arguments("--schedule", "deferred")) == 0
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {base}\ntrain: {data}\noutput: {tmp_path / 'other'}\ndevice: cpu\nsteps: 9\n"
+        "batch-size: 4\neval-steps: 3\nlr: 1e-3\nschedule: deferred\n"
+    )
+    assert main(["finetune", "--config", str(config), "--steps", "6"]) == 0
+    assert_equal(weights(tmp_path / "out"), weights(tmp_path / "other"))
+
+
 def test_prompts_that_are_cut_are_reported(arguments, tmp_path, capsys):
     assert main(arguments("--steps", "1", "--max-length", "14")) == 0
     printed = capsys.readouterr().out

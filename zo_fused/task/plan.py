@@ -66,6 +66,8 @@ def sweeps_of(optimizer: Any, name: str) -> str:
         return ""
     if name in ("factored", "paired"):
         return "beside the weights, which are written at the end of a window"
-    # deferred: the update goes to theta + eps z of the next step; one-sided: theta is on the way
-    sweeps = len(places) + int(not schedule.deferred and not schedule.one_sided)
+    there = [place if place.sign else None for place in places]  # None: theta
+    # deferred: the update has gone on to where the first loss is taken
+    before = [there[0] if schedule.deferred else None, *there[:-1]]
+    sweeps = 1 + sum(a != b for a, b in zip(before, there, strict=True))
     return f"{sweeps} sweeps over the weights"
