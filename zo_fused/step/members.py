@@ -214,4 +214,5 @@ class Population(ZerothOrderOptimizer):
         return generation
 
     def _of_members(self, rewards: Mapping[Position, Any]) -> Estimate:
-        return self.difference({at: self._evaluation.scalar(r) for at, r in rewards.items()})
+        told = self._evaluation.told(list(rewards.values()))
+        return self.difference(dict(zip(rewards, told, strict=True)))
