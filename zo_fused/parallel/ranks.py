@@ -68,6 +68,16 @@ class Ranks:
         else:
             self._weight = bounded("weight", weight, "a finite number >= 0", _not_negative)
 
+    def refuse_shared_queries(self, name: str, instead: str) -> None:
+        """Raises:
+        RuntimeError: ranks share a step's perturbations, so not each of them goes its own way.
+        """
+        if (groups := self.groups()) and groups.query is not None:
+            raise RuntimeError(
+                f"{name} goes to all perturbations of a step, and ranks share them "
+                f"(zo_fused.Parallel(query=..)): use {instead}"
+            )
+
     def rows(
         self,
         places: Sequence[Place],
