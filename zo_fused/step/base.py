@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zo_fused.checks import meant, whole
 from zo_fused.noise.streams import CONTRACT_VERSION, plain_name
+from zo_fused.parallel.options import Option
 from zo_fused.step.access import Access, plain_tensors
 from zo_fused.step.buckets import parameter_ids
 from zo_fused.step.capture import Capture
@@ -40,6 +41,7 @@ class Base(Chooses, torch.optim.Optimizer):
         weights: where they are, and who takes them elsewhere.
         rule: what a projected gradient does.
         schedule: which losses a step takes.
+        ranks: that take a step together.
         state: by parameter, and by names what a method keeps; `state_dict` saves it.
     """
 
@@ -73,6 +75,7 @@ class Base(Chooses, torch.optim.Optimizer):
         usual = {name: value for name, value in of_groups.items() if name in takes}
         defaults = usual | defaults | {name: of_groups[name] for name in usual if name in common}
         seed = whole("seed", chosen.pop("seed"), 0, bits=64)
+        parallel = chosen.pop("parallel")
         schedule = Schedule(**chosen)
         recorded = {**asdict(schedule), **(options or {})}
         recorded = {name: value for name, value in recorded.items() if name in takes}
@@ -89,18 +92,19 @@ class Base(Chooses, torch.optim.Optimizer):
         counters |= {"contract": CONTRACT_VERSION, **_kind(self, rule, direction, recorded)}
         defaults = {"block": 0, **{name: hyper(name, value) for name, value in defaults.items()}}
         defaults |= counters
-        self._assemble(direction, rule, schedule, recorded, defaults, module)
+        self._assemble(defaults, module, direction, rule, schedule, recorded, parallel)
         super().__init__(params, defaults)
         self._not_of_method = {"_not_of_method", *vars(self)} - of_method
 
     def _assemble(
         self,
+        defaults: dict[str, Any],
+        module: nn.Module | None,
         direction: Direction,
         rule: Rule,
         schedule: Schedule,
         options: dict[str, Any],
-        defaults: dict[str, Any],
-        module: nn.Module | None,
+        parallel: Option,
     ) -> None:
         self.rule = rule
         self.schedule = schedule
@@ -115,7 +119,8 @@ class Base(Chooses, torch.optim.Optimizer):
         self._access = Access(self, self.weights, self._capture, guard)
         self._timer = Timer(parameters)
         self._report = Report(self.why_skipped)
-        self._evaluation = Evaluation(self.weights, self._timer, self._report)
+        self._evaluation = Evaluation(self.weights, self._timer, self._report, parallel)
+        self.ranks = self._evaluation.ranks
 
     def _bind(self) -> None:
         """The groups and the state may be other objects now."""
@@ -224,7 +229,7 @@ class Base(Chooses, torch.optim.Optimizer):
             # too late to do it here: the weights may have been copied already
             raise RuntimeError("weights are perturbed: flush() before copying or pickling")
         self.flush()  # if weights were copied before, looking at them has done this already
-        parts = (self.direction, self.rule, self.schedule, self._options)
+        parts = (self.direction, self.rule, self.schedule, self._options, self.ranks.option)
         own = {
             name: value
             for name, value in vars(self).items()
@@ -236,8 +241,7 @@ class Base(Chooses, torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         if "_parts" in state:  # unpickled, not loaded from a state_dict
-            direction, rule, schedule, options = state.pop("_parts")
-            self._assemble(direction, rule, schedule, options, state["defaults"], None)
+            self._assemble(state["defaults"], None, *state.pop("_parts"))
         super().__setstate__(state)
         self._bind()
 
