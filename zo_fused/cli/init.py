@@ -44,7 +44,7 @@ def text(method: str) -> str:
         told: list[str] = []
         for action in settable(parser):
             name = action.dest
-            if action.container is not group or (name in OPTIONS and name not in own):
+            if action not in group._group_actions or (name in OPTIONS and name not in own):
                 continue
             about = of_one(name, method) if name in OPTIONS else action.help or ""
             if f"{action.metavar}".startswith("{") and name != "method":
