@@ -29,6 +29,7 @@ from zo_fused.step.parameters import Chooses, Parameters
 from zo_fused.step.report import Report
 from zo_fused.step.rule import Rule
 from zo_fused.step.schedule import GROUP_DEFAULTS, STEP_DEFAULTS, Schedule, StepOptions, spelled_out
+from zo_fused.step.sharded import Resharding
 from zo_fused.step.timing import Timer
 from zo_fused.step.weights import Weights
 
@@ -78,6 +79,7 @@ class Base(Chooses, torch.optim.Optimizer):
         recorded = {name: value for name, value in recorded.items() if name in takes}
         module = params if isinstance(params, nn.Module) else None
         if module is not None:
+            Resharding(module).close()
             params = self.found_in(module)
         elif isinstance(params, Mapping) or callable(params):
             raise TypeError(
@@ -171,6 +173,8 @@ class Base(Chooses, torch.optim.Optimizer):
             TypeError, ValueError: a hyper-parameter is not what it should be or none of this method
                 (see `zo_fused.step.hyper.check_group`), or two parameters share a name.
             RuntimeError: a replay log is open, which has the groups of its start.
+            NotImplementedError, ValueError: parameters are sharded, and the method can't tune such,
+                or was not given the module (docs/sharded.md).
         """
         self._bind()
         if self.weights.log.is_open:
@@ -189,6 +193,7 @@ class Base(Chooses, torch.optim.Optimizer):
                 group["param_names"] = [plain_name(name) for name in group["param_names"]]
             self.check_group(group)
             parameter_ids(self.param_groups)
+            self.weights.parameters.check_sharded(type(self).__name__, self.direction, self.rule)
         except BaseException:
             del self.param_groups[-1]
             raise

@@ -53,7 +53,7 @@ def _cut(
     if offsets is not None:
         raise ValueError("zo_fused: shards say where tensors lie: offsets or shards, not both")
     cut = Cut(params, places)
-    numbers = cut.spread(streams_of(params, ids, None)[0])
+    numbers = cut.spread(streams_of(params, ids, [0] * len(params))[0])
     return params, device, cut, streams_of(cut.tensors, numbers, cut.starts)
 
 

@@ -113,6 +113,16 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
+def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What this process has of each tensor; in loops of C, if none is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not any(
+        issubclass(kind, module.DTensor) for kind in set(map(type, tensors))
+    ):
+        return list(tensors)
+    return list(map(local, tensors))
+
+
 def shard_of(tensor: Any, label: str) -> Shard:
     """Where the local part of a DTensor lies.
 
@@ -267,6 +277,7 @@ class Cut:
         shards: where they lie; None: each is a whole parameter.
 
     Attributes:
+        row: of each tensor, the position of its parameter.
         tensors: in the order of `params`, the runs of each one after the other.
         starts: index of each tensor's first element in its full parameter; None: 0 throughout.
     """
@@ -274,11 +285,12 @@ class Cut:
     def __init__(self, params: Sequence[Tensor], shards: Sequence[Shard] | None) -> None:
         self.tensors: list[Tensor] = list(params)
         self.starts: list[int] | None = None
+        self.row: list[int] = list(range(len(params)))
         self._runs: list[list[Run]] | None = None
         if shards is not None:
             runs = [shard.runs(p.shape) for p, shard in zip(params, shards, strict=True)]
             self._runs, self.starts = runs, [run.start for some in runs for run in some]
-            self._row = [i for i, some in enumerate(runs) for _ in some]
+            self.row = [i for i, some in enumerate(runs) for _ in some]
             self.tensors = self.like(params, "params")
 
     def like(self, tensors: Sequence[Tensor], name: str) -> list[Tensor]:
@@ -299,4 +311,4 @@ class Cut:
         """Rows, one a parameter, as rows of the runs."""
         if self._runs is None:
             return rows
-        return rows[torch.tensor(self._row, dtype=torch.int64, device=rows.device)]
+        return rows[torch.tensor(self.row, dtype=torch.int64, device=rows.device)]
