@@ -181,7 +181,8 @@ class Bucket:
         """Numbers of the owners as a vector."""
         if self.rows is None:
             return per_owner
-        return per_owner[self.once("owner", lambda: int64_tensor(self.rows.row, self.device))]
+        row = self.rows.row
+        return per_owner[self.once("owner", lambda: int64_tensor(row, self.device))]
 
     def lay_out(self, labels: Sequence[str], matrices: bool) -> None:
         """The owners are known, and there is a group and an id for each: make the rows."""

@@ -140,7 +140,7 @@ def shard_of(tensor: Any, label: str) -> Shard:
         kind = type(placement).__name__
         if kind not in ("Shard", "_StridedShard"):
             raise NotImplementedError(
-                f"zo_fused: {label} is a DTensor with placement {placement}: a process has no "
+                f"zo_fused: {label} is a DTensor with placement {kind}: a process has no "
                 "elements of it, but terms of their sums; redistribute it to Shard or Replicate"
             )
         after = [
