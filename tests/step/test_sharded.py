@@ -64,6 +64,7 @@ def test_four_processes(of_four: Path, name: str) -> None:
     check_files(of_four, name, 4)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_one_process_loads_what_two_have_saved(of_two: Path) -> None:
     alone, model = sharding.net(), sharding.net()
     sharding.train(alone, sharding.METHODS["adam"], lambda: sharding.loss_of(alone), 5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zo_fused.noise.streams import parameter_id
 from zo_fused.recording import capturing
@@ -39,6 +37,7 @@ class Bucket:
     owners: list[Tensor] = field(default_factory=list)  # parameters of the optimizer
     params: list[Tensor] = field(default_factory=list)  # them, or what there is here of shards
     rows: Rows | None = None  # if there are shards
+    owner_ids: list[int] = field(default_factory=list)
     group_of: list[int] = field(default_factory=list)  # index of the param group, a parameter
     in_use: list[int] = field(default_factory=list)  # these indices, each once
     id_list: list[int] = field(default_factory=list)
@@ -186,7 +185,7 @@ class Bucket:
 
     def lay_out(self, labels: Sequence[str], matrices: bool) -> None:
         """The owners are known, and there is a group and an id for each: make the rows."""
-        self.in_use = sorted(set(self.group_of))
+        self.in_use, self.owner_ids = sorted(set(self.group_of)), list(self.id_list)
         self.params, offsets = self.owners, [0] * len(self.owners)
         if any(map(is_sharded, self.owners)):
             self.rows = Rows(self.owners, labels, matrices)
@@ -287,25 +286,6 @@ def _refuse_without_memory(param_groups: list[dict[str, Any]]) -> None:
                 "then make the optimizer"
             )
         _refuse_unsupported(p, f"parameter {label}")
-
-
-def fingerprint(tensors: list[Tensor]) -> str:
-    """A short hash of the ends of every tensor, to recognise the weights a log starts from."""
-    digest = hashlib.sha256()
-    for tensor in chain.from_iterable(map(_plain_parts, tensors)):
-        flat = tensor.detach().reshape(-1)
-        ends = torch.cat([flat[:64], flat[-64:]]).float().cpu()
-        digest.update(ends.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _plain_parts(tensor: Tensor) -> list[Tensor]:
-    """What a tensor is made of: a frozen one may be quantized, and so of a class that has no
-    views (torchao)."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    return [part for name in names for part in _plain_parts(getattr(tensor, name))]
 
 
 def _refuse_unsupported(p: Tensor, label: str) -> None:

@@ -18,7 +18,7 @@ from zo_fused.step.log import StepLog
 from zo_fused.step.parameters import Parameters
 from zo_fused.step.rule import Rule, Update
 from zo_fused.step.schedule import Position, Schedule
-from zo_fused.step.vectors import Flag, Vector, flag_on, judged
+from zo_fused.step.vectors import Flag, Vector, flag_on, judged, vector
 
 _KEEPS_NOTHING = Beside()
 
@@ -263,11 +263,20 @@ class Weights:
             rounding=self._rounding_key(bucket.device),
         )
 
+    def make_state(self, rule: Rule, state: dict[Any, Any]) -> None:
+        """What a rule keeps, before its first step."""
+        self.look()
+        for bucket in self.buckets:
+            if update := self._of(bucket, vector([0.0] * self.queries(), bucket.device), False):
+                self._prepare(rule, update, state)
+
+    def _prepare(self, rule: Rule, update: Update, state: dict[Any, Any]) -> None:
+        update.bucket.once("state", partial(rule.prepare, update, self.direction, state))
+
     def _apply(self, rule: Rule, updates: list[Update], state: dict[Any, Any]) -> None:
         """Restore, update and the next perturbation, in one sweep of every bucket."""
         for update in updates:  # if there is no memory for its state, nothing has moved yet
-            make = partial(rule.prepare, update, self.direction, state)
-            update.bucket.once("state", make)
+            self._prepare(rule, update, state)
         self.moved = True
         for update in updates:
             rule.apply(update, self.direction, state)
