@@ -18,11 +18,10 @@ from zo_fused.checks import meant, whole
 from zo_fused.noise.streams import CONTRACT_VERSION, plain_name
 from zo_fused.parallel.options import Option
 from zo_fused.step.access import Access, plain_tensors
-from zo_fused.step.buckets import parameter_ids
 from zo_fused.step.capture import Capture
 from zo_fused.step.direction import Direction
 from zo_fused.step.evaluation import Evaluation
-from zo_fused.step.groups import COUNTERS, Groups
+from zo_fused.step.groups import COUNTERS, Groups, described
 from zo_fused.step.guard import Guard
 from zo_fused.step.hyper import check_group, hyper
 from zo_fused.step.optimizer_state import check_saved, in_order
@@ -179,8 +178,7 @@ class Base(Chooses, torch.optim.Optimizer):
             TypeError, ValueError: a hyper-parameter is not what it should be or none of this method
                 (see `zo_fused.step.hyper.check_group`), or two parameters share a name.
             RuntimeError: a replay log is open, which has the groups of its start.
-            NotImplementedError, ValueError: parameters are sharded, and the method can't tune such,
-                or was not given the module (docs/sharded.md).
+            NotImplementedError: parameters are sharded, where they can't be (docs/sharded.md).
         """
         self._bind()
         if self.weights.log.is_open:
@@ -198,9 +196,9 @@ class Base(Chooses, torch.optim.Optimizer):
             if "param_names" in group:
                 group["param_names"] = [plain_name(name) for name in group["param_names"]]
             self.check_group(group)
-            parameter_ids(self.param_groups)
-            parts = (self.direction, self.rule, self.ranks)
-            self.weights.parameters.check_sharded(type(self).__name__, *parts)
+            self.weights.parameters.check(
+                type(self).__name__, self.rule, self.ranks, self.direction
+            )
         except BaseException:
             del self.param_groups[-1]
             raise
@@ -213,12 +211,7 @@ class Base(Chooses, torch.optim.Optimizer):
             raise ValueError("rounding must be the same in all param groups: one sweep serves them")
 
     def __repr__(self) -> str:
-        hidden = {"params", "param_names", *COUNTERS} - {"seed"}
-        lines = [f"{type(self).__name__} ("]
-        for number, group in enumerate(self.param_groups):
-            lines.append(f"Parameter Group {number}")
-            lines += [f"    {name}: {group[name]}" for name in sorted(group.keys() - hidden)]
-        return "\n".join([*lines, ")"])
+        return described(type(self).__name__, self.param_groups)
 
     # ---- saving ---------------------------------------------------------------------------------
 

@@ -68,7 +68,7 @@ def _local_at_theta(p: Any) -> Any:
 
 
 def _set_local_at_theta(p: Any, value: Any) -> None:
-    p._at_theta()._local_tensor = value
+    type(p._at_theta())._local_tensor.__set__(p, value)
 
 
 class Guard:

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_fused.step.buckets import Bucket, labels, make_buckets, requires_grad, signature
+from zo_fused.step.buckets import (
+    Bucket,
+    labels,
+    make_buckets,
+    parameter_ids,
+    requires_grad,
+    signature,
+)
 from zo_fused.step.direction import Beside, Direction
 from zo_fused.step.groups import Groups
 from zo_fused.step.guard import Guard
@@ -113,10 +120,12 @@ class Parameters:
         self._resharding = Resharding(self._module)
         self._resharding.close()
 
-    def check_sharded(self, method: str, *parts: HasReason) -> None:
+    def check(self, method: str, *parts: HasReason) -> None:
         """Raises:
+        ValueError: two parameters share a name.
         NotImplementedError, ValueError: see `zo_fused.step.sharded.check_sharded`.
         """
+        parameter_ids(self._groups.all)
         params, names = self._groups.params(), labels(self._groups.all)
         check_sharded(method, params, names, self._module, *parts)
 
@@ -127,7 +136,7 @@ class Parameters:
 
     def renew(self, direction: Direction) -> None:
         """Make the buckets."""
-        self.check_sharded("the optimizer")  # which may have come by pickle, without module
+        self.check("the optimizer")  # which may have come by pickle, without module
         in_place = None
         while in_place is None or in_place != self._in_place(direction):
             in_place = self._in_place(direction)

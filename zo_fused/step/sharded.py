@@ -133,13 +133,13 @@ class Resharding:
         fsdp = sys.modules.get("torch.distributed.fsdp")
         kind = getattr(fsdp, "FSDPModule", ())
         modules = () if module is None else module.modules()
-        self._modules: list[Any] = [part for part in modules if isinstance(part, kind)]
+        self._wrapped: list[Any] = [part for part in modules if isinstance(part, kind)]
         self._hooks: list[Any] = []
 
     def close(self) -> None:
         """Free gathered weights, now and after every forward pass from here on. To be called when
         no forward pass is under way."""
-        for module in self._modules:
+        for module in self._wrapped:
             module.reshard()
             module.set_reshard_after_forward(True, recurse=False)
 
@@ -153,4 +153,4 @@ class Resharding:
             if (method := asked()) is not None:
                 method()
 
-        self._hooks = [m.register_forward_pre_hook(hook_of, prepend=True) for m in self._modules]
+        self._hooks = [m.register_forward_pre_hook(hook_of, prepend=True) for m in self._wrapped]
