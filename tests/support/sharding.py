@@ -205,6 +205,9 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "conservative": lambda m: zo_fused.ZOConservative(m, lr=1e-2, eps=1e-2),
     "kerzoo": lambda m: zo_fused.KerZOO(m, lr=1e-2, eps=1e-2),
     "fzoo": lambda m: zo_fused.FZOO(m, lr=1e-2, eps=1e-2),
+    "meazo": lambda m: zo_fused.MEAZO(m, lr=1e-2, eps=1e-2),
+    "es": lambda m: zo_fused.ES(m, lr=1e-2, eps=1e-2, population=4),
+    "blocks": lambda m: zo_fused.MeZO(m, lr=1e-2, eps=1e-2, momentum=0.9, block_order="sequential"),
     "lozo": lambda m: zo_fused.LOZO(m, lr=1e-2, eps=1e-2, rank=2, interval=2),
 }
 
@@ -256,7 +259,8 @@ class Table(nn.Module):
 
 @check
 def runs_of_any_placement_equal_one_process(folder: Path) -> None:
-    seen = {(mesh, places) for mesh, places, shape in placements() if len(shape) == 2}
+    cases = [(mesh, places) for mesh, places, shape in placements() if len(shape) == 2]
+    seen = list(dict.fromkeys(cases))  # in the same order everywhere
     for name in ("mezo-deferred", "adam", "lozo"):
         alone = Table(None, ())
         train(alone, METHODS[name], alone, 3)

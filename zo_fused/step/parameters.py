@@ -120,14 +120,14 @@ class Parameters:
         self._resharding = Resharding(self._module)
         self._resharding.close()
 
-    def check(self, method: str, *parts: HasReason) -> None:
+    def check(self, method: type[Chooses], *parts: HasReason) -> None:
         """Raises:
         ValueError: two parameters share a name.
         NotImplementedError, ValueError: see `zo_fused.step.sharded.check_sharded`.
         """
         parameter_ids(self._groups.all)
         params, names = self._groups.params(), labels(self._groups.all)
-        check_sharded(method, params, names, self._module, *parts)
+        check_sharded(method.__name__, params, names, self._module, *parts)
 
     def changed(self, direction: Direction) -> bool:
         """Whether the buckets must be made anew: what requires gradients, or where it lies, is not
@@ -136,7 +136,7 @@ class Parameters:
 
     def renew(self, direction: Direction) -> None:
         """Make the buckets."""
-        self.check("the optimizer")  # which may have come by pickle, without module
+        self.check(Chooses)  # which may have come by pickle, without module
         in_place = None
         while in_place is None or in_place != self._in_place(direction):
             in_place = self._in_place(direction)
