@@ -6,6 +6,7 @@ stored. A step that is skipped leaves the moments as they are.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,6 +135,11 @@ class Adam(Rule):
     def prepare(self, update: Update, direction: Dense, state: dict[Any, Any]) -> None:
         kept(update.bucket, state, "exp_avg", self.state_dtype)
         kept(update.bucket, state, "exp_avg_sq")
+        self._steps(update.bucket, state)
+
+    def _steps(self, bucket: Bucket, state: dict[Any, Any]) -> Vector:
+        """t, an owner each."""
+        return bucket.once("step", partial(steps_taken, bucket, state))
 
     def apply(self, update: Update, direction: Dense, state: dict[Any, Any]) -> None:
         u, bucket = update, update.bucket
@@ -141,7 +147,7 @@ class Adam(Rule):
         beta1, beta2 = map(bucket.constant, betas)
         gain1, gain2 = (bucket.constant([1 - beta for beta in group]) for group in betas)
         eps = bucket.hyper(u.param_groups, "adam_eps")
-        t = bucket.once("step", lambda: steps_taken(bucket, state))
+        t = self._steps(bucket, state)
         t += u.finite
         t = bucket.spread(t)
         root = (1 - beta2**t) ** 0.5

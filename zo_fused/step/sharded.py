@@ -113,8 +113,8 @@ def check_sharded(
             )
     if module is None:
         raise ValueError(
-            f"parameter {label} is a DTensor: give the optimizer the whole module, as in MeZO(model, "
-            "..), so that it can see to it that forward passes use what it has changed"
+            f"parameter {label} is a DTensor: give the optimizer the whole module, as in "
+            "MeZO(model, ..), so that it can see to it that forward passes use what it has changed"
         )
 
 
