@@ -493,5 +493,12 @@ def what_cannot_be_is_refused(folder: Path) -> None:
     optimizer = zo_fused.MeZO(model)
     with pytest.raises(NotImplementedError, match="parameters are sharded"):
         optimizer.start_log(folder / "log.jsonl")
+    alone, log = net(), folder / f"log-{dist.get_rank()}.jsonl"
+    writes = zo_fused.MeZO(alone, lr=1e-2, parallel=None)
+    writes.start_log(log)
+    writes.step(lambda: loss_of(alone))
+    writes.close_log()
+    with pytest.raises(NotImplementedError, match="parameters are sharded"):
+        zo_fused.replay(model, log)
     for name, value in get_model_state_dict(model).items():
         assert torch.equal(whole(value), whole(before[name]))
