@@ -88,12 +88,8 @@ class Base(Chooses, torch.optim.Optimizer):
                 f"got {type(params).__name__}"
             )
         _check_pair(rule, direction)
-        counters: dict[str, Any] = {"seed": seed, "step": 0, "restores": 0, "in_place": ()}
-        counters |= {
-            "log": (),
-            "contract": CONTRACT_VERSION,
-            **_kind(self, rule, direction, recorded),
-        }
+        counters: dict[str, Any] = dict(seed=seed, step=0, restores=0, in_place=(), log=())
+        counters |= {"contract": CONTRACT_VERSION, **_kind(self, rule, direction, recorded)}
         defaults = {"block": 0, **{name: hyper(name, value) for name, value in defaults.items()}}
         defaults |= counters
         self._assemble(defaults, module, direction, rule, schedule, recorded, parallel)
