@@ -15,6 +15,7 @@ from zo_fused.step.base import Base
 from zo_fused.step.repeat import repeat
 from zo_fused.step.schedule import Position
 from zo_fused.step.vectors import Vector
+from zo_fused.sweeps.shards import is_sharded
 
 
 class BetweenSteps(Base):
@@ -110,7 +111,9 @@ class BetweenSteps(Base):
         Raises:
             ValueError: the log is of another run, or the optimizer already has momentum that a new
                 log would lack.
+            NotImplementedError: parameters are sharded.
         """
+        self._refuse_shards()
         weights = self.weights
         if not resume or (weights.place.at and not weights.ahead):
             self.flush()
@@ -126,6 +129,14 @@ class BetweenSteps(Base):
             del positions[0]  # they are there
         at_theta = not weights.away()
         weights.log.open(path, resume, at_theta, self._about(), positions, weights.buckets)
+
+    def _refuse_shards(self) -> None:
+        if any(map(is_sharded, self._groups.params())):
+            raise NotImplementedError(
+                "parameters are sharded, and a process sees none of them whole, by which a log "
+                "recognises the weights that it starts from: save with "
+                "torch.distributed.checkpoint (docs/sharded.md)"
+            )
 
     def _about(self) -> dict[str, Any]:
         """The method, as a replay log has it."""
@@ -167,7 +178,8 @@ class BetweenSteps(Base):
             ValueError: the file is no log or damaged (with the line), of another run, from another
                 base, or has other steps; nothing has moved.
             RuntimeError: a log is being written.
-            NotImplementedError: the method's state is not all in the log.
+            NotImplementedError: the method's state is not all in the log, or parameters are
+                sharded.
         """
         if self.state_beyond_log:
             raise NotImplementedError(
@@ -176,6 +188,7 @@ class BetweenSteps(Base):
             )
         if self.weights.log.is_open:
             raise RuntimeError("a replay log is being written: close_log() first")
+        self._refuse_shards()
         record, weights = log_lines.read(log, CONTRACT_VERSION), self.weights
         if weights.place.at and not weights.ahead:
             self.flush()

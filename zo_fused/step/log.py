@@ -151,7 +151,7 @@ class StepLog:
 
     def positions(self, buckets: Sequence[Bucket]) -> list[int]:
         """Of the parameters of buckets."""
-        taken = {id(p) for bucket in buckets for p in bucket.params}
+        taken = {id(p) for bucket in buckets for p in bucket.owners}
         return [i for i, p in enumerate(self._groups.params()) if id(p) in taken]
 
     def _settings(self, buckets: Sequence[Bucket]) -> dict[str, Any]:
