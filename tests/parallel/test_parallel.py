@@ -16,6 +16,7 @@ from support.ranks import together
 from torch import Tensor
 
 import zo_fused
+from zo_fused.parallel.agreement import checksum
 
 
 def distance(a: list[Tensor], b: list[Tensor]) -> float:
@@ -189,6 +190,27 @@ def test_a_rank_that_is_gone_is_an_error_within_its_time(tmp_path: Path) -> None
         assert said.startswith("RuntimeError: another rank did not take part in this step")
         assert took < 4
         assert off < 1e-6
+
+
+# ---- the checksum of weights --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (7,), (5, 9), (3, 4, 5)])
+def test_a_checksum_sees_every_bit_and_nothing_but_the_numbers(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    numbers = torch.randn(shape).to(dtype)
+    found = int(checksum(numbers))
+    shifted = torch.empty(numbers.numel() + 1, dtype=dtype)[1:].view(shape).copy_(numbers)
+    apart = torch.empty(*shape, 2, dtype=dtype)[..., 0].copy_(numbers)
+    for same_numbers in (shifted, apart):
+        assert int(checksum(same_numbers)) == found
+    bits = numbers.clone().reshape(-1).view(torch.uint8)
+    for byte in range(len(bits)):
+        bits[byte] ^= 1
+        assert int(checksum(bits.view(dtype))) != found
+        bits[byte] ^= 1
 
 
 # ---- alone --------------------------------------------------------------------------------------
