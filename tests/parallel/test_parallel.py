@@ -128,6 +128,18 @@ def test_an_error_of_one_rank_is_one_of_all(two: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
+def test_on_gpus_the_step_is_skipped_and_the_next_one_is_the_error(
+    two: list[dict[str, Any]],
+) -> None:
+    (said, before, after), (own, *_, others) = of(two, "raises on GPUs")
+    assert said[:3] == ["nothing"] * 3
+    assert said[3].startswith("RuntimeError: step 2: rank 1 failed")
+    assert own == ["nothing", "nothing", "MemoryError: no room"]
+    assert same(before, after)
+    assert distance(before, others) < 1e-6  # it has put its own back, and taken no step
+
+
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(
     two: list[dict[str, Any]],
 ) -> None:

@@ -18,7 +18,7 @@ def checksum(p: Tensor) -> Tensor:
     """The sum of a tensor's raw bytes, as words of 64 bits in the order of its elements, int64 [].
     One read of it; a copy first, where it is not dense or lies across words."""
     flat = p.detach().reshape(-1)
-    if flat.storage_offset() * flat.element_size() % _WORD or not flat.is_contiguous():
+    if flat.storage_offset() * flat.element_size() % _WORD or flat.stride() != (1,):
         flat = flat.clone(memory_format=torch.contiguous_format)
     words = flat.numel() * flat.element_size() // _WORD * _WORD // flat.element_size()
     return flat[:words].view(torch.int64).sum() + flat[words:].view(torch.uint8).sum()
