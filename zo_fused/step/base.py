@@ -89,6 +89,7 @@ class Base(Chooses, torch.optim.Optimizer):
             )
         _check_pair(rule, direction)
         counters: dict[str, Any] = {"seed": seed, "step": 0, "restores": 0, "in_place": ()}
+        counters["log"] = ()
         counters |= {"contract": CONTRACT_VERSION, **_kind(self, rule, direction, recorded)}
         defaults = {"block": 0, **{name: hyper(name, value) for name, value in defaults.items()}}
         defaults |= counters
@@ -246,9 +247,10 @@ class Base(Chooses, torch.optim.Optimizer):
         self._bind()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, bit for bit; the weights are flushed first."""
+        """The state, bit for bit; the weights are flushed first, and the replay log is on the disk
+        when this returns."""
         self.flush()
-        self._groups.count(step=self.step_count)
+        self._groups.count(step=self.step_count, log=self.weights.log.save())
         return super().state_dict()
 
     @plain_tensors
@@ -280,8 +282,9 @@ class Base(Chooses, torch.optim.Optimizer):
                     self.state[p][name] = value.detach().to(p.device, copy=True)
         for name in [key for key in self.state if not isinstance(key, Tensor)]:
             self.state[name] = deepcopy(self.state[name])  # torch copies what is of parameters only
-        for group in self.param_groups:  # a state of an earlier version has neither
+        for group in self.param_groups:  # a state of an earlier version has none
             group.update(block=group.get("block", 0), options=kind["options"])
+            group.setdefault("log", ())
         self.weights.parameters.forget()
 
 
