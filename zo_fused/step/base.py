@@ -160,14 +160,6 @@ class Base(Chooses, torch.optim.Optimizer):
         """Steps that were not applied because a loss was not finite (waits for the device)."""
         return int(self._report.skipped)
 
-    @property
-    def timings(self) -> dict[str, float] | None:
-        return self._timer.timings
-
-    @timings.setter
-    def timings(self, timings: dict[str, float] | None) -> None:
-        self._timer.timings = timings
-
     # ---- param groups ---------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

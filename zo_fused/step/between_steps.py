@@ -38,6 +38,14 @@ class BetweenSteps(Base):
         self.look()
         return len(self.positions()) + len(self.probes())
 
+    @property
+    def timings(self) -> dict[str, float] | None:
+        return self._timer.timings
+
+    @timings.setter
+    def timings(self, timings: dict[str, float] | None) -> None:
+        self._timer.timings = timings
+
     def look(self) -> None:
         """Look at what there is to tune, between steps."""
         with self._access.going_away():  # which lifts the guard
