@@ -16,6 +16,7 @@ from support.ranks import together
 from torch import Tensor
 
 import zo_fused
+from zo_fused.parallel.agreement import checksum
 
 
 def distance(a: list[Tensor], b: list[Tensor]) -> float:
@@ -127,6 +128,18 @@ def test_an_error_of_one_rank_is_one_of_all(two: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
+def test_on_gpus_the_step_is_skipped_and_the_next_one_is_the_error(
+    two: list[dict[str, Any]],
+) -> None:
+    (said, before, after), (own, *_, others) = of(two, "raises on GPUs")
+    assert said[:3] == ["nothing"] * 3
+    assert said[3].startswith("RuntimeError: step 2: rank 1 failed")
+    assert own == ["nothing", "nothing", "MemoryError: no room"]
+    assert same(before, after)
+    assert distance(before, others) < 1e-6  # it has put its own back, and taken no step
+
+
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(
     two: list[dict[str, Any]],
 ) -> None:
@@ -189,6 +202,27 @@ def test_a_rank_that_is_gone_is_an_error_within_its_time(tmp_path: Path) -> None
         assert said.startswith("RuntimeError: another rank did not take part in this step")
         assert took < 4
         assert off < 1e-6
+
+
+# ---- the checksum of weights --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (7,), (5, 9), (3, 4, 5)])
+def test_a_checksum_sees_every_bit_and_nothing_but_the_numbers(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    numbers = torch.randn(shape).to(dtype)
+    found = int(checksum(numbers))
+    shifted = torch.empty(numbers.numel() + 1, dtype=dtype)[1:].view(shape).copy_(numbers)
+    apart = torch.empty(*shape, 2, dtype=dtype)[..., 0].copy_(numbers)
+    for same_numbers in (shifted, apart):
+        assert int(checksum(same_numbers)) == found
+    bits = numbers.clone().reshape(-1).view(torch.uint8)
+    for byte in range(len(bits)):
+        bits[byte] ^= 1
+        assert int(checksum(bits.view(dtype))) != found
+        bits[byte] ^= 1
 
 
 # ---- alone --------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import zo_fused
+from zo_fused.parallel import ranks
 
 STEPS = 4
 SOME = ("MeZO", "MeZO, queries, deferred", "LOZO, factored", "ZOAdam", "ForwardGrad", "HiZOO")
@@ -187,6 +189,27 @@ def _raises(rank: int) -> Any:
     return said, off, opt.step_count, again, snapshot(model)
 
 
+def _raises_on_gpus(rank: int) -> Any:
+    """As on GPUs, where nobody waits for what the others have to say: it is read a step later."""
+    model = network()
+    opt = zo_fused.MeZO(model, lr=1e-2)
+    loss, calls = loss_on(model, shard(rank, 2)), 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if rank == 1 and calls > 4:
+            raise MemoryError("no room")
+        return loss()
+
+    with patch.object(ranks, "on_host", lambda device: False):
+        said = [_message(lambda: opt.step(closure)) for _ in range(3)]
+        before = snapshot(model)
+        if rank == 0:
+            said.append(_message(lambda: opt.step(closure)))
+    return said, before, snapshot(model)
+
+
 def _not_a_number(rank: int) -> Any:
     model = network()
     opt = zo_fused.MeZO(model, lr=1e-2)
@@ -297,6 +320,7 @@ def _members_by_query(rank: int) -> str:
 
 MISHAPS: dict[str, Callable[[int], Any]] = {
     "raises": _raises,
+    "raises on GPUs": _raises_on_gpus,
     "not a number": _not_a_number,
     "no examples": _no_examples,
     "drift": _drift,

@@ -34,11 +34,6 @@ def check_trainer(trainer: Any, read: Sequence[str] = ()) -> None:
             f"DataParallel would copy the weights to {args.n_gpu} GPUs in every forward pass: "
             "let one be visible (CUDA_VISIBLE_DEVICES=0)"
         )
-    if args.world_size > 1:
-        raise ValueError(
-            f"there are {args.world_size} processes, each of which would tune weights of its own "
-            "from losses of its own: run one (data parallel steps are not there yet)"
-        )
     for engine in ("deepspeed", "fsdp"):
         if getattr(trainer, f"is_{engine}_enabled", False):
             raise ValueError(f"weights that {engine} shards can't be perturbed: leave it out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ class ZOMixin(_Trainer):
     theta + eps z and at theta - eps z, in train mode, with the same dropout. Everything else is the
     trainer's: evaluation, checkpoints, schedules, callbacks, reports. `max_grad_norm` has nothing
     to clip; ``grad_norm`` in the log is the mean of \\|g\\|.
+
+    On several processes (torchrun, ``accelerate launch``) a step is of the batches of all of them
+    (docs/parallel.md).
 
     A replay log (docs/replay.md) is written to ``args.output_dir``, and every checkpoint gets its
     own. A run that is resumed from a checkpoint continues that of the checkpoint, and gives the
@@ -133,6 +137,11 @@ class ZOMixin(_Trainer):
         super().log(logs, *args, **others)
 
     def _prepare_for_training(self, max_steps: Any, data: Any, checkpoint: Any) -> Any:
+        if self.args.world_size > 1:  # no wrapper that has room for gradients, and sums them
+            prepare = type(self.accelerator).prepare_model
+            self.accelerator.prepare_model = partial(
+                prepare, self.accelerator, evaluation_mode=True
+            )
         prepared = super()._prepare_for_training(max_steps, data, checkpoint)
         if self.args.should_save:
             self._start_log(None if checkpoint is None else Path(checkpoint, REPLAY_LOG))
@@ -148,6 +157,10 @@ class ZOMixin(_Trainer):
             logger.warning("no replay log: it would lack the momentum of earlier steps")
         else:
             optimizer.start_log(path)
+
+    def _save_checkpoint(self, *args: Any, **others: Any) -> None:
+        self.zeroth_order_optimizer.flush()  # on all ranks, of which one writes
+        super()._save_checkpoint(*args, **others)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -11,12 +11,17 @@ from torch import Tensor
 
 from zo_fused.parallel.groups import Groups
 
-_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORD = 8  # bytes
 
 
 def checksum(p: Tensor) -> Tensor:
-    """The sum of the raw bits of a tensor's elements, int64 []: one read of it."""
-    return p.detach().view(_OF_SIZE[p.element_size()]).sum(dtype=torch.int64)
+    """The sum of a tensor's raw bytes, as words of 64 bits in the order of its elements, int64 [].
+    One read of it; a copy first, where it is not dense or lies across words."""
+    flat = p.detach().reshape(-1)
+    if flat.storage_offset() * flat.element_size() % _WORD or flat.stride() != (1,):
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    words = flat.numel() * flat.element_size() // _WORD * _WORD // flat.element_size()
+    return flat[:words].view(torch.int64).sum() + flat[words:].view(torch.uint8).sum()
 
 
 def check_agreement(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zo_fused.checks import bounded
+from zo_fused.noise.keys import on_host
 from zo_fused.parallel.agreement import check_agreement
 from zo_fused.parallel.groups import Groups, groups_of
 from zo_fused.parallel.options import Option, check_parallel
@@ -153,7 +154,7 @@ class Ranks:
         sums = vector[:-_TOLD].view(2, *shape)
         self._late = run.step, vector[-_TOLD:]
         means = sums[0] / sums[1]
-        if run.device.type == "cpu":
+        if on_host(run.device):
             if taken:
                 self._listen(groups)
             return means.tolist()
