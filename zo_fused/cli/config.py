@@ -7,11 +7,11 @@ written, so that there is one table of options, and one way to tell what is wron
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from zo_fused.checks import meant
 from zo_fused.cli.parser import choice
 from zo_fused.task.errors import UserError, first_line, optional
 
@@ -100,8 +100,8 @@ def read(parser: argparse.ArgumentParser, path: Path) -> argparse.Namespace:
         if name in _LINE_ONLY:
             raise UserError(f"{path}: {key} belongs on the command line")
         if name not in known:
-            near = meant(name, tuple(known))
-            hint = f"; did you mean {near.replace('_', '-')!r}?" if near else ""
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0].replace('_', '-')!r}?" if near else ""
             raise UserError(f"{path}: there is no option {key!r}{hint}")
         words += _words(path, known[name], value)
     try:
