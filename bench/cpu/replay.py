@@ -25,8 +25,8 @@ import zo_fused
 from bench import machine
 from bench.models import DTYPES, OPT, opt_parameters
 from bench.page import publish
+from zo_fused.directions.dense import Dense
 from zo_fused.noise.streams import CONTRACT_VERSION
-from zo_fused.replaying import rebuild
 from zo_fused.step import log_lines, log_records
 
 # Others are replayed sweep by sweep.
@@ -53,7 +53,7 @@ def write_log(path: Path, method: str, params: dict[str, nn.Parameter], steps: i
 
 def step_by_step(tensors: dict[str, Tensor], log: Path) -> None:
     """A replay that repeats every sweep by itself."""
-    with mock.patch.object(rebuild, "recorder_of", return_value=None):
+    with mock.patch.object(Dense, "recorder", return_value=None):
         zo_fused.replay(tensors, log)
 
 

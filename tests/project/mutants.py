@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from zo_fused.directions import low_rank
+from zo_fused.directions import low_rank, tape
 from zo_fused.noise import keys
-from zo_fused.replaying import tape
 from zo_fused.rules import sgd
 from zo_fused.step import schedule, weights
 from zo_fused.sweeps import dispatch, operators
@@ -105,7 +104,7 @@ def waiting_sweeps_lost(patch: pytest.MonkeyPatch) -> None:
     def forgetful(self: Any) -> None:
         self._tapes = {}
 
-    patch.setattr(tape.Recorder, "leave", forgetful)
+    patch.setattr(tape.DenseRecorder, "leave", forgetful)
 
 
 def noise_in_weight_dtype(sweep, name, params, ids, offsets, keys, coeffs, decay, *options):  # type: ignore[no-untyped-def]

@@ -16,9 +16,10 @@ from support.models import loss_of, network
 from torch import Tensor, nn
 
 import zo_fused
+from zo_fused.directions import tape as recorder
+from zo_fused.directions.dense import Dense
 from zo_fused.noise.streams import as_int64
-from zo_fused.replaying import rebuild
-from zo_fused.replaying import tape as recorder
+from zo_fused.step import repeat
 from zo_fused.sweeps import reference
 from zo_fused.sweeps import script as scripts
 from zo_fused.sweeps.numbers import EXACT
@@ -152,9 +153,9 @@ def replayed(
     model = network(dtype)
     with patch.context() as context:
         if limit is None:
-            context.setattr(rebuild, "recorder_of", lambda optimizer: None)
+            context.setattr(Dense, "recorder", lambda d: None)
         else:
-            context.setattr(rebuild, "Recorder", lambda d: recorder.Recorder(d, limit))
+            context.setattr(Dense, "recorder", lambda d: recorder.DenseRecorder(d, limit))
         zo_fused.replay(model, log)
     return model
 
@@ -252,14 +253,16 @@ def test_new_buckets_wait_for_the_old_ones(tmp_path: Path, sweeps: list[str]) ->
 
 @pytest.mark.parametrize("method", ["LOZO", "LOZO-M", "MeZO-M", "MeZO-GV", "ZOAdam", "ZOSignSGD"])
 def test_other_sweeps_than_dense_ones_are_not_recorded(method: str) -> None:
-    assert rebuild.recorder_of(CASES[method](network())) is None
+    opt = CASES[method](network())
+    assert repeat.recorder_of(opt.direction, opt.rule) is None
 
 
 def test_memory_is_bounded() -> None:
     """A tape that never ends: what waits is never more than the limit."""
     opt = CASES["MeZO"](network())
-    waiting = rebuild.recorder_of(opt)
-    assert waiting is not None
+    waiting = repeat.recorder_of(opt.direction, opt.rule)
+    assert isinstance(waiting, recorder.DenseRecorder)
+    opt.weights.direction = waiting
     for sign in range(2 * recorder.SWEEPS):
         opt.perturb(1 + sign % 5)
         (tape,) = waiting._tapes.values()

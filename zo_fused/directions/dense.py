@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zo_fused.directions.tape import DenseRecorder
 from zo_fused.noise.keys import Stream, stream_keys
 from zo_fused.noise.streams import Purpose
 from zo_fused.step.buckets import Bucket
-from zo_fused.step.direction import Direction, Sweep, Term
+from zo_fused.step.direction import Direction, Recorder, Sweep, Term
 from zo_fused.step.vectors import Vector, float32, table
 from zo_fused.sweeps import operators
 
@@ -46,6 +47,10 @@ class Dense(Direction):
         keys = self.keys(seed, terms, bucket.device)
         coeffs = table(self.stretched(seed, terms, [term.coeffs for term in terms]))
         bucket.prepared("dense_")(keys, coeffs, float32(decay), rounding, **self.options)
+
+    def recorder(self) -> Recorder | None:
+        # a script would know nothing of other shapes
+        return DenseRecorder(self) if type(self).sweep is Dense.sweep else None
 
     def drawn(self, bucket: Bucket, seed: int, term: Term) -> list[Tensor]:
         """z of a query for every parameter, in its dtype."""

@@ -37,6 +37,8 @@ class MEAZO(ZerothOrderOptimizer):
             `ZerothOrderOptimizer`.
     """
 
+    state_beyond_log = True
+
     def __init__(
         self,
         params: Any,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,20 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_fused.directions.dense import Dense
 from zo_fused.methods.table import arguments, methods
 from zo_fused.noise.streams import CONTRACT_VERSION, plain_name
-from zo_fused.replaying.tape import Recorder
 from zo_fused.step import log_lines
 from zo_fused.step.access import plain_tensors
-from zo_fused.step.direction import Direction
 from zo_fused.step.fingerprint import fingerprint
-from zo_fused.step.interrupts import uninterrupted
 from zo_fused.step.log_writer import check_base
 from zo_fused.step.optimizer import ZerothOrderOptimizer
-from zo_fused.step.schedule import Position
-from zo_fused.step.vectors import vector
-from zo_fused.step.weights import Place
+from zo_fused.step.repeat import repeat
 
 
 @plain_tensors
@@ -35,7 +28,7 @@ def replay(
     """Apply a replay log to base weights, in place: the run's weights, bit for bit, on any device.
 
     No forward pass is made. The sweeps are those of the run, but dense ones many steps in one pass
-    over the weights (`zo_fused.replaying.tape`). If it is interrupted, the weights are of no use.
+    over the weights (`zo_fused.directions.tape`). If it is interrupted, the weights are of no use.
 
     Args:
         model: the base model in the dtype of the run, or its tensors by name.
@@ -56,59 +49,10 @@ def replay(
         from tqdm import tqdm
 
         events = tqdm(events, desc="replay", unit="step")
-    recorder = recorder_of(optimizer)
-    for event in events:
-        with uninterrupted():
-            _repeat(optimizer, event)
-    optimizer.flush()  # a run that was cut off left its weights where its schedule has them
-    if recorder is not None:
-        recorder.run()
-    return sum(not event.restored for event in record.events)
-
-
-def _repeat(optimizer: ZerothOrderOptimizer, event: log_lines.Event) -> None:
-    """Do to the weights what an event of the log did."""
     weights = optimizer.weights
-    weights.parameters.trainable = set(event.trainable)
-    weights.groups.count(step=event.step, in_place=tuple(event.in_place))
-    for group, values in zip(optimizer.param_groups, event.groups, strict=True):
-        group.update({name: v for name, v in values.items() if name in optimizer.defaults})
-    weights.direction.take_bases(event.bases, weights.groups.all, weights.buckets, event.step)
-    probes = event.probes
-    for entry in event.path:
-        position = None if isinstance(entry, dict) else Position(*entry)
-        if probes is not None and not (position and position.probe):
-            weights.learn(probes)
-            probes = None
-        if position:
-            weights.visit(position)
-        else:
-            weights.look()
-            place = Place(tuple(entry["at"]), entry.get("query", 0), entry.get("probe", False))
-            weights.go(place)
-    if probes is not None:
-        weights.learn(probes)
-    if event.restored:
-        weights.flush()
-        return
-    if not weights.buckets:
-        weights.look()
-    grads = event.projected_grads or [math.nan] * weights.queries()
-    optimizer.update(vector(grads, weights.buckets[0].device).float())
-
-
-def recorder_of(optimizer: ZerothOrderOptimizer) -> Recorder | None:
-    """What the sweeps of an optimizer wait in from here on. None where there is no sweep of many
-    (low rank) or something would be missed (of rules that make their own sweeps, or do more).
-    """
-    direction, rule = optimizer.direction, optimizer.rule
-    if rule.takes != (Direction,) or not (rule.sweeps_alone and isinstance(direction, Dense)):
-        return None
-    if type(direction).sweep is not Dense.sweep:  # a script would know nothing of its shapes
-        return None
-    recorder = Recorder(direction)
-    optimizer.weights.direction = recorder
-    return recorder
+    repeat(weights, optimizer.rule, optimizer.update, events, moving=None)
+    optimizer.flush()  # a run that was cut off left its weights where its schedule has them
+    return sum(not event.restored for event in record.events)
 
 
 def _optimizer(

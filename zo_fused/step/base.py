@@ -89,9 +89,8 @@ class Base(Chooses, torch.optim.Optimizer):
                 f"got {type(params).__name__}"
             )
         _check_pair(rule, direction)
-        counters: dict[str, Any] = {"seed": seed, "step": 0, "restores": 0, "in_place": ()}
-        counters["log"] = ()
-        counters |= {"contract": CONTRACT_VERSION, **_kind(self, rule, direction, recorded)}
+        counters: dict[str, Any] = {"seed": seed, "contract": CONTRACT_VERSION, "in_place": ()}
+        counters |= {"step": 0, "restores": 0, "log": (), **_kind(self, rule, direction, recorded)}
         defaults = {"block": 0, **{name: hyper(name, value) for name, value in defaults.items()}}
         defaults |= counters
         self._assemble(defaults, module, direction, rule, schedule, recorded, parallel)
@@ -244,8 +243,7 @@ class Base(Chooses, torch.optim.Optimizer):
         self._bind()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, bit for bit; the weights are flushed first, and the replay log is on the disk
-        when this returns."""
+        """The state, bit for bit. The weights are flushed; the replay log is on the disk."""
         self.flush()
         self._groups.count(step=self.step_count, log=self.weights.log.save())
         return super().state_dict()

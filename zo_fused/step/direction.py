@@ -127,6 +127,11 @@ class Direction:
     def leave(self) -> None:
         """The buckets so far will not be used again."""
 
+    def recorder(self) -> Recorder | None:
+        """What stands in for this in a replay, to make many sweeps at a time. None: there is no
+        such thing."""
+        return None
+
     def not_sharded(self) -> str:
         """Why parameters may not be DTensors; empty if they may. Every class says it itself, for
         one that inherits from it may look at whole tensors."""
@@ -135,6 +140,20 @@ class Direction:
     def not_capturable(self, deferred: bool) -> str:
         """Why a step can't be captured in a CUDA graph; empty if it can."""
         return ""
+
+
+class Recorder(Direction):
+    """A direction whose sweeps wait for others. The weights are right after `run`.
+
+    Attributes:
+        direction: whose sweeps they are.
+    """
+
+    direction: Direction
+
+    def run(self) -> None:
+        """Make the sweeps that wait."""
+        raise NotImplementedError
 
 
 class Beside(Direction):

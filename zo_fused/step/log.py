@@ -14,7 +14,8 @@ from zo_fused.step.buckets import Bucket
 from zo_fused.step.direction import Direction
 from zo_fused.step.fingerprint import fingerprint
 from zo_fused.step.groups import COUNTERS, Groups
-from zo_fused.step.log_writer import Writer
+from zo_fused.step.log_lines import Event, Log, events_after
+from zo_fused.step.log_writer import Writer, check_base, check_checksum, check_same_run
 from zo_fused.step.schedule import Position
 
 
@@ -61,11 +62,9 @@ class StepLog:
             **self._settings(buckets),
         }
         if resume:
-            step, restores, checksum = groups.shared("log") or (-1, -1, 0)
-            same = (step, restores) == (groups.step, groups.restores)  # as when it was saved
-            known, base = checksum if same else None, self._base if at_theta else None
             now = groups.step, groups.restores
-            self._writer = Writer.resume(file, header, *now, known, base)
+            base = self._base if at_theta else None
+            self._writer = Writer.resume(file, header, *now, self._saved(), base)
         else:
             groups.count(restores=0)
             self._writer = Writer.create(file, {**header, "base": self._base()})
@@ -80,6 +79,32 @@ class StepLog:
             "seed": groups.seed,
             "parameters": parameters,
         }
+
+    def unseen(self, log: Log, about: dict[str, Any], until: int | None) -> list[Event]:
+        """The events of a log of this run that the weights, which are at theta, have not seen.
+
+        Args:
+            about: method, its options, the transform.
+            until: steps that they shall have seen; None: all.
+
+        Raises:
+            ValueError: it is not of this run, or not of these steps.
+        """
+        groups = self._groups
+        check_same_run(log.path, log.header, self.about(about))
+        events, checksum = events_after(log, groups.step, groups.restores, until)
+        saved = self._saved()
+        if saved is not None:
+            check_checksum(log.path, groups.step, checksum, saved)
+        elif checksum == log.checksum_of_header:
+            check_base(log.path, log.header, self._base())
+        return events
+
+    def _saved(self) -> int | None:
+        """The checksum that the log had when the present state was saved; None: it is not known."""
+        step, restores, checksum = self._groups.shared("log") or (-1, -1, 0)
+        same = (step, restores) == (self._groups.step, self._groups.restores)
+        return checksum if same else None
 
     def _base(self) -> str:
         return fingerprint(self._groups.params())
@@ -124,16 +149,20 @@ class StepLog:
             values = None if grads is None else [float(f"{grad:.9g}") for grad in flat]
             self._writer.update(step, path, values, self._settings(buckets), probes)
 
+    def positions(self, buckets: Sequence[Bucket]) -> list[int]:
+        """Of the parameters of buckets."""
+        taken = {id(p) for bucket in buckets for p in bucket.owners}
+        return [i for i, p in enumerate(self._groups.params()) if id(p) in taken]
+
     def _settings(self, buckets: Sequence[Bucket]) -> dict[str, Any]:
         """What a replay must know besides the projected gradients."""
         hyper = self._groups.defaults.keys() - {"initial_lr", *COUNTERS}
-        taken = {id(p) for bucket in buckets for p in bucket.owners}
         return {
             "groups": [
                 {name: _plain(value) for name, value in group.items() if name in hyper}
                 for group in self._groups.all
             ],
-            "trainable": [i for i, p in enumerate(self._groups.params()) if id(p) in taken],
+            "trainable": self.positions(buckets),
             "in_place": list(self._groups.shared("in_place")),
             "bases": self._direction.bases(self._groups.params()),
         }

@@ -64,6 +64,7 @@ class Event:
     in_place: list[int]
     bases: list[Any]
     probes: list[float] | None = None  # what they found; None: there were none
+    checksum: int = 0  # of the log up to here
 
 
 @dataclass
@@ -72,6 +73,7 @@ class Log:
 
     path: Path
     header: dict[str, Any]
+    checksum_of_header: int
     checksum: int  # of all its records
     end: int  # of its last complete line in the file, in bytes
     events: list[Event] = field(default_factory=list)
@@ -322,9 +324,42 @@ def read(path: str | os.PathLike[str], contract: int) -> Log:
     """
     lines = read_lines(Path(path), contract)
     first = next(lines)
-    log = Log(Path(path), first.header, first.checksum, first.end)
+    log = Log(Path(path), first.header, first.checksum, first.checksum, first.end)
     for line in lines:
         log.checksum, log.end = line.checksum, line.end
         if line.event is not None:
+            line.event.checksum = line.checksum
             log.events.append(line.event)
     return log
+
+
+def events_after(log: Log, step: int, restores: int, until: int | None) -> tuple[list[Event], int]:
+    """The events of a log that weights have not seen, and its checksum up to there. Restores behind
+    the last step are left out: they are of a step that never came, or of an evaluation that the
+    program will make again.
+
+    Args:
+        step: steps that the weights have seen.
+        restores: restores since the last of them, which they have seen as well.
+        until: steps that they shall have seen; None: all.
+
+    Raises:
+        ValueError: the log is of other steps.
+    """
+    first = log.header["first_step"]
+    last = next((e.step + 1 for e in reversed(log.events) if not e.restored), first)
+    end = last if until is None else until
+    if not first <= step <= last or not step <= end <= last:
+        raise ValueError(
+            f"{log.path} has the steps from {first} to {last}; the optimizer is at step {step}"
+            + ("" if until is None else f", and shall go to step {until}")
+        )
+    checksum, todo = log.checksum_of_header, []
+    for event in log.events:
+        seen = event.step < step or (event.step == step and event.restored and restores > 0)
+        if seen:
+            restores -= event.step == step
+            checksum = event.checksum
+        elif event.step < end:
+            todo.append(event)
+    return todo, checksum

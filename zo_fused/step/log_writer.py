@@ -94,12 +94,8 @@ class Writer:
                 f"{path} can't be continued at step {step}: its last complete step before that "
                 f"leads to step {next_step}"
             )
-        if checksum is not None and checksum != last.checksum:
-            raise ValueError(
-                f"{path} is not the log that the state was saved with: up to step {step} its "
-                f"checksum is {last.checksum:08x}, in the state {checksum:08x}; it is of a run "
-                "from another base, or of other losses"
-            )
+        if checksum is not None:
+            check_checksum(path, step, last.checksum, checksum)
         if last is first and base is not None:
             check_base(path, first.header, base())
         os.truncate(path, last.end)
@@ -176,6 +172,18 @@ def check_same_run(path: Path, header: dict[str, Any], mine: dict[str, Any]) -> 
     for name in ("method", "seed", "transform", "options", "parameters"):
         if header[name] != mine[name]:
             raise ValueError(f"{path} is the log of another run: {name} differs")
+
+
+def check_checksum(path: Path, step: int, found: int, saved: int) -> None:
+    """Raises:
+    ValueError: the log at this path has another checksum than that of a saved state.
+    """
+    if found != saved:
+        raise ValueError(
+            f"{path} is not the log that the state was saved with: up to step {step} its checksum "
+            f"is {found:08x}, in the state {saved:08x}; it is of a run from another base, or of "
+            "other losses"
+        )
 
 
 def check_base(path: Path, header: dict[str, Any], base: str) -> None:

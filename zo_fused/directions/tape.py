@@ -1,23 +1,25 @@
 """Sweeps that wait for others, to be made in one pass over the weights.
 
-A replay has no forward passes: nothing looks at the weights between sweeps. So a `Recorder` stands
-in for the optimizer's direction, takes down what it is asked for and runs it, many steps at a time,
-as one script (`zo_fused.sweeps.script`). Each weight then goes through the same roundings in
-registers.
+A replay has no forward passes: nothing looks at the weights between sweeps. So a `DenseRecorder`
+stands in for the optimizer's direction, takes down what it is asked for and runs it, many steps at
+a time, as one script (`zo_fused.sweeps.script`). Each weight then goes through the same roundings
+in registers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from zo_fused.directions.dense import Dense
 from zo_fused.step.buckets import Bucket
-from zo_fused.step.direction import Direction, Sweep, Term
+from zo_fused.step.direction import Recorder, Sweep, Term
 from zo_fused.step.vectors import Vector, float32, table
+
+if TYPE_CHECKING:
+    from zo_fused.directions.dense import Dense
 
 # At a time: 16 steps, or 24 where they are deferred. More would bring a few percent, and Ctrl-C
 # waits for the end of a pass.
@@ -76,7 +78,7 @@ class Tape:
         self._bucket.prepared("dense_steps_")(*waiting, **self._direction.options)
 
 
-class Recorder(Direction):
+class DenseRecorder(Recorder):
     """A dense direction whose sweeps wait until there are enough of them, or until `run`.
 
     Args:
@@ -84,19 +86,20 @@ class Recorder(Direction):
     """
 
     def __init__(self, direction: Dense, limit: int = SWEEPS) -> None:
-        self._direction = direction
+        self.direction = direction
         self._limit = limit
         self._tapes: dict[Bucket, Tape] = {}
+        self._dense = direction
         self.fixed = direction.fixed
         self.state = direction.state
 
     def sweep(self, sweep: Sweep) -> None:
         if sweep.bucket not in self._tapes:
-            self._tapes[sweep.bucket] = Tape(sweep.bucket, self._limit, self._direction)
+            self._tapes[sweep.bucket] = Tape(sweep.bucket, self._limit, self._dense)
         self._tapes[sweep.bucket].add(sweep)
 
     def legs(self, sweep: Sweep) -> Sequence[Sweep]:
-        return self._direction.legs(sweep)
+        return self.direction.legs(sweep)
 
     def run(self) -> None:
         """Make the sweeps that wait."""
@@ -104,7 +107,7 @@ class Recorder(Direction):
             tape.run()
 
     def update_scale(self, bucket: Bucket) -> Vector | None:
-        return self._direction.update_scale(bucket)
+        return self.direction.update_scale(bucket)
 
     def leave(self) -> None:
         self.run()
