@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from zo_fused import __version__
-from zo_fused.cli import compare, doctor, evaluate, finetune, init, plan, replay
+from zo_fused.cli import compare, doctor, evaluate, finetune, init, log, plan, replay
 from zo_fused.cli.parser import Parser
 from zo_fused.task.errors import Interrupted, UserError, first_line
 
@@ -39,6 +39,7 @@ def make_parser(words: Sequence[str]) -> argparse.ArgumentParser:
         ("evaluate", evaluate),
         ("compare", compare),
         ("replay", replay),
+        ("log", log),
         ("plan", plan),
         ("doctor", doctor),
     ):

@@ -8,6 +8,7 @@ import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from zo_fused.task.files import to_json, write_text, writing
 from zo_fused.task.generating import GenerationScorer
 from zo_fused.task.generation import SCORES
 from zo_fused.task.lm_tasks import LmTask
+from zo_fused.task.lock import locked
 from zo_fused.task.masked import MaskEncoder, MaskScorer
 from zo_fused.task.memory import Outline, kept, step_peak
 from zo_fused.task.models import (
@@ -133,6 +135,11 @@ def finetune(options: Options) -> dict[str, Any]:
         UserError: something the user can put right, as early as it can be known.
         Interrupted: see `Finetuning.run`.
     """
+    with ExitStack() as held:
+        return _finetune(options, held)
+
+
+def _finetune(options: Options, held: ExitStack) -> dict[str, Any]:
     for package in ("transformers", "accelerate", "matplotlib.figure"):
         optional(package)
     with uninterrupted():
@@ -145,6 +152,7 @@ def finetune(options: Options) -> dict[str, Any]:
     _check_template(options)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     checkpoint = find_checkpoint(options.output, options.resume, options.overwrite)
+    held.enter_context(locked(options.output))
     print(place(device, options.dtype), flush=True)
     model = _model(options, checkpoint, device)
     make_encoder = MaskEncoder if options.task.masked else Encoder
