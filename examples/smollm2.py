@@ -9,6 +9,7 @@ two moments. ``python -m bench.training.smollm2 DIR`` runs all three with three 
 
 import argparse
 import json
+import resource
 import time
 from pathlib import Path
 
@@ -120,6 +121,7 @@ def main() -> None:
         "zero_shot": zero_shot["test"]["eval_accuracy"],
         "accuracy": tuned["eval_accuracy"],
         "seconds": seconds,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "curve": curve,
     }
     options.out.mkdir(parents=True, exist_ok=True)
