@@ -6,8 +6,8 @@ seen is at least 15 points above that of the model before, with the weights of t
 are picked by their accuracy. The learning rate of each method is the best of three, a factor of 3
 apart, by the dev loss after 300 passes with a seed of its own (100).
 
-The runs are those of ``examples/smollm2.py``, two at a time with a thread each, in ``DIR/runs``;
-what is finished is not done again.
+The runs are those of ``examples/smollm2.py``, two at a time with a thread each. What is in
+``smollm2.json`` beside the page is not run again.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,43 +44,64 @@ class Run(NamedTuple):
     seed: int
     forwards: int
 
-    def result(self, folder: Path) -> dict[str, Any]:
-        """Do the run unless it is finished; what it came to.
+    @property
+    def name(self) -> str:
+        """Of the run, among all."""
+        return "-".join(map(str, self))
+
+    def go(self, folder: Path) -> dict[str, Any]:
+        """Do the run; what it came to.
 
         Raises:
             RuntimeError: it failed.
         """
-        out = folder / "runs" / "-".join(map(str, self))
-        if not (out / "result.json").exists():
-            words = [sys.executable, str(ROOT / "examples" / "smollm2.py"), str(folder)]
-            for name, value in self._asdict().items():
-                words += [f"--{name}", str(value)]
-            out.mkdir(parents=True, exist_ok=True)
-            with (out / "log").open("w") as log:
-                environment = os.environ | {"OMP_NUM_THREADS": "1"}
-                done = subprocess.run(
-                    [*words, "--out", str(out)], stdout=log, stderr=log, env=environment
-                )
-            if done.returncode:
-                raise RuntimeError(f"a run failed: see {out / 'log'}")
-            print(*self, (out / "log").read_text().strip().rpartition("\n")[2], flush=True)
+        out = folder / "runs" / self.name
+        words = [sys.executable, str(ROOT / "examples" / "smollm2.py"), str(folder)]
+        for name, value in {**self._asdict(), "out": out}.items():
+            words += [f"--{name}", str(value)]
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / "log").open("w") as log:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            code = subprocess.run(words, stdout=log, stderr=log, env=environment).returncode
+        if code:
+            raise RuntimeError(f"a run failed: see {out / 'log'}")
         found: dict[str, Any] = json.loads((out / "result.json").read_text())
         return found
 
 
-def run_all(runs: Sequence[Run], folder: Path) -> list[dict[str, Any]]:
-    """Their results, in order."""
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda run: run.result(folder), runs))
+class Results:
+    """What runs came to, in a file."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self._path = path
+        self._folder = folder
+        self._kept = json.loads(path.read_text()) if path.exists() else {}
+        self._lock = threading.Lock()
+
+    def of(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """The results of the runs, in order, once all of them are done."""
+        missing = [run for run in runs if run.name not in self._kept]
+        with ThreadPoolExecutor(2) as pool:
+            for _ in pool.map(self._add, missing):
+                pass
+        return [self._kept[run.name] for run in runs]
+
+    def _add(self, run: Run) -> None:
+        found = run.go(self._folder)
+        print(f"{run.name}: {found['zero_shot']:.3f} -> {found['accuracy']:.3f}", flush=True)
+        with self._lock:
+            self._kept[run.name] = found
+            lines = (f"{json.dumps(name)}: {json.dumps(r)}" for name, r in self._kept.items())
+            self._path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def tuned(folder: Path) -> dict[str, dict[str, float]]:
+def tuned(results: Results) -> dict[str, dict[str, float]]:
     """The dev loss after each learning rate, by method."""
     runs = [
         Run(method, lr, TUNING_SEED, TUNING_FORWARDS) for method in RATES for lr in RATES[method]
     ]
     losses: dict[str, dict[str, float]] = {method: {} for method in RATES}
-    for run, result in zip(runs, run_all(runs, folder), strict=True):
+    for run, result in zip(runs, results.of(runs), strict=True):
         losses[run.method][run.lr] = result["curve"][-1][1]
     return losses
 
@@ -179,10 +201,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     options = parser.parse_args()
     try:
-        losses = tuned(options.folder)
+        kept = Results(options.out / "smollm2.json", options.folder)
+        losses = tuned(kept)
         best = {method: min(tried, key=tried.__getitem__) for method, tried in losses.items()}
         runs = [Run(m, best[m], seed, FORWARDS) for seed in SEEDS for m in RATES]
-        found = run_all(runs, options.folder)
+        found = kept.of(runs)
     except RuntimeError as error:
         print(f"smollm2: {error}", file=sys.stderr)
         return 1
@@ -191,9 +214,6 @@ def main() -> int:
         for method in RATES
     }
     draw(results, options.out / "smollm2.png")
-    (options.out / "smollm2.json").write_text(
-        json.dumps({"rates": losses, "runs": results}, separators=(",", ":")) + "\n"
-    )
     (options.out / "smollm2.md").write_text(page(losses, results))
     print((options.out / "smollm2.md").read_text())
     return 0
