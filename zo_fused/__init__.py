@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from zo_fused.methods.subzero import SubZero as SubZero
     from zo_fused.methods.tezo import TeZO as TeZO
     from zo_fused.methods.zo_muon import ZOMuon as ZOMuon
+    from zo_fused.parallel.options import Parallel as Parallel
     from zo_fused.replaying.rebuild import replay as replay
     from zo_fused.sweeps.dispatch import backend_of as backend_of
     from zo_fused.sweeps.dispatch import set_backend as set_backend
@@ -49,6 +50,7 @@ __version__ = "0.1.0.dev0"
 # Methods are found by their names in the table that their files fill.
 _HOME = {
     "Hybrid": "zo_fused.methods.hybrid",
+    "Parallel": "zo_fused.parallel.options",
     "backend_of": "zo_fused.sweeps.dispatch",
     "first_layers": "zo_fused.methods.layers",
     "layer_blocks": "zo_fused.methods.layers",

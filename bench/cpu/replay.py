@@ -25,7 +25,9 @@ import zo_fused
 from bench import machine
 from bench.models import DTYPES, OPT, opt_parameters
 from bench.page import publish
+from zo_fused.noise.streams import CONTRACT_VERSION
 from zo_fused.replaying import rebuild
+from zo_fused.step import log_lines, log_records
 
 # Others are replayed sweep by sweep.
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -41,8 +43,12 @@ def write_log(path: Path, method: str, params: dict[str, nn.Parameter], steps: i
     opt = cls(params.items(), lr=1e-6, **options)
     opt.start_log(path)
     opt.close_log()
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(f"[{step},{0.1 * (step % 7 - 3):.9g}]\n" for step in range(steps))
+    checksum = log_lines.read(path, CONTRACT_VERSION).checksum
+    with open(path, "ab") as file:
+        for step in range(steps):
+            grad = float(f"{0.1 * (step % 7 - 3):.9g}")
+            line, checksum = log_records.line_of([step, grad], checksum)
+            file.write(line)
 
 
 def step_by_step(tensors: dict[str, Tensor], log: Path) -> None:

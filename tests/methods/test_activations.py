@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.logs import records_of, write_records
 from support.models import loss_of, network, same, snapshot
 from support.textbook import EPS, SEED, STEPS, SmallTransformer, dense, drawn, model_and_tokens
 from torch import Tensor, nn
@@ -405,10 +405,10 @@ def test_a_log_with_a_basis_that_does_not_fit_is_refused(tmp_path: Path) -> None
     for _ in range(3):
         opt.step(loss_of(model))
     opt.close_log()
-    lines = log.read_text().splitlines()
-    changed = [i for i, line in enumerate(lines) if line.startswith('{"bases"')]
+    lines = records_of(log)
+    changed = [i for i, line in enumerate(lines) if "bases" in line and i > 0]
     assert len(changed) == 1
-    bases = json.loads(lines[changed[0]])
+    bases = lines[changed[0]]
     zo_fused.replay(base, log)
     assert same(model, base)
     for entry, error in (
@@ -417,8 +417,8 @@ def test_a_log_with_a_basis_that_does_not_fit_is_refused(tmp_path: Path) -> None
         ([9, bases["bases"][0][1]], "position in bases"),
         ([0, "AAAAAA=="], "basis of 1 numbers"),
     ):
-        lines[changed[0]] = json.dumps({"bases": [entry]})
-        log.write_text("\n".join([*lines, ""]))
+        lines[changed[0]] = {"bases": [entry]}
+        write_records(log, lines)
         with pytest.raises(ValueError, match=error):
             zo_fused.replay(network(), log)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.logs import records_of
 from support.models import loss_of, network, same
 from support.textbook import EPS, SEED, STEPS, dense, loss_of_copy, model_and_tokens
 from torch import Tensor, nn
@@ -126,7 +126,7 @@ def test_three_losses_and_the_log_has_the_curvatures(tmp_path: Path) -> None:
         opt.step(closure)
     assert calls == 20
     opt.close_log()
-    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    lines = records_of(tmp_path / "log")
     found = [line[-1]["probes"] for line in lines if isinstance(line, list)]
     assert [len(values) for values in found] == [2] * 4
     zo_fused.replay(base, tmp_path / "log")

@@ -16,6 +16,7 @@ FOLDERS = (
     "zo_fused",  # what lies beside the folders
     "zo_fused.noise",
     "zo_fused.sweeps",
+    "zo_fused.parallel",
     "zo_fused.step",
     "zo_fused.directions",
     "zo_fused.rules",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 from collections.abc import Callable
@@ -11,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.logs import records_of, write_records
 from support.matrix import covering
 from support.methods import CASES, Case, evaluates_both_sides, rounds, those
 from support.models import MIXED, loss_of, network, same
 from torch import Tensor, nn
 
 import zo_fused
-from zo_fused.step import log_lines
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 
 
@@ -127,7 +126,7 @@ def test_a_line_cut_off_by_a_kill_is_ignored(tmp_path: Path) -> None:
     opt = CASES["LOZO"](model, lr=1e-2)
     logged_run(opt, model, log, steps=4)
     with open(log, "a") as file:
-        file.write("[4,0.12")
+        file.write("[[4,0.12")
     zo_fused.replay(base, log)
     assert same(model, base)
 
@@ -140,7 +139,8 @@ def test_a_log_is_small(tmp_path: Path) -> None:
     header = log.stat().st_size
     for _ in range(100):
         opt.step(loss_of(model))
-    assert log.stat().st_size - header < 100 * 24
+    # so 20,000 steps stay below 1 MB
+    assert log.stat().st_size - header < 100 * 38
 
 
 @covering(make=CASES.values(), checkpoint=[3, 4, 6])
@@ -180,7 +180,8 @@ def test_noise_of_an_earlier_version_is_refused_by_name(tmp_path: Path) -> None:
     opt = zo_fused.MeZO(model, lr=1e-2, distribution="rademacher")
     logged_run(opt, model, log, 2)
     state = opt.state_dict()
-    log.write_text(log.read_text().replace('"transform":"signs"', '"transform":"rademacher"'))
+    first, *others = records_of(log)
+    write_records(log, [{**first, "transform": "rademacher"}, *others])
     with pytest.raises(ValueError, match=r"noise of the transform .rademacher.*has .signs."):
         zo_fused.replay(copied, log)
     assert same(copied, network())
@@ -222,7 +223,7 @@ def test_momentum_needs_a_log_from_the_first_step(tmp_path: Path) -> None:
     assert same(plain, base)
 
 
-# ---- logs that don't fit ------------------------------------------------------------------------
+# ---- a log that is gone or changed under the run ------------------------------------------------
 
 
 @pytest.fixture
@@ -232,192 +233,6 @@ def log(tmp_path: Path) -> Path:
     logged_run(opt, model, tmp_path / "log.jsonl", steps=2)
     opt.close_log()
     return tmp_path / "log.jsonl"
-
-
-def edit(log: Path, line: int, change: Callable[[object], object]) -> None:
-    lines = log.read_text().splitlines()
-    lines[line] = json.dumps(change(json.loads(lines[line])))
-    log.write_text("\n".join(lines) + "\n")
-
-
-def header(**values: object) -> Callable[[object], object]:
-    return lambda value: {**value, **values}  # type: ignore[dict-item]
-
-
-DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "contract": (lambda log: edit(log, 0, header(contract=2)), "contract 2"),
-    "version": (lambda log: edit(log, 0, header(version=9)), "version 9"),
-    "method": (lambda log: edit(log, 0, header(method="SGD")), "method 'SGD'"),
-    "other file": (lambda log: edit(log, 0, lambda _: {"a": 1}), "not a zo_fused replay log"),
-    "event": (lambda log: edit(log, 2, lambda _: [1, "x"]), "line 3: not an event"),
-    "text": (lambda log: log.write_text(log.read_text() + "what\n"), "line 4: not JSON"),
-    "empty": (lambda log: log.write_text(""), "no complete header"),
-}
-
-
-@pytest.mark.parametrize("damage", list(DAMAGE))
-def test_damaged_logs_are_refused_and_weights_stay(log: Path, damage: str) -> None:
-    change, message = DAMAGE[damage]
-    change(log)
-    base = network()
-    with pytest.raises(ValueError, match=message):
-        zo_fused.replay(base, log)
-    assert same(base, network())
-
-
-MISFITS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "dtype": (lambda: network(torch.float16), "load the base model in the dtype of the run"),
-    "shape": (lambda: nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)), r"\[9, 6\]"),
-    "names": (lambda: nn.ModuleDict({"x": network()}), "no parameter '0.weight'"),
-    "weights": (lambda: network().apply(lambda m: m), "other base weights"),
-}
-
-
-@pytest.mark.parametrize("misfit", list(MISFITS))
-def test_models_that_do_not_fit_are_refused(log: Path, misfit: str) -> None:
-    build, message = MISFITS[misfit]
-    model = build()
-    if misfit == "weights":
-        with torch.no_grad():
-            model[2].bias[0] += 1
-    with pytest.raises(ValueError, match=message):
-        zo_fused.replay(model, log)
-
-
-class Codes(Tensor):
-    """A quantized weight as those of torchao: other tensors inside, and no views."""
-
-    def __new__(cls, codes: Tensor, scale: Tensor) -> Codes:
-        made = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
-        made.codes, made.scale = codes, scale
-        return made
-
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["codes", "scale"], None
-
-    @classmethod
-    def __tensor_unflatten__(cls, inner: dict[str, Tensor], *_: object) -> Codes:
-        return cls(**inner)
-
-    @classmethod
-    def __torch_dispatch__(cls, func: object, types: object, args: tuple, kwargs: object) -> Codes:
-        if func is torch.ops.aten.detach.default:
-            return args[0]
-        raise NotImplementedError(func)
-
-
-def test_a_frozen_quantized_weight_is_part_of_the_base(tmp_path: Path) -> None:
-    def base(code: int) -> nn.Module:
-        model = network()
-        codes = torch.full((3, 3), code, dtype=torch.int8)
-        model.frozen = nn.Parameter(Codes(codes, torch.ones(3)), requires_grad=False)
-        return model
-
-    model = base(1)
-    logged_run(zo_fused.MeZO(model, lr=1e-2), model, tmp_path / "log", 3)
-    replayed = base(1)
-    assert zo_fused.replay(replayed, tmp_path / "log") == 3
-    assert torch.equal(replayed[0].weight, model[0].weight)
-    with pytest.raises(ValueError, match="other base weights"):
-        zo_fused.replay(base(2), tmp_path / "log")
-
-
-def test_missing_log(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        zo_fused.replay(network(), tmp_path / "none.jsonl")
-
-
-def test_reader_gives_settings_to_every_event(log: Path) -> None:
-    record = log_lines.read(log, 1)
-    assert [e.step for e in record.events] == [0, 1]
-    assert all(e.groups[0]["lr"] == 1e-2 and e.trainable == [0, 1, 2, 3] for e in record.events)
-
-
-def line(value: object) -> Callable[[Path], None]:
-    """The first event of the log is another."""
-    return lambda log: edit(log, 1, lambda _: value)
-
-
-def text_of_line(text: str) -> Callable[[Path], None]:
-    def change(log: Path) -> None:
-        lines = log.read_text().splitlines()
-        log.write_text("\n".join([lines[0], text, *lines[2:]]) + "\n")
-
-    return change
-
-
-def of_group(**values: object) -> Callable[[Path], None]:
-    return lambda log: edit(
-        log,
-        0,
-        lambda value: {**value, "groups": [{**value["groups"][0], **values}]},  # type: ignore
-    )
-
-
-def of_header(**values: object) -> Callable[[Path], None]:
-    return lambda log: edit(log, 0, header(**values))
-
-
-def without(name: str) -> Callable[[Path], None]:
-    return lambda log: edit(log, 0, lambda v: {k: v[k] for k in v if k != name})  # type: ignore
-
-
-EDITS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "step removed": (
-        lambda log: log.write_text("".join(log.read_text().splitlines(True)[::2])),
-        "line 2: not an event .step 1 comes where step 0 is due",
-    ),
-    "step twice": (lambda log: edit(log, 2, lambda _: [0, 1.0]), "step 0 comes where step 1 is"),
-    "step of another kind": (line([0.0, 1.0]), "step 0.0 comes where step 0 is due"),
-    "step before the first": (line([-1, 1.0]), "step -1 comes where"),
-    "first step": (of_header(first_step=-1), r"first_step must be a whole number in \[0, "),
-    "nan": (text_of_line("[0,NaN]"), "a projected gradient must be a finite number, got nan"),
-    "too large for float32": (line([0, 3.5e38]), "a finite number, got 3.5e\\+38"),
-    "infinite": (text_of_line("[0,1e999]"), "a finite number, got inf"),
-    "a number of 400 digits": (text_of_line(f"[0,1,[1{'0' * 400}]]"), "a finite number, got 1000"),
-    "text for a number": (line([0, "1.5"]), "a finite number, got '1.5'"),
-    "true for a number": (line([0, True]), "a finite number, got True"),
-    "two gradients": (line([0, [1.0, 1.0]]), "it has 2 projected gradients, not 1"),
-    "a query that the run lacks": (line([0, 1.0, [[1, 7]]]), "a query must be a whole number in"),
-    "a block that the run lacks": (line([0, 1.0, [[1, 0, 3]]]), "there is no block 3"),
-    "coefficients": (line([0, 1.0, [{"at": [1, 2]}]]), "at has 2 values, not 1"),
-    "no path": (line([0, "restore"]), "a restore has no path"),
-    "no event": (line([0]), "it has 1 values, not two to four"),
-    "position": (line({"trainable": [4]}), r"a position in trainable must .* \[0, 4\), got 4"),
-    "position twice": (line({"trainable": [1, 1]}), "trainable has a position twice"),
-    "settings": (line({"seed": 1}), "there is no setting 'seed'"),
-    "groups": (line({"groups": []}), "there are 0 groups, not 1"),
-    "lr": (of_group(lr=-1.0), "lr is -1.0"),
-    "eps": (of_group(eps=0), "eps is 0"),
-    "lr that is no number": (of_group(lr=math.nan), "lr must be a finite number, got nan"),
-    "block": (of_group(block=0.5), "block must be a whole number, got 0.5"),
-    "hyper-parameter": (of_group(momentum=[0.9]), "momentum must be a finite number, got "),
-    "hyper-parameters": (line({"groups": [{"lr": 1.0}]}), "a group lacks one of"),
-    "nothing that moves": (line({"trainable": []}), "nothing is trainable"),
-    "seed": (of_header(seed="3"), "line 1: not a header .seed must be a whole number in"),
-    "no groups": (without("groups"), "line 1: not a header .groups is missing"),
-    "no parameters": (of_header(parameters=[]), "parameters must not be empty"),
-    "parameters": (of_header(parameters=[["a", [1], "float32", 1]]), "the group of a parameter"),
-    "queries": (of_header(options={"queries": 10**9}), r"queries must .* \[0, 1048576\)"),
-    "brackets": (text_of_line("[" * 100_000), "line 2: not JSON"),
-    "encoding": (lambda log: log.write_bytes(log.read_bytes() + b"\xff\n"), "line 4: not JSON"),
-    "number of digits": (text_of_line(f"[{'1' * 9999},1]"), "line 2: not JSON"),
-}
-
-
-@pytest.mark.parametrize("name", EDITS)
-def test_edited_logs_are_refused_and_weights_stay(log: Path, name: str) -> None:
-    change, message = EDITS[name]
-    change(log)
-    base = network()
-    with pytest.raises(ValueError, match=message) as refused:
-        zo_fused.replay(base, log)
-    assert "\n" not in str(refused.value)
-    assert len(str(refused.value)) < 300 + len(str(log))
-    assert same(base, network())
-
-
-# ---- a log that is gone or changed under the run ------------------------------------------------
 
 
 def removed(log: Path) -> None:

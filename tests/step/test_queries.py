@@ -7,7 +7,6 @@ what they keep, and that nothing is lost.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import signal
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.logs import records_of
 from support.matrix import covering
 from support.methods import CASES, Case, those
 from support.models import blocks, loss_of, network, same
@@ -229,8 +229,7 @@ def test_log_has_every_gradient_and_no_usual_path(tmp_path: Path) -> None:
     opt = zo_fused.MeZO(model, queries=3)
     opt.start_log(tmp_path / "log.jsonl")
     opt.step(loss_of(model))
-    _, line = (tmp_path / "log.jsonl").read_text().splitlines()
-    step, grads = json.loads(line)
+    _, (step, grads) = records_of(tmp_path / "log.jsonl")
     assert step == 0
     assert torch.equal(torch.tensor(grads), opt.projected_grad)
     assert opt.projected_grad.shape == (3,)

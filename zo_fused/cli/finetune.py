@@ -219,7 +219,7 @@ def options(args: argparse.Namespace) -> Options:
     with uninterrupted():  # Ctrl-C in the middle would leave torch with half a NumPy
         from zo_fused.methods.table import recipes
         from zo_fused.task.lm_tasks import is_lm_task
-        from zo_fused.task.loop import Plan
+        from zo_fused.task.plan import Plan
         from zo_fused.task.run import Options
         from zo_fused.task.scoring import WITHOUT_DERIVATIVE
         from zo_fused.task.splits import Draw

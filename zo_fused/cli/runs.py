@@ -76,7 +76,7 @@ def run_all(runs: Sequence[Run], parallel: int = 1, threads: int | None = None) 
 
 
 def _start(run: Run, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    from zo_fused.task.checkpoint import checkpoints
+    from zo_fused.task.resuming import checkpoints
 
     how = "--resume" if checkpoints(run.output) else "--overwrite"
     words = (*run.words, f"--output={run.output}", how)

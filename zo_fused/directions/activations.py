@@ -102,11 +102,13 @@ class Activations:
         seed: int,
         step: int,
         evaluate: Callable[[Callable[[], AbstractContextManager[None]]], Any],
+        total: Callable[[Tensor], None] | None = None,
     ) -> bool:
         """Give these weights a new V.
 
         Args:
             evaluate: evaluates the model at theta, within a context that it makes each time.
+            total: makes the sum over ranks of a tensor: V is of the inputs of all.
 
         Returns:
             False, and nothing is changed, if an input was not finite.
@@ -127,6 +129,8 @@ class Activations:
             if again and not inputs.iterate():
                 return False
             evaluate(inputs.watched)
+            if total is not None:
+                inputs.add_up(total)
         found: dict[int, Tensor] = {}
         for rank in {rank for _, _, rank in wanting.values()}:
             tops = inputs.top(rank)

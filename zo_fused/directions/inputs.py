@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -79,13 +79,21 @@ class Inputs:
             moved = x.T @ (x @ self._spaces[key])
         self._moved[key] = self._moved[key] + moved if key in self._moved else moved
 
+    def add_up(self, total: Callable[[Tensor], None]) -> None:
+        """What the inputs of several ranks gave, instead of this one's."""
+        for key, space in self._spaces.items():
+            moved = self._moved.get(key, torch.zeros_like(space))
+            total(moved)
+            self._moved[key] = moved
+
     def iterate(self) -> bool:
         """Go on from what the last evaluation gave; False if a layer met a number that is not
         finite."""
         if not all(bool(torch.isfinite(moved).all()) for moved in self._moved.values()):
             return False
         for key, moved in self._moved.items():
-            self._spaces[key] = _spanning(moved)
+            if moved.any():
+                self._spaces[key] = _spanning(moved)
         return True
 
     def top(self, rank: int) -> dict[int, Tensor] | None:

@@ -50,6 +50,7 @@ class ZOMixin(_Trainer):
 
     optimizer: Any
     optimizer_cls_and_kwargs: Any
+    train_mode = True  # of the model in a step; False for a class whose steps have no dropout
     _parts: tuple[Any, ...] = ()  # micro-batches that wait for the last one of their update
 
     def __init__(self, *args: Any, zo: Any = None, **others: Any) -> None:
@@ -93,7 +94,7 @@ class ZOMixin(_Trainer):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         parts, self._parts = self._parts, ()
-        model.train()
+        model.train(self.train_mode)
         optimizer = self.zeroth_order_optimizer
         sign = -1 if optimizer.takes_rewards else 1
         counters = {name: vars(self)[name] for name in COUNTERS if name in vars(self)}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zo_fused.methods.es import ES
 from zo_fused.replaying.rebuild import replay
-from zo_fused.step.buckets import fingerprint
+from zo_fused.step.fingerprint import fingerprint
 from zo_fused.sweeps.numbers import WEIGHT_DTYPES
 
 
@@ -104,8 +104,7 @@ class ZOWorker:
                 group[name] = value
 
     def zo_fingerprint(self) -> str:
-        """A short hash of the ends of every tensor, to see between generations that engines
-        agree."""
+        """A short hash of every weight, to see between generations that engines agree."""
         return fingerprint([p.detach() for p in self.model_runner.model.parameters()])
 
     def zo_replay(self, log: str | os.PathLike[str]) -> int:

@@ -114,10 +114,11 @@ class SeesActivations(ZerothOrderOptimizer):
         *,
         loss_plus: Loss | Sequence[Loss] | None = None,
         loss_minus: Loss | Sequence[Loss] | None = None,
+        weight: Any = 1.0,
     ) -> Tensor:
         if loss_plus is not None and not self.weights.place.at:
             self._need_no_inputs()
-        return super().step(closure, loss_plus=loss_plus, loss_minus=loss_minus)
+        return super().step(closure, loss_plus=loss_plus, loss_minus=loss_minus, weight=weight)
 
     step.__doc__ = ZerothOrderOptimizer.step.__doc__
 
@@ -137,7 +138,9 @@ class SeesActivations(ZerothOrderOptimizer):
 
             losses.update(self.losses_at([Position(0.0)], watching, again=bool(losses)))
 
-        if not self._activations.find(wanting, self.state, self.seed, step, evaluate):
+        others = self.ranks.groups()
+        total = others.sum_ if others else None
+        if not self._activations.find(wanting, self.state, self.seed, step, evaluate, total):
             return self.difference(dict.fromkeys(self.positions(), math.nan))
         assert isinstance(self.direction, LowRank)
         self.direction.forget(weights.buckets)

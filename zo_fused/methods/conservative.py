@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zo_fused.directions.dense import Dense
 from zo_fused.methods.table import Recipe, method
+from zo_fused.parallel.options import Option
 from zo_fused.step.direction import Direction, Term
 from zo_fused.step.estimates import Estimate
 from zo_fused.step.evaluation import Closure
@@ -50,7 +51,7 @@ class ZOConservative(ZerothOrderOptimizer):
         lr: learning rate.
         eps: perturbation radius.
         distribution: of the elements of z: "gaussian", "hadamard" or "rademacher".
-        seed, block_order: see `ZerothOrderOptimizer`; not "simultaneous".
+        seed, parallel, block_order: see `ZerothOrderOptimizer`; not "simultaneous".
     """
 
     needs_closure = True
@@ -63,6 +64,7 @@ class ZOConservative(ZerothOrderOptimizer):
         distribution: str = "gaussian",
         *,
         seed: int = 0,
+        parallel: Option = "auto",
         block_order: str | None = None,
     ) -> None:
         if block_order == "simultaneous":
@@ -76,6 +78,7 @@ class ZOConservative(ZerothOrderOptimizer):
             defaults,
             options,
             seed=seed,
+            parallel=parallel,
             block_order=block_order,
         )
 

@@ -11,6 +11,7 @@ from zo_fused.checks import choice, switch, whole
 from zo_fused.directions.homing import Homing
 from zo_fused.directions.per_query import PerQuery
 from zo_fused.methods.table import Recipe, method
+from zo_fused.parallel.options import Option
 from zo_fused.rules.sgd import SGD
 from zo_fused.step.direction import Direction
 from zo_fused.step.estimates import Estimate
@@ -54,7 +55,7 @@ class ES(Population):
         weight_decay: decay, with the learning rate as factor.
         rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias.
         distribution: of the elements of z, or of U and V: "gaussian", "hadamard" or "rademacher".
-        seed, deferred: see `ZerothOrderOptimizer`.
+        seed, parallel, deferred: see `ZerothOrderOptimizer`.
 
     Attributes:
         projected_grad: minus the scores, antithetic: half the difference of a pair's, float32
@@ -76,6 +77,7 @@ class ES(Population):
         distribution: str = "gaussian",
         *,
         seed: int = 0,
+        parallel: Option = "auto",
         deferred: bool = False,
     ) -> None:
         population, antithetic = (
@@ -105,6 +107,7 @@ class ES(Population):
         self.antithetic = antithetic
         queries = population // 2 if antithetic else population
         schedule: Any = {"seed": seed, "deferred": deferred, "queries": queries}
+        schedule["parallel"] = parallel
         super().__init__(params, made, SGD(), defaults, options, **schedule)
 
     def positions(self) -> list[Position]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from zo_fused.directions.dense import Dense
 from zo_fused.directions.factored.stand_ins import Places
 from zo_fused.methods.table import Recipe, method
+from zo_fused.parallel.options import Option
 from zo_fused.rules.sgd import SGD
 from zo_fused.step.direction import Term
 from zo_fused.step.estimates import Estimate
@@ -27,9 +27,6 @@ _CURES = {
     "attention": "; load it with attn_implementation='sdpa' or 'eager'",
     "flash": "; load it with attn_implementation='sdpa' or 'eager'",
 }
-
-
-THETA = Position(0.0)
 
 
 class DenseOf(Dense):
@@ -63,7 +60,7 @@ class ForwardGrad(ZerothOrderOptimizer):
         rounding: of the update in 16-bit weights: "nearest", or "stochastic", without bias. No
             restore dithers this update, so small ones need "stochastic".
         distribution: of the elements of z: "gaussian", "hadamard" or "rademacher".
-        seed, queries: see `ZerothOrderOptimizer`.
+        seed, parallel, queries: see `ZerothOrderOptimizer`.
     """
 
     needs_closure = True
@@ -78,12 +75,14 @@ class ForwardGrad(ZerothOrderOptimizer):
         distribution: str = "gaussian",
         *,
         seed: int = 0,
+        parallel: Option = "auto",
         queries: int = 1,
     ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay, "rounding": rounding}
         direction = DenseOf(module if isinstance(module, nn.Module) else None, distribution)
         options = {"distribution": distribution}
-        super().__init__(module, direction, SGD(), defaults, options, seed=seed, queries=queries)
+        common: Any = {"seed": seed, "parallel": parallel, "queries": queries}
+        super().__init__(module, direction, SGD(), defaults, options, **common)
 
     def positions(self) -> list[Position]:
         return []  # the weights stay at theta
@@ -93,17 +92,15 @@ class ForwardGrad(ZerothOrderOptimizer):
         return self.schedule.queries
 
     def measure(self, closure: Closure) -> Estimate:
-        losses: list[Tensor] = []
-        slopes: list[Any] = []
-        for query in range(self.schedule.queries):
-            slope = partial(self._slope, closure, query, losses)
-            slopes += self.losses_at([THETA], slope, again=query > 0).values()
-        grads = stacked(slopes, self.weights.buckets[0].device)
-        mean = torch.stack([loss.reshape(()) for loss in losses]).double().mean()
-        return Estimate(mean.float(), grads, losses, losses)
+        queries = self.schedule.queries
+        rows = self.numbers_at_theta(queries, 2, partial(self._slope, closure))
+        slopes, losses = zip(*rows, strict=True)
+        device = self.weights.buckets[0].device
+        mean = stacked(losses, device).double().mean()
+        return Estimate(mean.float(), stacked(slopes, device), losses, losses)
 
-    def _slope(self, closure: Closure, query: int, losses: list[Tensor]) -> Tensor:
-        """The derivative of the loss along the z of a query; the loss is appended to the list."""
+    def _slope(self, closure: Closure, query: int) -> tuple[Tensor, Tensor]:
+        """The derivative of the loss along the z of a query, and the loss."""
         direction = self.direction
         assert isinstance(direction, DenseOf)
         if direction.module is None:
@@ -128,8 +125,7 @@ class ForwardGrad(ZerothOrderOptimizer):
                 "ForwardGrad: the loss carries no tangent: it must be computed from the module's "
                 "parameters, by differentiable operators, and returned as a tensor"
             )
-        losses.append(value.detach())
-        return tangent
+        return tangent, value.detach()
 
     @staticmethod
     def _differentiable(closure: Closure) -> Any:

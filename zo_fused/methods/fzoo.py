@@ -11,6 +11,7 @@ from torch import Tensor
 from zo_fused.checks import whole
 from zo_fused.directions.dense import Dense
 from zo_fused.methods.table import Recipe, method
+from zo_fused.parallel.options import Option
 from zo_fused.rules.sgd import SGD
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.vectors import Vector, stacked, where
@@ -40,8 +41,8 @@ class FZOO(ZerothOrderOptimizer):
         lr: learning rate. The released scripts use 5e-5 for OPT-13B, with eps 1e-4.
         queries: N, at least 2.
         distribution: of the elements of u: "rademacher", "gaussian" or "hadamard".
-        eps, weight_decay, rounding, seed, deferred, block_order: see `ZerothOrderOptimizer`. With
-            blocks, sigma is of the losses of a block.
+        eps, weight_decay, rounding, seed, parallel, deferred, block_order: see
+            `ZerothOrderOptimizer`. With blocks, sigma is of the losses of a block.
     """
 
     why_skipped = "a loss was not finite, or none differed from another (larger batches differ)"
@@ -57,6 +58,7 @@ class FZOO(ZerothOrderOptimizer):
         weight_decay: float = 0.0,
         rounding: str = "nearest",
         seed: int = 0,
+        parallel: Option = "auto",
         deferred: bool = False,
         block_order: str | None = None,
     ) -> None:
@@ -72,6 +74,7 @@ class FZOO(ZerothOrderOptimizer):
             weight_decay=weight_decay,
             rounding=rounding,
             seed=seed,
+            parallel=parallel,
             deferred=deferred,
             one_sided=True,
             queries=queries,

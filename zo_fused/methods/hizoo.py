@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zo_fused.directions.shaped import Scaled
 from zo_fused.methods.table import Recipe, method
+from zo_fused.parallel.options import Option
 from zo_fused.rules.hizoo import HessianSGD
 from zo_fused.step.estimates import Estimate
 from zo_fused.step.optimizer import ZerothOrderOptimizer
@@ -38,8 +39,8 @@ class HiZOO(ZerothOrderOptimizer):
         hessian_smooth: a, in [0, 1).
         distribution: of the elements of z: "gaussian" or "hadamard". Not "rademacher": z^2 is 1
             there, and H would stay the same for all weights.
-        eps, weight_decay, rounding, seed, queries: see `ZerothOrderOptimizer`. There is no
-            deferred, for L0 needs theta, and no one_sided, for the curvature needs both sides.
+        eps, weight_decay, rounding, seed, parallel, queries: see `ZerothOrderOptimizer`. There is
+            no deferred, for L0 needs theta, and no one_sided, for the curvature needs both sides.
     """
 
     needs_closure = True
@@ -55,6 +56,7 @@ class HiZOO(ZerothOrderOptimizer):
         rounding: str = "nearest",
         *,
         seed: int = 0,
+        parallel: Option = "auto",
         queries: int = 1,
     ) -> None:
         if distribution == "rademacher":
@@ -77,6 +79,7 @@ class HiZOO(ZerothOrderOptimizer):
             defaults,
             options,
             seed=seed,
+            parallel=parallel,
             queries=queries,
         )
 

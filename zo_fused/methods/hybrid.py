@@ -96,7 +96,7 @@ class Hybrid:
         Raises:
             TypeError: the loss is not a tensor of one element.
             ValueError: fo has parameters that require gradients, but the loss has no graph.
-            RuntimeError: in a CUDA graph capture.
+            RuntimeError: in a CUDA graph capture, or zo takes its steps with other ranks.
             Whatever the closure raises; the weights of zo are then at theta, fo has not stepped.
 
         If a loss is not finite, neither part moves. Gradients are None before and after, also when
@@ -105,6 +105,11 @@ class Hybrid:
         """
         if capturing():
             raise RuntimeError("a hybrid step can't be captured: the host looks at the losses")
+        if self.zo.ranks.groups():
+            raise RuntimeError(
+                "Hybrid does not average the gradients of fo over ranks: their weights would drift "
+                "apart. Run one process; zo with parallel=None leaves each to itself"
+            )
         losses: list[Tensor] = []
         held = uninterrupted()
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from zo_fused.checks import bounded, whole
 from zo_fused.directions.curved import Curved
 from zo_fused.methods.table import Recipe, method
+from zo_fused.parallel.options import Option
 from zo_fused.rules.curved import CurvedSGD
 from zo_fused.step.hyper import hyper
 from zo_fused.step.optimizer import ZerothOrderOptimizer
@@ -46,7 +47,8 @@ class LOREN(ZerothOrderOptimizer):
         lr_cov: learning rate of a, >= 0.
         rho: damping, > 0: directions along a have variance ``rho / (rho + |a|^2)``, others 1.
         distribution: of the elements of u: "gaussian", "hadamard" or "rademacher".
-        eps, weight_decay, rounding, seed, deferred, block_order: see `ZerothOrderOptimizer`.
+        eps, weight_decay, rounding, seed, parallel, deferred, block_order: see
+            `ZerothOrderOptimizer`.
     """
 
     needs_closure = True
@@ -65,6 +67,7 @@ class LOREN(ZerothOrderOptimizer):
         weight_decay: float = 0.0,
         rounding: str = "nearest",
         seed: int = 0,
+        parallel: Option = "auto",
         deferred: bool = False,
         block_order: str | None = None,
     ) -> None:
@@ -83,6 +86,7 @@ class LOREN(ZerothOrderOptimizer):
             weight_decay=weight_decay,
             rounding=rounding,
             seed=seed,
+            parallel=parallel,
             deferred=deferred,
             queries=queries,
             block_order=block_order,

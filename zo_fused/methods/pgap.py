@@ -12,6 +12,7 @@ from zo_fused.directions.aligned import ALIGNMENTS, LEARNT, Aligned, BesideAlign
 from zo_fused.methods.beside import evaluated_module, mode_of, rounding_of
 from zo_fused.methods.table import Recipe, method
 from zo_fused.methods.vectors_apart import vectors_apart
+from zo_fused.parallel.options import Option
 from zo_fused.rules.sgd import SGD
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.schedule import Position
@@ -62,7 +63,7 @@ class PGAP(ZerothOrderOptimizer):
         module: the model that the closure evaluates, for mode "factored" where `params` is not it.
         rounding: of updates in 16-bit weights: "nearest", or "stochastic"; the default is
             "stochastic" in mode "factored".
-        eps, weight_decay, seed, one_sided, queries: see `ZerothOrderOptimizer`. There is
+        eps, weight_decay, seed, parallel, one_sided, queries: see `ZerothOrderOptimizer`. There is
             no `deferred`: a sweep can't go along a z that is not learnt yet; and no `block_order`:
             probes move all blocks.
     """
@@ -90,6 +91,7 @@ class PGAP(ZerothOrderOptimizer):
         eps: float = 1e-3,
         weight_decay: float = 0.0,
         seed: int = 0,
+        parallel: Option = "auto",
         one_sided: bool = False,
         queries: int = 1,
     ) -> None:
@@ -132,6 +134,7 @@ class PGAP(ZerothOrderOptimizer):
             weight_decay=weight_decay,
             rounding=rounding_of(rounding, mode),
             seed=seed,
+            parallel=parallel,
             one_sided=one_sided,
             queries=queries,
         )

@@ -12,6 +12,7 @@ from zo_fused.checks import bounded
 from zo_fused.directions.dense import Dense
 from zo_fused.methods.scales import moved_away, quantization_scales, scales_of
 from zo_fused.methods.table import Recipe, method
+from zo_fused.parallel.options import Option
 from zo_fused.rules.sgd import SGD, Floored
 from zo_fused.step.evaluation import Closure
 from zo_fused.step.optimizer import ZerothOrderOptimizer
@@ -40,9 +41,9 @@ class QZO(ZerothOrderOptimizer):
         clip: the largest magnitude of g, or None.
         floor: the smallest value of an element of theta, or None.
         distribution: of the elements of z: "gaussian", "hadamard" or "rademacher".
-        eps, weight_decay, rounding, seed, one_sided, queries: see `ZerothOrderOptimizer`. There is
-            no ``deferred``: weights that rest perturbed are not guarded where a layer reads its
-            scale from inside a weight.
+        eps, weight_decay, rounding, seed, parallel, one_sided, queries: see
+            `ZerothOrderOptimizer`. There is no ``deferred``: weights that rest perturbed are not
+            guarded where a layer reads its scale from inside a weight.
 
     Raises:
         ValueError: the module has no quantized layer, or one whose scales can't be moved; eps of a
@@ -66,6 +67,7 @@ class QZO(ZerothOrderOptimizer):
         weight_decay: float = 0.0,
         rounding: str = "nearest",
         seed: int = 0,
+        parallel: Option = "auto",
         one_sided: bool = False,
         queries: int = 1,
     ) -> None:
@@ -93,6 +95,7 @@ class QZO(ZerothOrderOptimizer):
             weight_decay=weight_decay,
             rounding=rounding,
             seed=seed,
+            parallel=parallel,
             one_sided=one_sided,
             queries=queries,
         )
@@ -113,9 +116,9 @@ class QZO(ZerothOrderOptimizer):
         """``clamp(g, -clip, clip)``."""
         return grads if self.clip is None else grads.clamp(-self.clip, self.clip)
 
-    def estimate(self, closure: Closure) -> Tensor:
+    def estimate(self, closure: Closure, weight: Any = 1.0) -> Tensor:
         """As that of other optimizers; the scales are at theta afterwards."""
-        loss = super().estimate(closure)
+        loss = super().estimate(closure, weight)
         self.flush()
         return loss
 

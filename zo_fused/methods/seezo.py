@@ -15,6 +15,7 @@ from zo_fused.directions.low_rank import LowRank
 from zo_fused.methods.activations import SeesActivations
 from zo_fused.methods.beside import evaluated_module, rounding_of
 from zo_fused.methods.table import Recipe, method
+from zo_fused.parallel.options import Option
 from zo_fused.rules.sgd import SGD
 from zo_fused.step.optimizer_state import in_order
 
@@ -54,7 +55,7 @@ class SeeZO(SeesActivations):
         module: the model that the closure evaluates, where `params` is not it.
         rounding: see `LOZO`.
         distribution: of U and of the z of vectors: see `MeZO`.
-        eps, weight_decay, seed, and for mode "inplace" deferred, block_order: see
+        eps, weight_decay, seed, parallel, and for mode "inplace" deferred, block_order: see
             `ZerothOrderOptimizer`.
 
     Raises:
@@ -79,6 +80,7 @@ class SeeZO(SeesActivations):
         eps: float = 1e-3,
         weight_decay: float = 0.0,
         seed: int = 0,
+        parallel: Option = "auto",
         deferred: bool = False,
         block_order: str | None = None,
     ) -> None:
@@ -121,6 +123,7 @@ class SeeZO(SeesActivations):
             eps=eps,
             weight_decay=weight_decay,
             seed=seed,
+            parallel=parallel,
             deferred=deferred,
             one_sided=True,
             queries=queries,

@@ -9,6 +9,7 @@ from torch import Tensor
 from zo_fused.checks import bounded, choice
 from zo_fused.directions.shaped import Masked
 from zo_fused.methods.table import Recipe, method
+from zo_fused.parallel.options import Option
 from zo_fused.rules.sgd import SGD
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 
@@ -37,7 +38,7 @@ class SparseMeZO(ZerothOrderOptimizer):
         mask: "magnitude" or "random".
         interval: steps that a mask is kept for.
         distribution: of the elements of u: "gaussian", "hadamard" or "rademacher".
-        eps, weight_decay, rounding, seed, one_sided, queries, block_order: see
+        eps, weight_decay, rounding, seed, parallel, one_sided, queries, block_order: see
             `ZerothOrderOptimizer`. There is no deferred: between its steps there is no theta that a
             new mask could be made from.
     """
@@ -55,6 +56,7 @@ class SparseMeZO(ZerothOrderOptimizer):
         rounding: str = "nearest",
         *,
         seed: int = 0,
+        parallel: Option = "auto",
         one_sided: bool = False,
         queries: int = 1,
         block_order: str | None = None,
@@ -77,6 +79,7 @@ class SparseMeZO(ZerothOrderOptimizer):
             defaults,
             options,
             seed=seed,
+            parallel=parallel,
             one_sided=one_sided,
             queries=queries,
             block_order=block_order,

@@ -11,6 +11,7 @@ from zo_fused.directions.left_basis import BesideLeftBasis, LeftBasis
 from zo_fused.methods.beside import evaluated_module, mode_of, rounding_of
 from zo_fused.methods.table import Recipe, method
 from zo_fused.methods.vectors_apart import vectors_apart
+from zo_fused.parallel.options import Option
 from zo_fused.rules.muon import Muon
 from zo_fused.step.hyper import hyper
 from zo_fused.step.optimizer import ZerothOrderOptimizer
@@ -55,7 +56,7 @@ class ZOMuon(ZerothOrderOptimizer):
             the model is known and neither deferred nor block_order is given.
         module: the model that the closure evaluates, for mode "factored", where `params` is not it.
         rounding: see `LOZO`.
-        eps, weight_decay, seed, and for mode "inplace" deferred, block_order: see
+        eps, weight_decay, seed, parallel, and for mode "inplace" deferred, block_order: see
             `ZerothOrderOptimizer` ("sequential" without momentum only).
     """
 
@@ -77,6 +78,7 @@ class ZOMuon(ZerothOrderOptimizer):
         eps: float = 1e-3,
         weight_decay: float = 0.0,
         seed: int = 0,
+        parallel: Option = "auto",
         deferred: bool = False,
         block_order: str | None = None,
     ) -> None:
@@ -106,6 +108,7 @@ class ZOMuon(ZerothOrderOptimizer):
             weight_decay=weight_decay,
             rounding=rounding_of(rounding, mode),
             seed=seed,
+            parallel=parallel,
             deferred=deferred,
             queries=queries,
             one_sided=one_sided,

@@ -16,9 +16,10 @@ from zo_fused.noise.streams import CONTRACT_VERSION, plain_name
 from zo_fused.replaying.tape import Recorder
 from zo_fused.step import log_lines
 from zo_fused.step.access import plain_tensors
-from zo_fused.step.buckets import fingerprint
 from zo_fused.step.direction import Direction
+from zo_fused.step.fingerprint import fingerprint
 from zo_fused.step.interrupts import uninterrupted
+from zo_fused.step.log_writer import check_base
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.schedule import Position
 from zo_fused.step.vectors import vector
@@ -134,8 +135,7 @@ def _optimizer(
                 "log; load the base model in the dtype of the run"
             )
         groups[number]["params"].append(tensor if name is None else (name, tensor))
-    if fingerprint(tensors) != header["base"]:
-        raise ValueError("the log was written for other base weights than these")
+    check_base(record.path, header, fingerprint(tensors))
     defaults = {**header["groups"][0], **header["options"]}  # every group has values of its own
     defaults |= {"seed": header["seed"], "module": nn.Module()}
     factored = defaults.get("mode") == "factored"
@@ -150,7 +150,6 @@ def _optimizer(
     for number, (group, values) in enumerate(
         zip(optimizer.param_groups, header["groups"], strict=True)
     ):
-        # Earlier versions also logged what a method has no use for.
         group.update({name: v for name, v in values.items() if name in optimizer.defaults})
         if "param_names" in group:  # those that the run had its noise from
             group["param_names"] = [name for name, *_, of in table if of == number]
@@ -179,7 +178,7 @@ def _tensors(
             return tensors
     else:
         named = dict(model)
-    # The model, or in earlier versions the run's, may be compiled or wrapped.
+    # The model may be compiled or wrapped.
     plain = {plain_name(name): tensor for name, tensor in named.items()}
     tensors = []
     for name, *_ in table:

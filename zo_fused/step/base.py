@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zo_fused.checks import meant, whole
 from zo_fused.noise.streams import CONTRACT_VERSION, plain_name
+from zo_fused.parallel.options import Option
 from zo_fused.step.access import Access, plain_tensors
 from zo_fused.step.buckets import parameter_ids
 from zo_fused.step.capture import Capture
@@ -40,6 +41,7 @@ class Base(Chooses, torch.optim.Optimizer):
         weights: where they are, and who takes them elsewhere.
         rule: what a projected gradient does.
         schedule: which losses a step takes.
+        ranks: that take a step together.
         state: by parameter, and by names what a method keeps; `state_dict` saves it.
     """
 
@@ -73,6 +75,7 @@ class Base(Chooses, torch.optim.Optimizer):
         usual = {name: value for name, value in of_groups.items() if name in takes}
         defaults = usual | defaults | {name: of_groups[name] for name in usual if name in common}
         seed = whole("seed", chosen.pop("seed"), 0, bits=64)
+        parallel = chosen.pop("parallel")
         schedule = Schedule(**chosen)
         recorded = {**asdict(schedule), **(options or {})}
         recorded = {name: value for name, value in recorded.items() if name in takes}
@@ -86,21 +89,23 @@ class Base(Chooses, torch.optim.Optimizer):
             )
         _check_pair(rule, direction)
         counters: dict[str, Any] = {"seed": seed, "step": 0, "restores": 0, "in_place": ()}
+        counters["log"] = ()
         counters |= {"contract": CONTRACT_VERSION, **_kind(self, rule, direction, recorded)}
         defaults = {"block": 0, **{name: hyper(name, value) for name, value in defaults.items()}}
         defaults |= counters
-        self._assemble(direction, rule, schedule, recorded, defaults, module)
+        self._assemble(defaults, module, direction, rule, schedule, recorded, parallel)
         super().__init__(params, defaults)
         self._not_of_method = {"_not_of_method", *vars(self)} - of_method
 
     def _assemble(
         self,
+        defaults: dict[str, Any],
+        module: nn.Module | None,
         direction: Direction,
         rule: Rule,
         schedule: Schedule,
         options: dict[str, Any],
-        defaults: dict[str, Any],
-        module: nn.Module | None,
+        parallel: Option,
     ) -> None:
         self.rule = rule
         self.schedule = schedule
@@ -115,7 +120,8 @@ class Base(Chooses, torch.optim.Optimizer):
         self._access = Access(self, self.weights, self._capture, guard)
         self._timer = Timer(parameters)
         self._report = Report(self.why_skipped)
-        self._evaluation = Evaluation(self.weights, self._timer, self._report)
+        self._evaluation = Evaluation(self.weights, self._timer, self._report, parallel)
+        self.ranks = self._evaluation.ranks
 
     def _bind(self) -> None:
         """The groups and the state may be other objects now."""
@@ -224,7 +230,7 @@ class Base(Chooses, torch.optim.Optimizer):
             # too late to do it here: the weights may have been copied already
             raise RuntimeError("weights are perturbed: flush() before copying or pickling")
         self.flush()  # if weights were copied before, looking at them has done this already
-        parts = (self.direction, self.rule, self.schedule, self._options)
+        parts = (self.direction, self.rule, self.schedule, self._options, self.ranks.option)
         own = {
             name: value
             for name, value in vars(self).items()
@@ -236,15 +242,15 @@ class Base(Chooses, torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         if "_parts" in state:  # unpickled, not loaded from a state_dict
-            direction, rule, schedule, options = state.pop("_parts")
-            self._assemble(direction, rule, schedule, options, state["defaults"], None)
+            self._assemble(state["defaults"], None, *state.pop("_parts"))
         super().__setstate__(state)
         self._bind()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, bit for bit; the weights are flushed first."""
+        """The state, bit for bit; the weights are flushed first, and the replay log is on the disk
+        when this returns."""
         self.flush()
-        self._groups.count(step=self.step_count)
+        self._groups.count(step=self.step_count, log=self.weights.log.save())
         return super().state_dict()
 
     @plain_tensors
@@ -276,8 +282,9 @@ class Base(Chooses, torch.optim.Optimizer):
                     self.state[p][name] = value.detach().to(p.device, copy=True)
         for name in [key for key in self.state if not isinstance(key, Tensor)]:
             self.state[name] = deepcopy(self.state[name])  # torch copies what is of parameters only
-        for group in self.param_groups:  # a state of an earlier version has neither
+        for group in self.param_groups:  # a state of an earlier version has none
             group.update(block=group.get("block", 0), options=kind["options"])
+            group.setdefault("log", ())
         self.weights.parameters.forget()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from zo_fused.checks import finite
 from zo_fused.step.access import plain_tensors
@@ -104,15 +105,25 @@ class BetweenSteps(Base):
             ValueError: the log is of another run, or the optimizer already has momentum that a new
                 log would lack.
         """
-        self.flush()
+        weights = self.weights
+        if not resume or (weights.place.at and not weights.ahead):
+            self.flush()
         self.close_log()
         with self._access.alone():
-            self.weights.look()
+            weights.look()
         if not resume and self.step_count > 0 and self.state:
             raise ValueError(
                 "a replay log of this method must start with its first step; "
                 "pass resume=True to continue the log of this run"
             )
+        positions = [] if weights.beside.paired else self.positions()
+        if positions and positions[0].sign == 0 and not self.schedule.deferred:
+            del positions[0]  # they are there
+        at_theta = not weights.away()
+        weights.log.open(path, resume, at_theta, self._about(), positions, weights.buckets)
+
+    def _about(self) -> dict[str, Any]:
+        """The method, as a replay log has it."""
         # of a method that names them otherwise, such as a population: readers count by them
         queries = {"queries": n} if (n := self.schedule.queries) > 1 else {}
         about = {
@@ -123,10 +134,7 @@ class BetweenSteps(Base):
         home = type(self).__module__
         if not home.startswith(("zo_fused.", "__main__")):
             about["module"] = home  # to be imported before a replay
-        positions = [] if self.weights.beside.paired else self.positions()
-        if positions and positions[0].sign == 0 and not self.schedule.deferred:
-            del positions[0]  # they are there
-        self.weights.log.open(path, resume, about, positions, self.weights.buckets)
+        return about
 
     def close_log(self) -> None:
         """Stop writing the replay log."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zo_fused.noise.streams import parameter_id
 from zo_fused.recording import capturing
@@ -249,25 +247,6 @@ def _refuse_without_memory(param_groups: list[dict[str, Any]]) -> None:
                 "then make the optimizer"
             )
         _refuse_unsupported(p, f"parameter {label}")
-
-
-def fingerprint(tensors: list[Tensor]) -> str:
-    """A short hash of the ends of every tensor, to recognise the weights a log starts from."""
-    digest = hashlib.sha256()
-    for tensor in chain.from_iterable(map(_plain_parts, tensors)):
-        flat = tensor.detach().reshape(-1)
-        ends = torch.cat([flat[:64], flat[-64:]]).float().cpu()
-        digest.update(ends.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _plain_parts(tensor: Tensor) -> list[Tensor]:
-    """What a tensor is made of: a frozen one may be quantized, and so of a class that has no
-    views (torchao)."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    return [part for name in names for part in _plain_parts(getattr(tensor, name))]
 
 
 def _refuse_unsupported(p: Tensor, label: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from zo_fused.noise.keys import on_host
+from zo_fused.parallel.options import Option
+from zo_fused.parallel.ranks import Ranks
+from zo_fused.step.common_run import run_of
 from zo_fused.step.direction import UsedOtherwise
 from zo_fused.step.generators import GeneratorStates
 from zo_fused.step.report import Report
@@ -42,10 +46,15 @@ class Evaluation:
     """Evaluates closures.
 
     Losses are numbers of the host, or tensors [] on the first parameter's GPU: float64, or float32
-    where the closure's are (they go into sums of float64 as they are).
+    where the closure's are (they go into sums of float64 as they are). Where several ranks take a
+    step together, they are means over the ranks, float64.
+
+    Attributes:
+        ranks: that take a step together.
     """
 
-    def __init__(self, weights: Weights, timer: Timer, report: Report) -> None:
+    def __init__(self, weights: Weights, timer: Timer, report: Report, option: Option) -> None:
+        self.ranks = Ranks(option, partial(run_of, weights))
         self._weights = weights
         self._timer = timer
         self._report = report
@@ -60,36 +69,69 @@ class Evaluation:
         Args:
             again: these follow others in the same step.
         """
-        generators = self._generators if again else None
-        while True:
-            try:
-                losses = {}
-                for position in positions:
-                    with self._timer("perturb"):
-                        self._weights.visit(position)
-                    generators = self._rewound(generators)
-                    losses[position] = self.loss(closure)
-                self._generators = generators
-                return losses
-            except UsedOtherwise as use:
-                self._leave_in_place(use, generators)
+        rows = self.rows(positions, 1, self._weights.visit, lambda _: [self.loss(closure)], again)
+        return {position: loss for position, [loss] in zip(positions, rows, strict=True)}
 
     def losses_in_pairs(self, queries: int, closure: Closure) -> dict[Position, Any]:
         """The losses at both signs of every query; the weights stay at theta."""
-        weights, generators = self._weights, None
+        weights = self._weights
+        weights.look_again()
+
+        def both(query: int) -> Sequence[Any]:
+            return weights.beside.both(weights.perturbations(query), closure).unbind()
+
+        rows = self.at_theta(queries, 2, both)
+        signs = (1.0, -1.0)
+        return {Position(s, q): rows[q][i] for q in range(queries) for i, s in enumerate(signs)}
+
+    def at_theta(
+        self, queries: int, width: int, take: Callable[[int], Sequence[Any]]
+    ) -> list[Sequence[Any]]:
+        """Numbers of each query, the weights at theta. Checked as losses are."""
+
+        def scalars(query: int) -> list[Any]:
+            with self._timer("forward"), self._weights.beside.watching():
+                return [self.scalar(number) for number in take(query)]
+
+        def look(_: int) -> None:
+            self._weights.visit(Position(0.0))  # nothing moves, but parameters are looked at
+
+        return self.rows(range(queries), width, look, scalars)
+
+    def rows(
+        self,
+        places: Sequence[Any],
+        width: int,
+        go: Callable[[Any], None],
+        take: Callable[[Any], Sequence[Any]],
+        again: bool = False,
+    ) -> list[Sequence[Any]]:
+        """Numbers of the present step, `width` of each place, all with the same state of torch's
+        global generators.
+
+        Args:
+            go: puts the weights there.
+            take: evaluates there.
+            again: these follow others in the same step.
+        """
+        generators = self._generators if again else None
+
+        def there(place: Any) -> None:
+            with self._timer("perturb"):
+                go(place)
+
+        def taken(place: Any) -> Sequence[Any]:
+            nonlocal generators
+            generators = self._rewound(generators)
+            return take(place)
+
         while True:
+            # A weight that has no side path must be met at the same place by all ranks.
+            whole = self._weights.beside.module is not None and self._generators is None
             try:
-                weights.look_again()
-                with self._timer("perturb"):
-                    weights.visit(Position(0.0))  # nothing moves, but parameters are looked at
-                losses: dict[Position, Any] = {}
-                for query in range(queries):
-                    generators = self._rewound(generators)
-                    with self._timer("forward"), weights.beside.watching():
-                        both = weights.beside.both(weights.perturbations(query), closure)
-                    for sign, loss in zip((1.0, -1.0), both.unbind(), strict=True):
-                        losses[Position(sign, query)] = self.scalar(loss)
-                return losses
+                rows = self.ranks.rows(places, width, there, taken, whole)
+                self._generators = generators
+                return rows
             except UsedOtherwise as use:
                 self._leave_in_place(use, generators)
 
@@ -105,10 +147,12 @@ class Evaluation:
                 f"a place has a coefficient of z for every param group: {groups}, not "
                 f"{len(place.at)}"
             )
-        with self._timer("perturb"):
-            self._weights.go(place)
-        self._generators = self._rewound(self._generators)
-        return self.loss(closure)
+
+        def take(_: Place) -> list[Any]:
+            return [self.loss(closure)]
+
+        [[loss]] = self.rows([place], 1, self._weights.go, take, again=True)
+        return loss
 
     def loss(self, closure: Closure) -> Any:
         """The loss where the weights are."""
@@ -136,7 +180,20 @@ class Evaluation:
             raise ValueError(
                 f"step() needs loss_plus and loss_minus of {queries} queries each, got {len(given)}"
             )
-        return [self.scalar(loss) for loss in given]
+        return self.told(given)
+
+    def told(self, losses: Sequence[Any]) -> list[Any]:
+        """Losses, or rewards, that come from outside.
+
+        Raises:
+            TypeError: as `scalar`.
+        """
+
+        def take(_: None) -> list[Any]:
+            return [self.scalar(loss) for loss in losses]
+
+        [row] = self.ranks.rows([None], len(losses), lambda _: None, take)
+        return list(row)
 
     def scalar(self, loss: Any) -> Any:
         """A loss, checked.

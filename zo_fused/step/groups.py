@@ -13,8 +13,8 @@ from zo_fused.noise.keys import on_host
 from zo_fused.step.hyper import names_of
 
 # Kept in every param group, where `state_dict` leaves integers as they are. in_place: positions of
-# the matrices that a direction can't keep its changes beside.
-COUNTERS = ("seed", "step", "restores", "contract", "in_place", "method", "options")
+# the matrices that a direction can't keep its changes beside. log: of a state, `StepLog.save`.
+COUNTERS = ("seed", "step", "restores", "contract", "in_place", "log", "method", "options")
 
 
 class Groups:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 
 from zo_fused.noise.streams import CONTRACT_VERSION
-from zo_fused.step.buckets import Bucket, fingerprint
+from zo_fused.step.buckets import Bucket
 from zo_fused.step.direction import Direction
+from zo_fused.step.fingerprint import fingerprint
 from zo_fused.step.groups import COUNTERS, Groups
 from zo_fused.step.log_writer import Writer
 from zo_fused.step.schedule import Position
@@ -39,6 +41,7 @@ class StepLog:
         self,
         file: str | os.PathLike[str],
         resume: bool,
+        at_theta: bool,
         about: dict[str, Any],
         positions: Sequence[Position],
         buckets: Sequence[Bucket],
@@ -47,27 +50,53 @@ class StepLog:
 
         Args:
             about: method, its options, the transform.
+            at_theta: whether the weights are.
             positions: of an ordinary step, which begins at theta, or one step ahead.
         """
         groups = self._groups
         header = {
-            "contract": CONTRACT_VERSION,
-            **about,
-            "seed": groups.seed,
+            **self.about(about),
             "first_step": groups.step,
-            "parameters": parameter_table(groups.all),
-            "base": fingerprint(groups.params()),
             "path": [position.to_json() for position in positions],
             **self._settings(buckets),
         }
         if resume:
-            self._writer = Writer.resume(file, header, groups.step, groups.restores)
+            step, restores, checksum = groups.shared("log") or (-1, -1, 0)
+            same = (step, restores) == (groups.step, groups.restores)  # as when it was saved
+            known, base = checksum if same else None, self._base if at_theta else None
+            now = groups.step, groups.restores
+            self._writer = Writer.resume(file, header, *now, known, base)
         else:
             groups.count(restores=0)
-            self._writer = Writer.create(file, header)
+            self._writer = Writer.create(file, {**header, "base": self._base()})
+
+    def about(self, about: dict[str, Any]) -> dict[str, Any]:
+        """What the logs of a run have in common."""
+        groups = self._groups
+        parameters = parameter_table(groups.all)
+        return {
+            "contract": CONTRACT_VERSION,
+            **about,
+            "seed": groups.seed,
+            "parameters": parameters,
+        }
+
+    def _base(self) -> str:
+        return fingerprint(self._groups.params())
+
+    def save(self) -> tuple[int, ...]:
+        """All lines are on the disk when this returns. What a saved state has of the log, so that
+        it is continued with none but this one: steps, restores after them, checksum; empty: no log
+        is open."""
+        if self._writer is None:
+            return ()
+        with suppress(FileNotFoundError):  # the next line will tell
+            self._writer.sync()
+        return self._groups.step, self._groups.restores, self._writer.checksum
 
     def close(self) -> None:
         """Nothing more is written."""
+        self.save()
         self._writer = None
 
     def begin(self) -> tuple[list[Any], list[float] | None]:

@@ -1,6 +1,6 @@
-"""The replay log: JSON lines from which a run is rebuilt. Format in docs/replay.md.
+"""The replay log: what its records say, from which a run is rebuilt. Format in docs/replay.md.
 
-One header line, then one line an event:
+One header, then one record an event (as lines of a file: `zo_fused.step.log_records`):
 
 * ``[step, g]``: an update with projected gradient g, a list of them where a step has several (null:
   a loss was not finite; nothing applied), after the header's usual path of perturbations
@@ -12,14 +12,11 @@ One header line, then one line an event:
 * ``{"trainable": [...]}``: positions of the trainable parameters from here on
 * ``{"in_place": [...]}``: those that a factored run perturbs in place all the same
 * ``{"bases": [...]}``: from here on, what z is made from besides the seed (`Direction.bases`)
-
-A line that a killed process left unfinished is ignored.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -29,10 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-FORMAT = "zo_fused replay log"
-VERSION = 1
-USUAL_PATH = [[1.0, 0], [-1.0, 0]]  # where a header has none
-
+from zo_fused.step.log_records import FORMAT, VERSION, records
 
 Settings = dict[str, Any]  # the values of these names, as the log has them
 SETTINGS = ("groups", "trainable", "in_place", "bases")
@@ -44,6 +38,9 @@ _FORMS = {
     "groups": list,
     "trainable": list,
     "in_place": list,
+    "bases": list,
+    "path": list,
+    "transform": str,
 }
 _UNSIGNED = {"seed": 64, "first_step": 63}  # bits
 _NUMBERS = {"lr", "eps", "weight_decay", "momentum", "dampening", "adam_eps"}  # none below 0
@@ -73,7 +70,10 @@ class Event:
 class Log:
     """A log that was read: its header and its events."""
 
+    path: Path
     header: dict[str, Any]
+    checksum: int  # of all its records
+    end: int  # of its last complete line in the file, in bytes
     events: list[Event] = field(default_factory=list)
 
 
@@ -125,9 +125,8 @@ class _Reader:
                 _scalar(one, name)
         self._queries = _whole(options.get("queries", 1), "queries", _MOST_QUERIES)
         self._simultaneous = options.get("block_order") == "simultaneous"
-        settings = {"bases": [], **header}  # earlier versions had none
-        self.settings = self._changed({name: settings[name] for name in SETTINGS}, {})
-        self.usual_path = self._path(header.get("path", USUAL_PATH))
+        self.settings = self._changed({name: header[name] for name in SETTINGS}, {})
+        self.usual_path = self._path(header["path"])
         self._next_step: int = header["first_step"]
 
     def _owner(self, row: Any) -> int:
@@ -207,18 +206,12 @@ class _Reader:
             at = [_number(x, "a coefficient") for x in _list(entry["at"], "at")]
             _must(len(at) == self._groups, f"at has {len(at)} values, not {self._groups}")
             return {**entry, "at": at}
-        if not isinstance(entry, list):  # as earlier versions wrote the first query
-            return [_number(entry, "a sign"), 0]
-        _must(len(entry) in (2, 3), f"{_short(entry)} is no perturbation")
-        if entry[2:] == ["probe"]:
-            return [_number(entry[0], "a sign"), _whole(entry[1], "a probe", _MOST_QUERIES), True]
-        count = self._queries if len(entry) == 3 else self._count()
-        sign, query = _number(entry[0], "a sign"), _whole(entry[1], "a query", count)
-        if len(entry) == 3:  # earlier versions numbered the queries of a block apart
-            known = type(entry[2]) is int and entry[2] in self._blocks()
-            _must(known, f"there is no block {_short(entry[2])}")
-            query += sorted(self._blocks()).index(entry[2]) * self._queries
-        return [sign, query]
+        right = isinstance(entry, list) and (len(entry) == 2 or entry[2:] == ["probe"])
+        _must(right, f"{_short(entry)} is no perturbation")
+        sign, probe = _number(entry[0], "a sign"), len(entry) == 3
+        below = _MOST_QUERIES if probe else self._count()
+        number = _whole(entry[1], "a probe" if probe else "a query", below)
+        return [sign, number, True] if probe else [sign, number]
 
     def _count(self) -> int:
         """Queries of a step."""
@@ -286,11 +279,12 @@ def _check_format(path: Path, header: Any, contract: int) -> None:
 class Line(NamedTuple):
     """A complete line of a log."""
 
-    text: bytes
     header: dict[str, Any]
     settings: Settings  # from here on
     event: Event | None  # None: the header, or a change of settings
     usual_path: list[Any]  # of the header
+    checksum: int  # of the lines up to here
+    end: int  # of the line in the file
 
 
 def read_lines(path: Path, contract: int) -> Iterator[Line]:
@@ -302,26 +296,19 @@ def read_lines(path: Path, contract: int) -> Iterator[Line]:
     """
     reader: _Reader | None = None
     header: dict[str, Any] = {}
-    with open(path, "rb") as file:
-        for number, text in enumerate(file, 1):
-            if not text.endswith(b"\n"):
-                break  # cut off by a kill
-            try:
-                value = json.loads(text.decode())
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+    for number, value, checksum, end in records(path):
+        if reader is None:
+            _check_format(path, value, contract)
+        event = None
+        try:
             if reader is None:
-                _check_format(path, value, contract)
-            event = None
-            try:
-                if reader is None:
-                    header, reader = value, _Reader(value)
-                else:
-                    event = reader.line(value)
-            except (ValueError, RecursionError) as error:
-                what = "a header" if reader is None else "an event"
-                raise ValueError(f"{path}, line {number}: not {what} ({error})") from None
-            yield Line(text, header, reader.settings, event, reader.usual_path)
+                header, reader = value, _Reader(value)
+            else:
+                event = reader.line(value)
+        except (ValueError, RecursionError) as error:
+            what = "a header" if reader is None else "an event"
+            raise ValueError(f"{path}, line {number}: not {what} ({error})") from None
+        yield Line(header, reader.settings, event, reader.usual_path, checksum, end)
     if reader is None:
         raise ValueError(f"{path} is not a zo_fused replay log: it has no complete header line")
 
@@ -334,6 +321,10 @@ def read(path: str | os.PathLike[str], contract: int) -> Log:
         ValueError: not a log, of another version, or damaged (with the line number).
     """
     lines = read_lines(Path(path), contract)
-    log = Log(next(lines).header)
-    log.events += [line.event for line in lines if line.event is not None]
+    first = next(lines)
+    log = Log(Path(path), first.header, first.checksum, first.end)
+    for line in lines:
+        log.checksum, log.end = line.checksum, line.end
+        if line.event is not None:
+            log.events.append(line.event)
     return log

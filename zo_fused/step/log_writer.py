@@ -1,13 +1,22 @@
-"""Writing a replay log as the run goes: `zo_fused.step.log_lines` says what is in it."""
+"""Writing a replay log as the run goes: `zo_fused.step.log_lines` says what is in it.
+
+A line is with the system when its step returns: it survives the death of the process. It is on the
+disk, so that it survives that of the machine, `SYNC_SECONDS` later, and when the state of the
+optimizer is saved or the log closed.
+"""
 
 from __future__ import annotations
 
-import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from zo_fused.step.log_lines import FORMAT, SETTINGS, VERSION, Settings, read_lines
+from zo_fused.step.log_lines import SETTINGS, Settings, read_lines
+from zo_fused.step.log_records import FORMAT, VERSION, line_of
+
+SYNC_SECONDS = 10.0
 
 
 class Writer:
@@ -18,11 +27,15 @@ class Writer:
         OSError: from a method, a line can't be written, or the file is gone or was changed.
     """
 
-    def __init__(self, path: Path, settings: Settings, usual_path: list[Any]) -> None:
+    def __init__(
+        self, path: Path, settings: Settings, usual_path: list[Any], checksum: int
+    ) -> None:
         self._path = path
         self._settings = settings
         self._usual_path = usual_path
         self._size = path.stat().st_size  # a cheap sign of whether it is still the same file
+        self._synced = -SYNC_SECONDS  # the next line is
+        self.checksum = checksum  # of the lines so far
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> Writer:
@@ -30,13 +43,20 @@ class Writer:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("", encoding="utf-8")
-        writer = cls(path, {name: header[name] for name in SETTINGS}, header["path"])
+        writer = cls(path, {name: header[name] for name in SETTINGS}, header["path"], 0)
         writer._write({"format": FORMAT, "version": VERSION, **header})
+        _sync(path.parent, os.O_RDONLY)  # which has the name
         return writer
 
     @classmethod
     def resume(
-        cls, path: str | os.PathLike[str], header: dict[str, Any], step: int, restores: int
+        cls,
+        path: str | os.PathLike[str],
+        header: dict[str, Any],
+        step: int,
+        restores: int,
+        checksum: int | None,
+        base: Callable[[], str] | None,
     ) -> Writer:
         """Go on with a log from `step`, after dropping what was written later than that.
 
@@ -45,43 +65,47 @@ class Writer:
             header: what the present run would write; must describe the same run.
             step: steps that the weights at hand have seen.
             restores: restores since the last of them, which the weights have seen as well.
+            checksum: of the log up to there, if it is known.
+            base: gives the fingerprint of the weights at hand, if they are at theta.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: the log is damaged, of another run, or misses steps.
         """
         path = Path(path)
-        kept: list[bytes] = []
-        settings: Settings = {}
-        usual_path: list[Any] = []  # the file's, whatever the present one is
-        next_step = -1
+        first = None
         for line in read_lines(path, header["contract"]):
             event = line.event
-            if not kept:
-                for name in ("method", "seed", "transform", "options", "parameters"):
-                    if line.header[name] != header[name]:
-                        raise ValueError(f"{path} is the log of another run: {name} differs")
-                usual_path = line.usual_path
-                next_step = line.header["first_step"]
-            elif event is not None and not event.restored:
-                if event.step >= step:
-                    break
+            if first is None:
+                check_same_run(path, line.header, header)
+                first, next_step = line, line.header["first_step"]
+            elif event is None:
+                continue  # kept with the event that it is for
+            elif event.step > step or (event.step == step and not (event.restored and restores)):
+                break
+            elif event.restored:
+                restores -= event.step == step
+            else:
                 next_step = event.step + 1
-            elif event is not None and event.step >= step:
-                if event.step > step or restores == 0:
-                    break
-                restores -= 1
-            settings = line.settings
-            kept.append(line.text)
+            last = line
+        assert first is not None  # a log has a header
         if next_step != step:
             raise ValueError(
                 f"{path} can't be continued at step {step}: its last complete step before that "
                 f"leads to step {next_step}"
             )
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(b"".join(kept))
-        os.replace(temporary, path)
-        return cls(path, settings, usual_path)
+        if checksum is not None and checksum != last.checksum:
+            raise ValueError(
+                f"{path} is not the log that the state was saved with: up to step {step} its "
+                f"checksum is {last.checksum:08x}, in the state {checksum:08x}; it is of a run "
+                "from another base, or of other losses"
+            )
+        if last is first and base is not None:
+            check_base(path, first.header, base())
+        os.truncate(path, last.end)
+        writer = cls(path, last.settings, first.usual_path, last.checksum)
+        writer.sync()
+        return writer
 
     def update(
         self,
@@ -115,12 +139,16 @@ class Writer:
         self._settings = settings
 
     def _write(self, value: Any) -> None:
-        text = (json.dumps(value, separators=(",", ":")) + "\n").encode()
+        text, checksum = line_of(value, self.checksum)
         size, self._size = self._size, -1  # no line may follow one that is not there
+        now = time.monotonic()
+        due = now - self._synced >= SYNC_SECONDS
         try:
             file = os.open(self._path, os.O_WRONLY | os.O_APPEND)  # makes none where it is gone
             try:
                 whole = os.fstat(file).st_size == size and os.write(file, text) == len(text)
+                if due and whole:
+                    os.fsync(file)
             finally:
                 os.close(file)
         except OSError as error:
@@ -131,7 +159,42 @@ class Writer:
                 f"{self._path}: a line of the replay log could not be written whole, or something "
                 "else wrote there"
             )
-        self._size = size + len(text)
+        self._size, self.checksum = size + len(text), checksum
+        if due:
+            self._synced = now
+
+    def sync(self) -> None:
+        """All lines so far are on the disk when this returns."""
+        _sync(self._path, os.O_WRONLY)
+        self._synced = time.monotonic()
+
+
+def check_same_run(path: Path, header: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Raises:
+    ValueError: the log at this path is of another run than a header of mine.
+    """
+    for name in ("method", "seed", "transform", "options", "parameters"):
+        if header[name] != mine[name]:
+            raise ValueError(f"{path} is the log of another run: {name} differs")
+
+
+def check_base(path: Path, header: dict[str, Any], base: str) -> None:
+    """Raises:
+    ValueError: the log at this path is from other base weights than those of a fingerprint.
+    """
+    if header["base"] != base:
+        raise ValueError(
+            f"the log was written for other base weights than these (fingerprint {header['base']} "
+            f"in {path}, {base} here): load those that the run began with, in their dtype"
+        )
+
+
+def _sync(path: Path, mode: int) -> None:
+    file = os.open(path, mode)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _found(probes: list[float] | None) -> list[Any]:

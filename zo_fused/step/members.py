@@ -195,8 +195,10 @@ class Population(ZerothOrderOptimizer):
         Raises:
             RuntimeError: in ``with member``: another's block is open, or a step or another
                 `members` has ended this generation; at its end: the weights were moved within.
+                At once: ranks share the members of a step, which takes a closure.
             TypeError, ValueError: in `step`: a reward is no number, or is missing.
         """
+        self.ranks.refuse_shared_queries("members()", "step(closure)")
         generation = self._begin()
         try:
             yield from generation.members
@@ -214,4 +216,5 @@ class Population(ZerothOrderOptimizer):
         return generation
 
     def _of_members(self, rewards: Mapping[Position, Any]) -> Estimate:
-        return self.difference({at: self._evaluation.scalar(r) for at, r in rewards.items()})
+        told = self._evaluation.told(list(rewards.values()))
+        return self.difference(dict(zip(rewards, told, strict=True)))

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from zo_fused.recording import capturing
 from zo_fused.step.access import plain_tensors
-from zo_fused.step.between_steps import BetweenSteps
 from zo_fused.step.estimates import Estimate, Transform, estimated, slopes, transformed
 from zo_fused.step.evaluation import Closure, Loss, check_closure
 from zo_fused.step.schedule import Position, Side, pairs
-from zo_fused.step.vectors import Vector, as_float64
-from zo_fused.step.weights import THETA, Place
+from zo_fused.step.takes_losses import TakesLosses
+from zo_fused.step.vectors import Vector
+from zo_fused.step.weights import THETA
 
 _NEEDS_LOSSES = (
     "step() needs a closure, step(lambda: model(**batch).loss), or loss_plus and loss_minus. There "
@@ -28,7 +28,7 @@ _NEEDS_LOSSES = (
 )
 
 
-class ZerothOrderOptimizer(BetweenSteps):
+class ZerothOrderOptimizer(TakesLosses):
     """Base of the optimizers: estimates along one direction a step.
 
     ``g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)`` (SPSA; Spall 1992), where z belongs to
@@ -66,6 +66,9 @@ class ZerothOrderOptimizer(BetweenSteps):
             of the update in 16-bit weights, "nearest" or "stochastic".
         seed: of the run, below ``2**64``. The global generators are never used.
         deferred, one_sided, queries, block_order: see above.
+        parallel: "auto": if torch.distributed is initialized, the loss of a step is the mean over
+            all ranks; `zo_fused.Parallel`: which ranks, and which of them share a step's
+            perturbations; None: this process is on its own (docs/parallel.md).
 
     Attributes:
         projected_grad: g of the last step, float32 tensor [] on the device of the first parameter;
@@ -128,19 +131,6 @@ class ZerothOrderOptimizer(BetweenSteps):
 
     # ---- what a method may use ------------------------------------------------------------------
 
-    def losses_at(
-        self, positions: Sequence[Position], closure: Closure, again: bool = False
-    ) -> dict[Position, Any]:
-        """The losses at positions of this step: numbers, or float64 tensors [] on a GPU. `again`:
-        others were taken before in this step, whose dropout these have, too."""
-        losses = self._evaluation.losses_at(positions, closure, again)
-        return {position: as_float64(loss) for position, loss in losses.items()}
-
-    def loss_at(self, place: Place, closure: Closure) -> Any:
-        """One more loss of this step, at any place on the line along a z, with the dropout of the
-        others. The log has the place; the weights stay there."""
-        return as_float64(self._evaluation.loss_at(place, closure))
-
     def difference(self, losses: Mapping[Position, Any]) -> Estimate:
         """What `measure` returns, from losses at the two sides of every query."""
         return self._estimated(pairs(losses))
@@ -166,13 +156,13 @@ class ZerothOrderOptimizer(BetweenSteps):
     # ---- the step -------------------------------------------------------------------------------
 
     @plain_tensors
-    def estimate(self, closure: Closure) -> Tensor:
+    def estimate(self, closure: Closure, weight: Any = 1.0) -> Tensor:
         """The first half of a step: the losses and what they tell. `step` without arguments is the
         second. For loops that call ``optimizer.step()`` themselves: this takes the place of their
         ``loss.backward()``.
 
         Args:
-            closure: as in `step`.
+            closure, weight: as in `step`.
 
         Returns:
             The mean loss, as `step`.
@@ -187,6 +177,7 @@ class ZerothOrderOptimizer(BetweenSteps):
         if capturing():
             raise RuntimeError("only step(closure) can be captured in a graph, not its halves")
         with self._access.a_step():
+            self.ranks.weigh(weight)
             self._access.drop_pending()
             estimate = self.measure(self._access.interruptible(closure))
             self._access.pending = lambda: estimate
@@ -200,6 +191,7 @@ class ZerothOrderOptimizer(BetweenSteps):
         *,
         loss_plus: Loss | Sequence[Loss] | None = None,
         loss_minus: Loss | Sequence[Loss] | None = None,
+        weight: Any = 1.0,
     ) -> Tensor:
         """One step, from a closure, from losses, or from what `estimate` found.
 
@@ -212,6 +204,9 @@ class ZerothOrderOptimizer(BetweenSteps):
                 mode is yours. Several queries or blocks call it more often.
             loss_plus, loss_minus: the two losses, from `perturb` or `perturbed`; with several
                 queries, sequences of them.
+            weight: of this rank's losses, where ranks have batches of their own: how many examples
+                or tokens they are means of. A number >= 0 or a tensor of one; the loss of the step
+                is ``sum(weight * loss) / sum(weight)``. Without effect in `step` after `estimate`.
 
         Returns:
             The mean over the queries of ``(L+ + L-) / 2``, float32 tensor [].
@@ -223,6 +218,9 @@ class ZerothOrderOptimizer(BetweenSteps):
         The closure must not rebind a parameter (``p.data = ...``) while something else keeps its
         old memory: sweeps would go on there. Between steps it may be done.
 
+        Where ranks take a step together, an error on one of them is an error on all, with all
+        weights at theta.
+
         If a loss is not finite, the weights go back to theta, the step is counted in
         `skipped_steps` and nothing is applied.
 
@@ -233,6 +231,7 @@ class ZerothOrderOptimizer(BetweenSteps):
         if closure is not None:
             check_closure(closure)
         with self._access.a_step():
+            self.ranks.weigh(weight)
             if capturing():
                 return self._captured(closure)
             pending = self._access.pending

@@ -8,6 +8,7 @@ from inspect import Parameter, Signature
 from typing import Any, NamedTuple, TypedDict, get_type_hints
 
 from zo_fused.checks import choice, switch, whole
+from zo_fused.parallel.options import Option
 from zo_fused.step.vectors import as_float64
 
 BLOCK_ORDERS = ("sequential", "simultaneous")
@@ -93,10 +94,16 @@ class StepOptions(TypedDict, total=False):
     one_sided: bool
     queries: int
     block_order: str | None
+    parallel: Option
 
 
 GROUP_DEFAULTS: dict[str, Any] = {"eps": 1e-3, "weight_decay": 0.0, "rounding": "nearest"}
-STEP_DEFAULTS: dict[str, Any] = {**GROUP_DEFAULTS, "seed": 0, **asdict(Schedule())}
+STEP_DEFAULTS: dict[str, Any] = {
+    **GROUP_DEFAULTS,
+    "seed": 0,
+    **asdict(Schedule()),
+    "parallel": "auto",
+}
 _STEP_PARAMETERS = [
     Parameter(name, Parameter.KEYWORD_ONLY, default=STEP_DEFAULTS[name], annotation=hint)
     for name, hint in get_type_hints(StepOptions).items()

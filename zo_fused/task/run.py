@@ -16,13 +16,8 @@ import torch
 
 import zo_fused
 from zo_fused.methods.table import recipes
+from zo_fused.step.interrupts import uninterrupted
 from zo_fused.task.adapters import base_model, load_adapted
-from zo_fused.task.checkpoint import (
-    check_settings,
-    checkpoints,
-    load_checkpoint,
-    remove_checkpoints,
-)
 from zo_fused.task.data import SPLITS, Example, read_examples
 from zo_fused.task.encoding import Encoded, Encoder, maximum_length
 from zo_fused.task.errors import UserError, first_line, optional, warn
@@ -30,7 +25,6 @@ from zo_fused.task.files import to_json, write_text, writing
 from zo_fused.task.generating import GenerationScorer
 from zo_fused.task.generation import SCORES
 from zo_fused.task.lm_tasks import LmTask
-from zo_fused.task.loop import Finetuning, Plan
 from zo_fused.task.masked import MaskEncoder, MaskScorer
 from zo_fused.task.models import (
     check_kind,
@@ -41,8 +35,15 @@ from zo_fused.task.models import (
     load_tokenizer,
     save_model,
 )
+from zo_fused.task.plan import Plan
 from zo_fused.task.prompt import Task
 from zo_fused.task.report import draw, peak_memory, place, sizes, summarize
+from zo_fused.task.resuming import (
+    check_settings,
+    checkpoints,
+    load_checkpoint,
+    remove_checkpoints,
+)
 from zo_fused.task.scoring import Scorer
 from zo_fused.task.splits import Draw, drawn
 
@@ -128,8 +129,10 @@ def finetune(options: Options) -> dict[str, Any]:
         UserError: something the user can put right, as early as it can be known.
         Interrupted: see `Finetuning.run`.
     """
-    for package in ("transformers", "tqdm", "matplotlib.figure"):
+    for package in ("transformers", "accelerate", "tqdm", "matplotlib.figure"):
         optional(package)
+    with uninterrupted():
+        from zo_fused.task.trainer import Finetuning
     device = _device(options.device)
     if Path(options.model).is_dir() and options.output.resolve() == Path(options.model).resolve():
         raise UserError(f"the output {options.output} is the base model's own directory")
@@ -157,10 +160,10 @@ def finetune(options: Options) -> dict[str, Any]:
     if checkpoint is None:
         clear(options.output)
     else:
-        content = load_checkpoint(checkpoint)
-        check_settings(content["settings"], settings)
+        state, started_with = load_checkpoint(checkpoint)
+        check_settings(started_with, settings)
         try:
-            optimizer.load_state_dict(content["optimizer"])
+            optimizer.load_state_dict(state)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"can't resume from {checkpoint}: {first_line(error)}") from error
     first_step = optimizer.step_count
@@ -178,7 +181,7 @@ def finetune(options: Options) -> dict[str, Any]:
             options.plan,
             options.output,
             settings,
-            resume=checkpoint is not None,
+            checkpoint,
             paired=options.hyper["schedule"] == "paired",
         )
     except FileNotFoundError as error:

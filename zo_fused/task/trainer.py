@@ -1,0 +1,306 @@
+"""The trainer of a fine-tuning run: `zo_fused.hf.ZOTrainer`, with a scorer's loss and evaluation, a
+history, and what happens on Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from zo_fused.hf.trainer import ZOTrainer
+from zo_fused.task.encoding import Encoded
+from zo_fused.task.errors import Interrupted, UserError
+from zo_fused.task.files import to_json, write_text, writing
+from zo_fused.task.history import History
+from zo_fused.task.models import save_model
+from zo_fused.task.order import batch_indices
+from zo_fused.task.plan import Plan, make_scheduler
+from zo_fused.task.resuming import SETTINGS, remove_checkpoints
+from zo_fused.task.scoring import Batch, Scorer
+
+SKIPPED_IN_A_ROW = 20  # then the run has diverged, or the dtype overflows
+
+
+class Finetuning(ZOTrainer):
+    """A run: the optimizer's state and log, the history and the checkpoints go together.
+
+    The model is used in eval mode, without dropout, as in MeZO.
+
+    Args:
+        optimizer: over the model's named parameters, fresh or with a checkpoint's state.
+        data: encoded examples of "train" and perhaps of "dev" and "test".
+        output: the run's directory; `replay.jsonl`, `history.jsonl` and checkpoints are written.
+        settings: what a resumed run must have in common with this one; stored in checkpoints.
+        checkpoint: the run goes on from it; model and optimizer have its state already.
+        paired: whether the optimizer evaluates the loss of both signs at once.
+
+    Raises:
+        ValueError: the replay log to resume is not this run's.
+    """
+
+    train_mode = False
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        optimizer: Any,
+        scorer: Scorer,
+        data: Mapping[str, Sequence[Encoded]],
+        plan: Plan,
+        output: Path,
+        settings: Mapping[str, Any] | None = None,
+        checkpoint: Path | None = None,
+        paired: bool = False,
+    ) -> None:
+        self.words = tokenizer  # Trainer would fit the model's configuration to one of its own
+        self.scorer, self.data, self.plan, self.directory = scorer, data, plan, output
+        self.settings = dict(settings or {})
+        self.checkpoint = checkpoint
+        self.forwards_per_loss = 2 if paired else 1
+        self.losses = self.skipped_in_a_row = 0
+        self.saving_to = output
+        args = transformers.TrainingArguments(
+            str(output),
+            per_device_train_batch_size=plan.batch_size,
+            max_steps=plan.steps,
+            seed=plan.seed % 2**32,  # of the global generators, which nothing here asks
+            use_cpu=scorer.device.type == "cpu",
+            eval_strategy="no",  # `_Flow` says when
+            save_strategy="no",
+            logging_strategy="no",
+            logging_nan_inf_filter=False,
+            report_to="none",
+            disable_tqdm=True,
+        )
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # the model is on one; Trainer's own copies would take all
+        use_cache = getattr(model.config, "use_cache", None)
+        with _unquantized(model):
+            super().__init__(
+                model,
+                args,
+                train_dataset=data["train"],
+                optimizers=(optimizer, make_scheduler(plan, optimizer)),
+            )
+        self.accelerator.device_placement = False  # the model is where it was asked for
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        self.remove_callback(transformers.PrinterCallback)
+        self.add_callback(_Flow(self))
+        optimizer.start_log(output / "replay.jsonl", resume=checkpoint is not None)
+        step = None if checkpoint is None else optimizer.step_count
+        self.history = History(output / "history.jsonl", step)
+
+    def run(self) -> History:
+        """Trains to the plan's last step.
+
+        Raises:
+            Interrupted: Ctrl-C; the weights were restored and a checkpoint saved.
+            BrokenPipeError: nobody reads what is printed; a checkpoint was saved.
+            UserError: `SKIPPED_IN_A_ROW` steps in a row were skipped.
+        """
+        optimizer = self.zeroth_order_optimizer
+        # None: the bar shows on a terminal only
+        self.bar = tqdm(
+            total=self.plan.steps, initial=optimizer.step_count, unit="step", disable=None
+        )
+        try:
+            with self.bar:
+                self.train(None if self.checkpoint is None else str(self.checkpoint))
+                self.evaluate("dev")
+                self.evaluate("test")
+                optimizer.flush()  # also where there was nothing to evaluate on
+        except KeyboardInterrupt:
+            self._save_checkpoint(self.model)
+            step = optimizer.step_count
+            path = self.directory / f"checkpoint-{step}"
+            raise Interrupted(f"step {step} is saved in {path}") from None
+        except BrokenPipeError:
+            self._save_checkpoint(self.model)
+            raise
+        finally:
+            optimizer.close_log()
+            self.history.close()
+        return self.history
+
+    # ---- a step ---------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """A batch for each step of the plan: the whole run is one epoch."""
+        train = self.data["train"]
+        return DataLoader(
+            train,  # type: ignore[arg-type]  # a sequence will do
+            batch_sampler=_Order(len(train), self.plan),
+            collate_fn=self._batches,
+        )
+
+    def _batches(self, examples: Sequence[Encoded]) -> dict[str, list[Batch]]:
+        size = self.plan.micro_batch_size or len(examples)
+        parts = [examples[at : at + size] for at in range(0, len(examples), size)]
+        return {"batches": [self.scorer.batch(part, self.plan.loss) for part in parts]}
+
+    def get_batch_samples(self, *args: Any, **others: Any) -> Any:
+        self.started, self.losses = time.perf_counter(), 0
+        return super().get_batch_samples(*args, **others)
+
+    def training_step(self, *args: Any, **others: Any) -> Tensor:
+        self.loss = super().training_step(*args, **others)
+        return self.loss
+
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
+        self.losses += 1
+        return self.scorer.mean_loss(inputs["batches"], self.plan.loss)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # which would be counted anew in each step, and told to nobody
+
+    def after_step(self) -> None:
+        """Writes the step down.
+
+        Raises:
+            UserError: `SKIPPED_IN_A_ROW` steps in a row were skipped.
+        """
+        optimizer = self.zeroth_order_optimizer
+        step, loss = optimizer.step_count, float(self.loss)
+        grads = optimizer.projected_grad.flatten().tolist()
+        self.history.add(
+            step=step,
+            loss=loss,
+            projected_grad=grads[0] if len(grads) == 1 else grads,
+            forwards=self.losses * self.forwards_per_loss,
+            seconds=round(time.perf_counter() - self.started, 6),
+        )
+        finite = all(map(math.isfinite, grads))
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"stopped at step {step}: {SKIPPED_IN_A_ROW} steps in a row were skipped, as "
+                f"{optimizer.why_skipped}; lower the learning rate, or use bfloat16 or float32"
+            )
+        self.bar.set_postfix(self._postfix(loss, grads), refresh=False)
+        self.bar.update()
+
+    def _postfix(self, loss: float, grads: list[float]) -> dict[str, str]:
+        shown = {"loss": f"{loss:.3f}", "|g|": f"{max(map(abs, grads)):.3g}"}
+        accuracies = self.history.accuracies("dev")
+        return {**shown, "dev": f"{accuracies[-1][1]:.3f}"} if accuracies else shown
+
+    # ---- evaluations and checkpoints ------------------------------------------------------------
+
+    def is_due(self) -> bool:
+        """Whether dev is evaluated after this step, and a checkpoint written before the last."""
+        return self.zeroth_order_optimizer.step_count % self.plan.eval_steps == 0
+
+    def evaluate(self, split: str = "dev", **_: Any) -> dict[str, float]:  # type: ignore[override]
+        """Accuracy and loss on a split that is there, unless the history has this step's."""
+        optimizer = self.zeroth_order_optimizer
+        step = optimizer.step_count
+        if not self.data.get(split) or step in dict(self.history.accuracies(split)):
+            return {}
+        with optimizer.unperturbed():
+            accuracy, loss, f1 = self.scorer.evaluate(self.data[split], self.plan.batch_size)
+        found = {f"{split}_accuracy": accuracy, f"{split}_loss": loss}
+        found |= {} if f1 is None else {f"{split}_f1": f1}
+        self.history.add(step=step, **found)
+        of_answers = (
+            f"accuracy {accuracy:.3f}" if f1 is None else f"F1 {f1:.3f}, exact {accuracy:.3f}"
+        )
+        self.bar.write(f"step {step}: {split} {of_answers}, loss {loss:.3f}")
+        return found
+
+    def save_model(self, output_dir: Any = None, _internal_call: bool = False) -> None:
+        save_model(self.model, self.words, Path(output_dir))
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """Saves the run after the optimizer's last step and drops older checkpoints.
+
+        A checkpoint appears complete or not at all. One of that step that is already there is kept:
+        its weights are as exact or, after an interrupted step, more exact.
+        """
+        optimizer = self.zeroth_order_optimizer
+        optimizer.flush()
+        # Ctrl-C may have come before Trainer counted the step
+        self.state.global_step = step = optimizer.step_count
+        self.state.train_batch_size = self.plan.batch_size
+        final = self.directory / f"checkpoint-{step}"
+        if not final.exists():
+            self.saving_to = self.directory / f"{final.name}.tmp"
+            shutil.rmtree(self.saving_to, ignore_errors=True)
+            with writing(self.saving_to):
+                super()._save_checkpoint(model, trial)
+                write_text(self.saving_to / final.name / SETTINGS, to_json(self.settings))
+                (self.saving_to / final.name).replace(final)
+        remove_checkpoints(self.directory, keep=final)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.saving_to)
+
+    def _start_log(self, before: Path | None) -> None:
+        """It is open."""
+
+    def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:
+        """The model was made from it."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """They were made from it."""
+
+    def _move_model_to_device(self, *_: Any) -> None:
+        """It is where it was asked for, which need not be the first GPU."""
+
+
+class _Flow(transformers.TrainerCallback):
+    """When to evaluate and save: as the plan has it, also where an earlier part of the run had
+    another."""
+
+    def __init__(self, run: Finetuning) -> None:
+        self.run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.run.zeroth_order_optimizer.step_count == 0:
+            self.run.evaluate("test")
+        if self.run.is_due():
+            self.run.evaluate("dev")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.run.after_step()
+        control.should_evaluate = self.run.is_due()
+        control.should_save = self.run.is_due() and state.global_step < state.max_steps
+
+
+class _Order:
+    """The batches of a run: numbers of examples."""
+
+    def __init__(self, size: int, plan: Plan) -> None:
+        self.size, self.plan = size, plan
+
+    def __len__(self) -> int:
+        return self.plan.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.plan.steps):
+            yield batch_indices(self.size, self.plan.batch_size, self.plan.seed, step)
+
+
+@contextmanager
+def _unquantized(model: Any) -> Iterator[None]:
+    """While a Trainer is made, which refuses to tune a quantized model without an adapter: with
+    gradients it couldn't."""
+    quantized = getattr(model, "is_quantized", False)
+    if quantized:
+        model.is_quantized = False
+    try:
+        yield
+    finally:
+        if quantized:
+            model.is_quantized = True
