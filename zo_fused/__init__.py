@@ -38,12 +38,13 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from zo_fused.replaying.rebuild import replay as replay
     from zo_fused.sweeps.dispatch import backend_of as backend_of
     from zo_fused.sweeps.dispatch import set_backend as set_backend
-    from zo_fused.sweeps.functions import lowrank_momentum_ as lowrank_momentum_
-    from zo_fused.sweeps.functions import lowrank_perturb_ as lowrank_perturb_
-    from zo_fused.sweeps.functions import lowrank_update_ as lowrank_update_
     from zo_fused.sweeps.functions import moments_update_ as moments_update_
     from zo_fused.sweeps.functions import perturb_ as perturb_
     from zo_fused.sweeps.functions import update_ as update_
+    from zo_fused.sweeps.low_rank_functions import lowrank_momentum_ as lowrank_momentum_
+    from zo_fused.sweeps.low_rank_functions import lowrank_perturb_ as lowrank_perturb_
+    from zo_fused.sweeps.low_rank_functions import lowrank_update_ as lowrank_update_
+    from zo_fused.sweeps.shards import Shard as Shard
 
 __version__ = "0.1.0.dev0"
 
@@ -51,12 +52,13 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "Hybrid": "zo_fused.methods.hybrid",
     "Parallel": "zo_fused.parallel.options",
+    "Shard": "zo_fused.sweeps.shards",
     "backend_of": "zo_fused.sweeps.dispatch",
     "first_layers": "zo_fused.methods.layers",
     "layer_blocks": "zo_fused.methods.layers",
-    "lowrank_momentum_": "zo_fused.sweeps.functions",
-    "lowrank_perturb_": "zo_fused.sweeps.functions",
-    "lowrank_update_": "zo_fused.sweeps.functions",
+    "lowrank_momentum_": "zo_fused.sweeps.low_rank_functions",
+    "lowrank_perturb_": "zo_fused.sweeps.low_rank_functions",
+    "lowrank_update_": "zo_fused.sweeps.low_rank_functions",
     "moments_update_": "zo_fused.sweeps.functions",
     "perturb_": "zo_fused.sweeps.functions",
     "quantization_scales": "zo_fused.methods.scales",

@@ -17,7 +17,6 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("datasets")
 
-import tqdm  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from support.tiny_models import opt_tokenizer  # noqa: E402
 
@@ -25,11 +24,15 @@ import zo_fused  # noqa: E402
 from zo_fused.cli import compare, defaults, runs  # noqa: E402
 from zo_fused.cli.main import main  # noqa: E402
 from zo_fused.sweeps.backends import cpu  # noqa: E402
+from zo_fused.task import plan as plans  # noqa: E402
+from zo_fused.task import run as a_run  # noqa: E402
 from zo_fused.task.adapters import load_adapted  # noqa: E402
+from zo_fused.task.console import Console, duration  # noqa: E402
 from zo_fused.task.encoding import Encoder  # noqa: E402
 from zo_fused.task.scoring import Scorer  # noqa: E402
 from zo_fused.task.trainer import SKIPPED_IN_A_ROW  # noqa: E402
 
+EXPECTED_MEMORY = a_run.expected_memory
 TEXTS = {"negative": ["It was bad .", "a dull film"], "positive": ["It was fun .", "a warm film"]}
 
 
@@ -38,6 +41,12 @@ def no_network(monkeypatch, one_thread):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for new processes; this one has read it already
     for module in ("huggingface_hub.constants", "datasets.config"):
         monkeypatch.setattr(importlib.import_module(module), "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(autouse=True)
+def memory_untold(monkeypatch):
+    """Half a second of every run."""
+    monkeypatch.setattr(a_run, "expected_memory", lambda *_: "untold")
 
 
 @pytest.fixture(scope="module")
@@ -551,6 +560,89 @@ def test_the_first_lines_say_what_runs_where(arguments, capsys):
     assert second == "examples: 12 train, 12 dev, 12 test"
 
 
+@pytest.mark.parametrize(
+    ("words", "step"),
+    [
+        ("--method mezo --schedule plain", "2 forward passes, 3 sweeps over the weights"),
+        ("--method mezo --schedule deferred", "2 forward passes, 2 sweeps over the weights"),
+        ("--method lozo --schedule factored", "2 forward passes, beside the weights, which are"),
+        ("--method zo-conservative", "5 forward passes"),
+        ("--method mezo --blocks sequential", "2 forward passes"),
+        ("--method forward-grad", "1 forward pass"),
+    ],
+)
+def test_the_plan_is_told_before_the_first_step(
+    arguments, base, tmp_path, monkeypatch, capsys, words, step
+):
+    monkeypatch.setattr(a_run, "expected_memory", EXPECTED_MEMORY)
+    assert main(arguments(*words.split(), "--steps", "11", "--eval-steps", "20")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    count = sum(p.numel() for p in transformers.OPTForCausalLM.from_pretrained(base).parameters())
+    passes = json.loads((tmp_path / "out" / "summary.json").read_text())["forwards"]
+    assert lines[2].endswith(
+        f" of {count:,} parameters, 11 steps with 4 examples, {passes} forward passes"
+    )
+    assert lines[3].startswith(f"a step: {step}")
+    told = lines[3].partition("memory: ")[2]
+    assert told.startswith(f"weights {4 * count / 2**10:.0f} KiB, beside them ")
+    assert "peak of a step about" in told
+    assert lines[4].startswith("step 0: test accuracy")
+    (time,) = [line for line in lines if line.startswith("step 10: ")]
+    assert time.endswith("to the end")
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("one_sided", [False, True])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_the_sweeps_of_a_step_are_those_that_it_makes(monkeypatch, deferred, one_sided, queries):
+    options = {"deferred": deferred, "one_sided": one_sided, "queries": queries}
+    optimizer = zo_fused.MeZO([torch.ones(3, requires_grad=True)], lr=0.1, **options)
+    done = []
+    for owner, name in ((optimizer.direction, "move"), (optimizer.rule, "apply")):
+        original = getattr(owner, name)
+
+        def sweep(*args, original=original):
+            done.append(0)
+            return original(*args)
+
+        monkeypatch.setattr(owner, name, sweep)
+    optimizer.step(lambda: 1.0)
+    done.clear()
+    optimizer.step(lambda: 1.0)
+    assert plans.sweeps_of(optimizer, "plain") == f"{len(done)} sweeps over the weights"
+
+
+def test_a_bar_on_a_terminal(monkeypatch, capsys):
+    pytest.importorskip("rich")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    with Console(4, 1) as console:
+        console.line("step 1: dev [accuracy] 0.5")
+        console.step("loss 0.5, |g| [nan]")
+    shown = capsys.readouterr().out
+    assert "step 1: dev [accuracy] 0.5" in shown
+    assert "2/4" in shown
+    assert "loss 0.5, |g| [nan]" in shown
+
+
+def test_a_duration_in_words():
+    assert [duration(s) for s in (1.4, 89, 100, 5399, 11_100)] == [
+        "1 s", "89 s", "2 min", "90 min", "3 h 5 min",
+    ]  # fmt: skip
+
+
+def test_a_config_makes_the_same_run(arguments, base, data, tmp_path):
+    assert main(arguments("--schedule", "deferred")) == 0
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {base}\ntrain: {data}\noutput: {tmp_path / 'other'}\ndevice: cpu\nsteps: 9\n"
+        "batch-size: 4\neval-steps: 3\nlr: 1e-3\nschedule: deferred\n"
+    )
+    assert main(["finetune", "--config", str(config), "--steps", "6"]) == 0
+    assert_equal(weights(tmp_path / "out"), weights(tmp_path / "other"))
+
+
 def test_prompts_that_are_cut_are_reported(arguments, tmp_path, capsys):
     assert main(arguments("--steps", "1", "--max-length", "14")) == 0
     printed = capsys.readouterr().out
@@ -621,15 +713,15 @@ def test_a_log_that_is_removed_under_the_run_stops_it(arguments, tmp_path, monke
 def test_a_closed_pipe_saves_and_goes_on(arguments, tmp_path, monkeypatch, capsys):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert main(arguments(output=whole)) == 0
-    original = tqdm.tqdm.write
+    original = Console.line
 
-    def write(bar, text):
+    def line(console, text):
         if text.startswith("step 3"):
             raise BrokenPipeError
-        original(text)
+        original(console, text)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tqdm.tqdm, "write", write)
+        patch.setattr(Console, "line", line)
         assert main(arguments()) == 141
     assert main(arguments("--resume")) == 0
     assert_equal(weights(out), weights(whole))

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zo_fused.cli import defaults
+from zo_fused.cli.config import add_config_options, merged
 from zo_fused.cli.method_help import HINT, add_method_options
 from zo_fused.cli.method_options import OPTIONS, by_method
 from zo_fused.cli.parser import (
+    Parser,
     add_trust_option,
     choice,
     data_seed,
@@ -69,6 +71,7 @@ def _default(name: str) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options; whatever is not given stays None and gets its default later."""
+    add_config_options(parser.add_argument_group("from a file"))
     add_data_options(parser)
     add_method_options(parser.add_argument_group("method", HINT), **method_choice())
     run = add_run_options(parser)
@@ -362,6 +365,9 @@ def _worded_task(args: argparse.Namespace, train: str) -> Task:
 
 def run(args: argparse.Namespace, argv: list[str]) -> int:
     """Runs it and prints the summary; the exit code."""
+    parser = Parser(prog="zo-fused finetune", allow_abbrev=False)
+    add_options(parser)
+    args = merged(parser, args)
     chosen = options(args)
 
     from zo_fused.task.report import table

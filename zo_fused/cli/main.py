@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from zo_fused import __version__
-from zo_fused.cli import compare, doctor, evaluate, finetune, plan, replay
+from zo_fused.cli import compare, doctor, evaluate, finetune, init, plan, replay
 from zo_fused.cli.parser import Parser
 from zo_fused.task.errors import Interrupted, UserError, first_line
 
@@ -35,6 +35,7 @@ def make_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, module in (
         ("finetune", finetune),
+        ("init", init),
         ("evaluate", evaluate),
         ("compare", compare),
         ("replay", replay),

@@ -9,6 +9,7 @@ from typing import Any
 from zo_fused.cli import defaults
 from zo_fused.cli.method_options import by_method
 from zo_fused.cli.parser import add_trust_option, whole
+from zo_fused.task.console import in_words
 
 HELP = "show what a model and a step of each method take in memory, without loading it"
 
@@ -121,7 +122,7 @@ def _row(
     import torch
 
     from zo_fused.methods.table import recipes
-    from zo_fused.task.memory import kept
+    from zo_fused.task.memory import kept, step_peak
     from zo_fused.task.run import make_optimizer
 
     table = defaults.defaults(method, embedded=False)
@@ -135,16 +136,11 @@ def _row(
         dtype,
         outline.linear(),
     )
-    needed = forward
-    if own["schedule"] == "paired" and forward is not None:
-        needed = 2 * forward
-    if recipes()[method][
-        0
-    ].differentiates:  # beside every activation its tangent; no fused attention
-        plain = outline.activations(args.batch_size, args.length, fused=False)
-        needed = None if plain is None else held.peak - held.beside + 2 * plain
     weights = sum(p.numel() for p in outline.model.parameters()) * dtype.itemsize
-    peak = None if needed is None else weights + max(held.beside + needed, held.peak)
+    differentiates = recipes()[method][0].differentiates
+    if differentiates:
+        forward = outline.activations(args.batch_size, args.length, fused=False)
+    peak = step_peak(weights, held, forward, own["schedule"] == "paired", differentiates)
     return {"method": name, "state": held.state, "beside": held.beside, "peak": peak}
 
 
@@ -162,18 +158,18 @@ def _backpropagation(args: argparse.Namespace, outline: Any, parameters: int) ->
 
 
 def _text(found: dict[str, Any]) -> str:
-    weights = ", ".join(f"{name} {_size(size)}" for name, size in found["weights"].items())
+    weights = ", ".join(f"{name} {in_words(size)}" for name, size in found["weights"].items())
     batch = f"{found['batch_size']} x {found['length']} tokens"
     lines = [
         f"{found['model']} ({found['model_type']}): {found['parameters']:,} parameters",
         f"weights: {weights}",
         f"activations of a forward pass over {batch}, {found['dtype']}: about "
-        f"{_size(found['activations'])}",
+        f"{in_words(found['activations'])}",
         "",
         f"{'':<24}{'state':>12}{'beside weights':>16}{'peak of a step':>16}",
     ]
     for row in found["methods"]:
-        sizes = (_size(row["state"]), _size(row["beside"]), _size(row["peak"]))
+        sizes = (in_words(row["state"]), in_words(row["beside"]), in_words(row["peak"]))
         lines.append(f"{row['method']:<24}{sizes[0]:>12}{sizes[1]:>16}{sizes[2]:>16}")
     lines += [
         "",
@@ -186,17 +182,6 @@ def _text(found: dict[str, Any]) -> str:
     if found["activations"] is None:
         lines.append("The model looks at values, so activations can't be told without weights.")
     return "\n".join(lines)
-
-
-def _size(size: int | None) -> str:
-    if size is None:
-        return "unknown"
-    if size < 10 * 2**10:
-        return f"{size} B"
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size / 2**10:.0f} KiB"
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> int:

@@ -23,6 +23,9 @@ class Dense(Direction):
         step (`zo_fused.methods.kerzoo`)."""
         return 1.0
 
+    def not_sharded(self) -> str:
+        return ""
+
     def keys(self, seed: int, terms: Sequence[Term], device: torch.device) -> Tensor:
         """The stream keys of the z of terms, int64 [len(terms)]."""
         purposes = (Purpose.PROBE if term.probe else Purpose.DENSE for term in terms)

@@ -217,7 +217,9 @@ class Factors:
     ) -> None:
         streams = [Stream(purpose, step, interval, query) for interval in self._intervals]
         keys = stream_keys(seed, streams, self._bucket.device)[self._group_of_matrix]
-        self._bucket.fill(outs, self._matrices, (purpose, number))(keys, **self._options)
+        columns = purpose is self._form.right
+        fill = self._bucket.fill(outs, self._matrices, (purpose, number), columns)
+        fill(keys, **self._options)
 
     def add(self, number: int, coeffs: Vector, factor: Tensor, first: bool) -> Flat:
         """``sum += coeff * factor``, from zero at first, in buffer 0 or 1: the sum and its parts.

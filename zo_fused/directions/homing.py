@@ -38,6 +38,9 @@ class Homing(Dense):
         rows = (keys, script, coeffs.view(-1, 2, 2), decay)
         bucket.prepared("dense_steps_")(*rows, **self.options)
 
+    def not_sharded(self) -> str:
+        return ""
+
     def not_capturable(self, deferred: bool) -> str:
         return "the host has the script of a move from one z to another"
 

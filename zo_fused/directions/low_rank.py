@@ -30,6 +30,7 @@ class LowRank(Direction):
     """
 
     fixed: tuple[str, ...] = ("rank", "interval")
+    matrices = True
 
     def __init__(
         self,
@@ -40,6 +41,9 @@ class LowRank(Direction):
         super().__init__(distribution)
         self.divide_by_rank = divide_by_rank
         self.activations = activations
+
+    def not_sharded(self) -> str:
+        return "" if self.activations is None else "V is made of the inputs of whole layers"
 
     def not_capturable(self, deferred: bool) -> str:
         if self.activations is not None:
@@ -128,6 +132,8 @@ class LowRank(Direction):
         if rest is None:
             return
         bucket, seed, terms, decay, rounding = rest
+        if rounding is not None and bucket.rows is not None:
+            bucket.rows.check_rounding()
         (us, vs, key), coeffs = self.product(bucket, seed, terms)
         bucket.prepared("lowrank_", us, vs, key=key)(float32(coeffs), float32(decay), rounding)
 

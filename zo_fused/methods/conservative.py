@@ -25,6 +25,9 @@ class Chosen(Rule):
 
     not_capturable = "the host compares the candidates"
 
+    def not_sharded(self) -> str:
+        return ""
+
     def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
         if update.skipped and update.restore.any():
             update.write(direction, Term(update.step, update.restore, query=update.displaced))

@@ -33,6 +33,9 @@ class Stretched(Dense):
         assert isinstance(term.step, int)
         return uniform(seed, term.step, term.query)
 
+    def not_sharded(self) -> str:
+        return ""
+
     def not_capturable(self, deferred: bool) -> str:
         return "the host draws the length of z"
 

@@ -146,7 +146,7 @@ def _inside(tensor: Any, label: str) -> Iterator[Path]:
         ValueError: it has none.
     """
     if type(tensor).__name__ == "DTensor":
-        raise ValueError(f"{label} is a DTensor; sharded parameters are not supported yet")
+        raise ValueError(f"{label} is a DTensor: the scales of sharded layers can't be moved")
     names = tensor.__tensor_flatten__()[0]
     if "scale" in names:
         yield ("scale",)

@@ -56,6 +56,11 @@ class Ranks:
         """The groups of the ranks; None: there are no others."""
         return groups_of(self._parallel)
 
+    def not_sharded(self) -> str:
+        """Why parameters may not be DTensors; empty if they may."""
+        shared = self._parallel is not None and self._parallel.query is not None
+        return "processes with parts of one model take the same loss: query=None" if shared else ""
+
     def weigh(self, weight: Any) -> None:
         """Losses of the coming step count so much: a number, or a tensor of one, on any device.
 

@@ -6,6 +6,7 @@ stored. A step that is skipped leaves the moments as they are.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,12 +27,12 @@ def kept(
     """A moment of every parameter, zero at first."""
 
     def make() -> list[Tensor]:
-        for p in bucket.params:
+        for p in bucket.owners:
             if name not in state[p]:
                 dtype = p.dtype if state_dtype == "param" else torch.float32
                 state[p][name] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
             check_state(name, state[p][name], p.shape, p)
-        return [state[p][name] for p in bucket.params]
+        return bucket.like([state[p][name] for p in bucket.owners])
 
     return bucket.once(name, make)
 
@@ -89,6 +90,9 @@ class Momentum(Rule):
     def __init__(self, state_dtype: str) -> None:
         self.state_dtype = state_dtype
 
+    def not_sharded(self) -> str:
+        return ""
+
     def prepare(self, update: Update, direction: Dense, state: dict[Any, Any]) -> None:
         kept(update.bucket, state, "momentum", self.state_dtype)
 
@@ -102,9 +106,9 @@ class Momentum(Rule):
 
 
 def steps_taken(bucket: Bucket, state: dict[Any, Any]) -> Vector:
-    """t of every parameter in one vector, whose elements the state then holds."""
-    t = torch.zeros(len(bucket.params), dtype=torch.float64, device=bucket.device)
-    for p, part in zip(bucket.params, t.unbind(), strict=True):
+    """t of every owner in one vector, whose elements the state then holds."""
+    t = torch.zeros(len(bucket.owners), dtype=torch.float64, device=bucket.device)
+    for p, part in zip(bucket.owners, t.unbind(), strict=True):
         if "step" in state[p]:
             part.copy_(state[p]["step"])
         state[p]["step"] = part
@@ -125,9 +129,17 @@ class Adam(Rule):
     def __init__(self, state_dtype: str) -> None:
         self.state_dtype = state_dtype
 
+    def not_sharded(self) -> str:
+        return ""
+
     def prepare(self, update: Update, direction: Dense, state: dict[Any, Any]) -> None:
         kept(update.bucket, state, "exp_avg", self.state_dtype)
         kept(update.bucket, state, "exp_avg_sq")
+        self._steps(update.bucket, state)
+
+    def _steps(self, bucket: Bucket, state: dict[Any, Any]) -> Vector:
+        """t, an owner each."""
+        return bucket.once("step", partial(steps_taken, bucket, state))
 
     def apply(self, update: Update, direction: Dense, state: dict[Any, Any]) -> None:
         u, bucket = update, update.bucket
@@ -135,8 +147,9 @@ class Adam(Rule):
         beta1, beta2 = map(bucket.constant, betas)
         gain1, gain2 = (bucket.constant([1 - beta for beta in group]) for group in betas)
         eps = bucket.hyper(u.param_groups, "adam_eps")
-        t = bucket.once("step", lambda: steps_taken(bucket, state))
+        t = self._steps(bucket, state)
         t += u.finite
+        t = bucket.spread(t)
         root = (1 - beta2**t) ** 0.5
         # lr m' / (sqrt(v') + eps) = (lr root / (1 - beta1^t)) m / (sqrt(v) + eps root)
         step = -u.lr * root / (1 - beta1**t)
@@ -151,6 +164,9 @@ class Sign(Rule):
 
     takes = (Dense,)
     draws = True
+
+    def not_sharded(self) -> str:
+        return ""
 
     def apply(self, update: Update, direction: Dense, state: dict[Any, Any]) -> None:
         u = update

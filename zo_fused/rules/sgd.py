@@ -21,6 +21,9 @@ from zo_fused.step.rule import Rule, Update
 class SGD(Rule):
     """``theta = (1 - lr * weight_decay) * theta - lr * g * z`` from the perturbed weights."""
 
+    def not_sharded(self) -> str:
+        return ""
+
     def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
         u = update
         terms = []
@@ -54,6 +57,9 @@ class Floored(SGD):
 class ScalarSign(Rule):
     """``theta = (1 - lr weight_decay) theta - lr sign(g) z`` (of several queries the mean).
     No state."""
+
+    def not_sharded(self) -> str:
+        return ""
 
     def apply(self, update: Update, direction: Direction, state: dict[Any, Any]) -> None:
         signs = [grad.sign() / len(update.grads) for grad in update.grads]

@@ -18,11 +18,10 @@ from zo_fused.checks import meant, whole
 from zo_fused.noise.streams import CONTRACT_VERSION, plain_name
 from zo_fused.parallel.options import Option
 from zo_fused.step.access import Access, plain_tensors
-from zo_fused.step.buckets import parameter_ids
 from zo_fused.step.capture import Capture
 from zo_fused.step.direction import Direction
 from zo_fused.step.evaluation import Evaluation
-from zo_fused.step.groups import COUNTERS, Groups
+from zo_fused.step.groups import COUNTERS, Groups, described
 from zo_fused.step.guard import Guard
 from zo_fused.step.hyper import check_group, hyper
 from zo_fused.step.optimizer_state import check_saved, in_order
@@ -30,6 +29,7 @@ from zo_fused.step.parameters import Chooses, Parameters
 from zo_fused.step.report import Report
 from zo_fused.step.rule import Rule
 from zo_fused.step.schedule import GROUP_DEFAULTS, STEP_DEFAULTS, Schedule, StepOptions, spelled_out
+from zo_fused.step.sharded import Resharding
 from zo_fused.step.timing import Timer
 from zo_fused.step.weights import Weights
 
@@ -81,6 +81,7 @@ class Base(Chooses, torch.optim.Optimizer):
         recorded = {name: value for name, value in recorded.items() if name in takes}
         module = params if isinstance(params, nn.Module) else None
         if module is not None:
+            Resharding(module).close()
             params = self.found_in(module)
         elif isinstance(params, Mapping) or callable(params):
             raise TypeError(
@@ -177,6 +178,7 @@ class Base(Chooses, torch.optim.Optimizer):
             TypeError, ValueError: a hyper-parameter is not what it should be or none of this method
                 (see `zo_fused.step.hyper.check_group`), or two parameters share a name.
             RuntimeError: a replay log is open, which has the groups of its start.
+            NotImplementedError: parameters are sharded, where they can't be (docs/sharded.md).
         """
         self._bind()
         if self.weights.log.is_open:
@@ -194,7 +196,7 @@ class Base(Chooses, torch.optim.Optimizer):
             if "param_names" in group:
                 group["param_names"] = [plain_name(name) for name in group["param_names"]]
             self.check_group(group)
-            parameter_ids(self.param_groups)
+            self.weights.parameters.check(type(self), self.rule, self.ranks, self.direction)
         except BaseException:
             del self.param_groups[-1]
             raise
@@ -207,12 +209,7 @@ class Base(Chooses, torch.optim.Optimizer):
             raise ValueError("rounding must be the same in all param groups: one sweep serves them")
 
     def __repr__(self) -> str:
-        hidden = {"params", "param_names", *COUNTERS} - {"seed"}
-        lines = [f"{type(self).__name__} ("]
-        for number, group in enumerate(self.param_groups):
-            lines.append(f"Parameter Group {number}")
-            lines += [f"    {name}: {group[name]}" for name in sorted(group.keys() - hidden)]
-        return "\n".join([*lines, ")"])
+        return described(type(self).__name__, self.param_groups)
 
     # ---- saving ---------------------------------------------------------------------------------
 

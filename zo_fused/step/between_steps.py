@@ -11,6 +11,7 @@ from zo_fused.checks import finite
 from zo_fused.step.access import plain_tensors
 from zo_fused.step.base import Base
 from zo_fused.step.schedule import Position
+from zo_fused.sweeps.shards import is_sharded
 
 
 class BetweenSteps(Base):
@@ -104,7 +105,14 @@ class BetweenSteps(Base):
         Raises:
             ValueError: the log is of another run, or the optimizer already has momentum that a new
                 log would lack.
+            NotImplementedError: parameters are sharded.
         """
+        if any(map(is_sharded, self._groups.params())):
+            raise NotImplementedError(
+                "parameters are sharded, and a process sees none of them whole, by which a log "
+                "recognises the weights that it starts from: save with "
+                "torch.distributed.checkpoint (docs/sharded.md)"
+            )
         weights = self.weights
         if not resume or (weights.place.at and not weights.ahead):
             self.flush()

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from zo_fused.noise.streams import parameter_id
 from zo_fused.recording import capturing
+from zo_fused.step.sharded import Rows
 from zo_fused.step.vectors import Vector, constant, filled
 from zo_fused.sweeps.arguments import not_dense, overlap
 from zo_fused.sweeps.conversions import int64_tensor
 from zo_fused.sweeps.numbers import WEIGHT_DTYPES
 from zo_fused.sweeps.prepared import Prepared, prepare
+from zo_fused.sweeps.shards import is_sharded, local, locals_of
 
 Made = TypeVar("Made")
 
@@ -32,7 +34,10 @@ class Bucket:
     fixed: list[dict[str, Any]]  # per group, hyper-parameters that stay while the bucket is in use
     beside: bool = False  # matrices whose changes a direction keeps beside them
     block: int = 0  # of its groups, where blocks of parameters are perturbed one at a time
-    params: list[Tensor] = field(default_factory=list)
+    owners: list[Tensor] = field(default_factory=list)  # parameters of the optimizer
+    params: list[Tensor] = field(default_factory=list)  # them, or what there is here of shards
+    rows: Rows | None = None  # if there are shards
+    owner_ids: list[int] = field(default_factory=list)
     group_of: list[int] = field(default_factory=list)  # index of the param group, a parameter
     in_use: list[int] = field(default_factory=list)  # these indices, each once
     id_list: list[int] = field(default_factory=list)
@@ -148,13 +153,47 @@ class Bucket:
         made = [self.params if params is None else params, *lists]
         return self.once((name, key), lambda: self._prepare(name, made, self.ids, self.offsets))
 
-    def fill(self, outs: list[Tensor], rows: list[int], key: Any) -> Callable[..., None]:
+    def fill(
+        self, outs: list[Tensor], rows: list[int], key: Any, columns: bool = False
+    ) -> Callable[..., None]:
         """Fills tensors with the normals of the parameters in these rows; called with a key each.
-        Made once per key."""
-        return self.once(
-            ("normal_", key),
-            lambda: self._prepare("normal_", [outs], self.ids[rows], self.offsets[rows]),
-        )
+        Made once per key.
+
+        Args:
+            columns: of shards: whether a tensor has a row for each column of its matrix; else for
+                each row.
+        """
+        return self.once(("normal_", key), lambda: self._filling(outs, rows, columns))
+
+    def _filling(self, outs: list[Tensor], rows: list[int], columns: bool) -> Callable[..., None]:
+        if self.rows is None:
+            return self._prepare("normal_", [outs], self.ids[rows], self.offsets[rows])
+        parts, number, firsts = self.rows.of_matrices(outs, rows, columns)
+        sweep = self._prepare("normal_", [parts], self.ids[rows][number], int64_tensor(firsts))
+        return lambda keys, **options: sweep(keys[number], **options)
+
+    def like(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Tensors like the owners, as sweeps take them beside the parameters."""
+        return tensors if self.rows is None else self.rows.like(tensors)
+
+    def spread(self, per_owner: Vector) -> Vector:
+        """Numbers of the owners as a vector."""
+        if self.rows is None:
+            return per_owner
+        row = self.rows.row
+        return per_owner[self.once("owner", lambda: int64_tensor(row, self.device))]
+
+    def lay_out(self, labels: Sequence[str], matrices: bool) -> None:
+        """The owners are known, and there is a group and an id for each: make the rows."""
+        self.in_use, self.owner_ids = sorted(set(self.group_of)), list(self.id_list)
+        self.params, offsets = self.owners, [0] * len(self.owners)
+        if any(map(is_sharded, self.owners)):
+            self.rows = Rows(self.owners, labels, matrices)
+            self.params, offsets = self.rows.params, self.rows.offsets
+            self.group_of = [self.group_of[i] for i in self.rows.row]
+            self.id_list = [self.id_list[i] for i in self.rows.row]
+        self.ids, self.offsets = int64_tensor(self.id_list), int64_tensor(offsets)
+        self.group_index = int64_tensor(self.group_of, self.device)
 
     def _prepare(self, *arguments: Any) -> Callable[..., None]:
         self._prepared.append(prepare(*arguments))
@@ -194,7 +233,7 @@ def signature(
     """
     params = list(chain.from_iterable(group["params"] for group in param_groups))
     try:
-        addresses = list(map(torch.Tensor.data_ptr, params))
+        addresses = list(map(torch.Tensor.data_ptr, locals_of(params)))
     except (RuntimeError, ValueError):
         _refuse_without_memory(param_groups)
         raise
@@ -255,16 +294,12 @@ def _refuse_unsupported(p: Tensor, label: str) -> None:
             f"zo_fused: {label} is on the meta device (offloaded or not loaded); "
             "load the model completely first"
         )
-    if type(p).__name__ == "DTensor":
-        raise NotImplementedError(
-            f"zo_fused: {label} is a DTensor; sharded parameters are not supported yet"
-        )
     if p.dtype not in WEIGHT_DTYPES:
         raise TypeError(
             f"zo_fused: {label} has dtype {p.dtype}; supported are float16, bfloat16 and float32. "
             "Set requires_grad=False on parameters that must not be tuned."
         )
-    if reason := not_dense(p):
+    if reason := not_dense(local(p)):
         raise ValueError(f"zo_fused: {label} {reason}")
 
 
@@ -275,6 +310,7 @@ def make_buckets(
     in_place: set[int] | None = None,
     by_block: bool = False,
     moves: Callable[[Tensor], bool] = requires_grad,
+    matrices: bool = False,
 ) -> list[Bucket]:
     """One bucket per device, of the parameters that are tuned.
 
@@ -285,6 +321,7 @@ def make_buckets(
         in_place: if given, matrices but for those at these positions get buckets of their own.
         by_block: parameters of different blocks get buckets of their own, in the order of blocks.
         moves: whether a parameter is tuned.
+        matrices: whether sweeps see shards as matrices.
 
     A tensor that appears twice (tied weights under two names) is taken once, by its first name.
 
@@ -303,31 +340,31 @@ def make_buckets(
         for p in group["params"]:
             position += 1
             chosen = moves(p) if trainable is None else position in trainable
-            memory = (p.device, p.data_ptr(), tuple(p.shape), tuple(p.stride()))
+            here = local(p)
+            place = here.data_ptr() if here.numel() else id(p)
+            memory = (here.device, place, tuple(here.shape), tuple(here.stride()))
             if not chosen or p.numel() == 0 or memory in seen:
                 continue
             _refuse_unsupported(p, f"parameter {names_of_all[position]}")
             seen.add(memory)
-            taken.setdefault(p.device, []).append(position)
+            taken.setdefault(here.device, []).append(position)
             beside = in_place is not None and p.dim() == 2 and position not in in_place
             block = group["block"] if by_block else 0
-            key = (p.device, beside, block)
-            bucket = buckets.setdefault(key, Bucket(p.device, fixed, beside, block))
-            bucket.params.append(p)
+            key = (here.device, beside, block)
+            bucket = buckets.setdefault(key, Bucket(here.device, fixed, beside, block))
+            bucket.owners.append(p)
             bucket.group_of.append(group_number)
             bucket.id_list.append(ids[position])
     everyone = list(chain.from_iterable(group["params"] for group in param_groups))
     for positions in taken.values():
-        pair = overlap([everyone[position] for position in positions])
+        pair = overlap([local(everyone[position]) for position in positions])
         if pair is not None:
             first, second = (names_of_all[positions[i]] for i in pair)
             raise ValueError(
                 f"zo_fused: parameters {first} and {second} share a part of their memory, which "
                 "would be perturbed and updated twice; tie whole parameters, or freeze one of them"
             )
+    known = {id(p): f"parameter {name}" for p, name in zip(everyone, names_of_all, strict=True)}
     for bucket in buckets.values():
-        bucket.ids = int64_tensor(bucket.id_list)
-        bucket.offsets = torch.zeros_like(bucket.ids)
-        bucket.group_index = int64_tensor(bucket.group_of, bucket.device)
-        bucket.in_use = sorted(set(bucket.group_of))
+        bucket.lay_out([known[id(p)] for p in bucket.owners], matrices)
     return sorted(buckets.values(), key=attrgetter("block"))

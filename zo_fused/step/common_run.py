@@ -11,6 +11,7 @@ from zo_fused.parallel.ranks import Run
 from zo_fused.step.buckets import labels
 from zo_fused.step.hyper import names_of
 from zo_fused.step.weights import Weights
+from zo_fused.sweeps.shards import is_sharded
 
 
 def run_of(weights: Weights) -> Run:
@@ -37,7 +38,7 @@ def _about(weights: Weights) -> dict[str, Any]:
         "parameters": [
             (id_, tuple(p.shape), p.dtype)
             for bucket in buckets
-            for id_, p in zip(bucket.id_list, bucket.params, strict=True)
+            for id_, p in zip(bucket.owner_ids, bucket.owners, strict=True)
         ],
         "parameters that are perturbed in place": sorted(groups.shared("in_place")),
     }
@@ -52,6 +53,6 @@ def _plain(value: Any) -> Any:
 
 def _tuned(weights: Weights) -> dict[str, Tensor]:
     """Those that move, by name. What is sharded is another part on every rank."""
-    moving = {id(p) for bucket in weights.buckets for p in bucket.params}
+    moving = {id(p) for bucket in weights.buckets for p in bucket.owners}
     named = zip(labels(weights.groups.all), weights.groups.params(), strict=True)
-    return {name: p for name, p in named if id(p) in moving and not hasattr(p, "placements")}
+    return {name: p for name, p in named if id(p) in moving and not is_sharded(p)}

@@ -46,6 +46,7 @@ class Direction:
             cheaper (docs/noise.md); "rademacher", -1 or 1.
 
     Attributes:
+        matrices: whether its sweeps see shards as matrices; else run by run.
         fixed: names of the hyper-parameters that z depends on (`Bucket.fixed` has their values).
         begins_with_probe: whether every step takes its first loss along its first probe, whose z
             does not depend on what is learnt: a deferred sweep then goes there.
@@ -55,6 +56,7 @@ class Direction:
 
     fixed: tuple[str, ...] = ()
     begins_with_probe = False
+    matrices = False
     state: dict[Any, Any]
 
     def __init__(self, distribution: str = "gaussian") -> None:
@@ -124,6 +126,11 @@ class Direction:
 
     def leave(self) -> None:
         """The buckets so far will not be used again."""
+
+    def not_sharded(self) -> str:
+        """Why parameters may not be DTensors; empty if they may. Every class says it itself, for
+        one that inherits from it may look at whole tensors."""
+        return "its z is made of whole tensors"
 
     def not_capturable(self, deferred: bool) -> str:
         """Why a step can't be captured in a CUDA graph; empty if it can."""

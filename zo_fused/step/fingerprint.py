@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from zo_fused.sweeps.shards import is_sharded
+
 _BLOCK = 1 << 16  # words
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -38,9 +40,17 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 
     Args:
         tensors: strided, of any dtype and shape; or of classes that are made of such (torchao).
+
+    Raises:
+        NotImplementedError: one is a DTensor, of which a process has a part.
     """
     digest = hashlib.sha256()
     for tensor in tensors:
+        if is_sharded(tensor):
+            raise NotImplementedError(
+                "a replay log recognises weights by all of their bits, and parameters are sharded: "
+                "replay into the whole model, then shard it (docs/sharded.md)"
+            )
         for part in _plain_parts(tensor.detach()):
             line = f"{part.dtype} {list(part.shape)} {weighted_sum(part):016x}\n"
             digest.update(line.encode())

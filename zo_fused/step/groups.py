@@ -100,3 +100,13 @@ class Groups:
         """Set counters."""
         for group in self.all:
             group.update(counters)
+
+
+def described(name: str, param_groups: list[dict[str, Any]]) -> str:
+    """An optimizer as `repr` shows it."""
+    hidden = {"params", "param_names", *COUNTERS} - {"seed"}
+    lines = [f"{name} ("]
+    for number, group in enumerate(param_groups):
+        lines.append(f"Parameter Group {number}")
+        lines += [f"    {key}: {group[key]}" for key in sorted(group.keys() - hidden)]
+    return "\n".join([*lines, ")"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -57,6 +58,19 @@ class _Guarded:
         return self
 
 
+def _tensor_of_shards() -> Any:
+    """`DTensor`, if anybody has one."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+
+
+def _local_at_theta(p: Any) -> Any:
+    return p._at_theta()._local_tensor
+
+
+def _set_local_at_theta(p: Any, value: Any) -> None:
+    type(p._at_theta())._local_tensor.__set__(p, value)
+
+
 class Guard:
     """Guards the parameters of an optimizer.
 
@@ -97,6 +111,11 @@ class Guard:
             for p, own, _ in self._params:
                 p.__class__ = own
 
+    def look(self) -> None:
+        """For what looks at parameters without asking them."""
+        if self._set:
+            self._look()
+
     def _kind(self, p: Any) -> type:
         own = type(p)
         if own not in self._kinds:
@@ -104,6 +123,8 @@ class Guard:
             reason = "the weights are not at theta: call flush() of their optimizer first"
             look = torch.compiler.disable(self._look, reason=reason)
             members = {"own": own, "to_theta": staticmethod(look), "__module__": own.__module__}
+            if issubclass(own, _tensor_of_shards()):  # `to_local` and others read it
+                members["_local_tensor"] = property(_local_at_theta, _set_local_at_theta)
             guarded = type(own.__name__, (_Guarded, own), members)
             try:
                 p.__class__ = guarded

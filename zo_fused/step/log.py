@@ -127,7 +127,7 @@ class StepLog:
     def _settings(self, buckets: Sequence[Bucket]) -> dict[str, Any]:
         """What a replay must know besides the projected gradients."""
         hyper = self._groups.defaults.keys() - {"initial_lr", *COUNTERS}
-        taken = {id(p) for bucket in buckets for p in bucket.params}
+        taken = {id(p) for bucket in buckets for p in bucket.owners}
         return {
             "groups": [
                 {name: _plain(value) for name, value in group.items() if name in hyper}

@@ -244,6 +244,7 @@ class ZerothOrderOptimizer(TakesLosses):
                 return self._finish(self.measure(self._access.interruptible(closure)))
             self.weights.look_again()
             if loss_plus is None and loss_minus is None and _probed(self.param_groups):
+                self.weights.make_state(self.rule, self.state)
                 return None  # type: ignore[return-value]
             if loss_plus is None or loss_minus is None:
                 raise TypeError(self.needs)
@@ -293,7 +294,8 @@ def _check_probes(name: str, probes: Sequence[Position], ahead: bool) -> None:
 
 def _probed(param_groups: list[dict[str, Any]]) -> bool:
     """Whether this is torch.distributed.checkpoint, which makes the state of optimizers by a
-    step with zero gradients and lr 0, and puts both back only if nothing is raised."""
+    step with zero gradients and lr 0, and puts both back only if nothing is raised. What it loads
+    goes into the state that it finds."""
     grads = [p.grad for group in param_groups for p in group["params"] if p.grad is not None]
     return (
         bool(grads)

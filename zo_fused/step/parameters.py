@@ -10,10 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_fused.step.buckets import Bucket, labels, make_buckets, requires_grad, signature
+from zo_fused.step.buckets import (
+    Bucket,
+    labels,
+    make_buckets,
+    parameter_ids,
+    requires_grad,
+    signature,
+)
 from zo_fused.step.direction import Beside, Direction
 from zo_fused.step.groups import Groups
 from zo_fused.step.guard import Guard
+from zo_fused.step.sharded import HasReason, Resharding, check_sharded
+from zo_fused.sweeps.shards import locals_of
 
 logger = logging.getLogger("zo_fused")
 
@@ -75,10 +84,12 @@ class Parameters:
         self._versioned: list[Tensor] = []  # those whose changes autograd can be told
         self._module = module
         self._places = _places(module)
+        self._resharding = Resharding(module)
 
     def check_module(self) -> None:
         """The module may hold another parameter now, or another layer, which the forward pass then
         uses."""
+        self._resharding.close()
         tables, names, held = self._places
         now = list(map(dict.get, tables, names, held))  # in loops of C
         if not all(map(operator.is_, now, held)):
@@ -106,6 +117,17 @@ class Parameters:
                     "the optimizer was made; make the optimizer anew"
                 )
         self._places = places
+        self._resharding = Resharding(self._module)
+        self._resharding.close()
+
+    def check(self, method: type[Chooses], *parts: HasReason) -> None:
+        """Raises:
+        ValueError: two parameters share a name.
+        NotImplementedError, ValueError: see `zo_fused.step.sharded.check_sharded`.
+        """
+        parameter_ids(self._groups.all)
+        params, names = self._groups.params(), labels(self._groups.all)
+        check_sharded(method.__name__, params, names, self._module, *parts)
 
     def changed(self, direction: Direction) -> bool:
         """Whether the buckets must be made anew: what requires gradients, or where it lies, is not
@@ -114,12 +136,19 @@ class Parameters:
 
     def renew(self, direction: Direction) -> None:
         """Make the buckets."""
+        self.check(Chooses)  # which may have come by pickle, without module
         in_place = None
         while in_place is None or in_place != self._in_place(direction):
             in_place = self._in_place(direction)
             signature_now, names = self._now(direction), self._names(direction)
             self.buckets = make_buckets(
-                self._groups.all, self.trainable, names, in_place, self._by_block, self._moves
+                self._groups.all,
+                self.trainable,
+                names,
+                in_place,
+                self._by_block,
+                self._moves,
+                direction.matrices,
             )
             self._signature = signature_now
             if not isinstance(direction, Beside):
@@ -162,7 +191,12 @@ class Parameters:
 
     def _watch(self) -> None:
         """Guard what is swept, also under another parameter that has the same memory."""
-        params = [p for bucket in self.buckets for p in bucket.params]
-        self._versioned = [p for p in params if not p.is_inference()]
-        swept = set(map(torch.Tensor.data_ptr, params))
-        self._guard.over([p for p in self._groups.params() if p.data_ptr() in swept])
+        owners = [p for bucket in self.buckets for p in bucket.owners]
+        parts = locals_of(owners)
+        shards = [part for p, part in zip(owners, parts, strict=True) if part is not p]
+        self._versioned = [p for p in owners + shards if not p.is_inference()]
+        swept = {part.data_ptr() for part in parts if part.numel()}
+        everyone = self._groups.params()
+        held = zip(everyone, locals_of(everyone), strict=True)
+        self._guard.over([p for p, part in held if part.data_ptr() in swept])
+        self._resharding.before_forward(self._guard.look)

@@ -12,6 +12,7 @@ from zo_fused.noise.keys import Step
 from zo_fused.step.buckets import Bucket
 from zo_fused.step.direction import Direction, Sweep, Term
 from zo_fused.step.vectors import Flag, Vector, where
+from zo_fused.sweeps.shards import is_sharded
 
 
 @dataclass
@@ -73,6 +74,13 @@ def check_state(name: str, kept: Tensor, shape: Sequence[int], p: Tensor) -> Non
     Raises:
         ValueError: it is not: the state is of another model, or the parameter has changed.
     """
+    if is_sharded(p) and list(shape) == list(p.shape):
+        mine, its = (getattr(tensor, "placements", "whole") for tensor in (p, kept))
+        if mine != its:
+            raise ValueError(
+                f"the state has {name} placed as {its} for a parameter placed as {mine}: load it "
+                "with torch.distributed.checkpoint, which places it anew"
+            )
     if list(kept.shape) != list(shape):
         raise ValueError(
             f"the state has {name} of shape {list(kept.shape)} for a parameter of shape "
@@ -94,6 +102,10 @@ class Rule:
     draws: bool = False
     sweeps_alone: bool = True
     not_capturable: str = ""
+
+    def not_sharded(self) -> str:
+        """As `Direction.not_sharded`."""
+        return "its update needs whole tensors"
 
     def prepare(self, update: Update, direction: Any, state: dict[Any, Any]) -> None:
         """Make the state of a new bucket, before anything moves."""

@@ -18,7 +18,7 @@ from zo_fused.step.log import StepLog
 from zo_fused.step.parameters import Parameters
 from zo_fused.step.rule import Rule, Update
 from zo_fused.step.schedule import Position, Schedule
-from zo_fused.step.vectors import Flag, Vector, flag_on, judged
+from zo_fused.step.vectors import Flag, Vector, flag_on, judged, vector
 
 _KEEPS_NOTHING = Beside()
 
@@ -175,7 +175,7 @@ class Weights:
         if there == self.place:
             return False
         for bucket in self.buckets:
-            if terms := self._way(bucket, there):
+            if terms := _way(self, bucket, there):
                 self.moved = True
                 self.direction.move(Sweep(bucket, self.groups.seed, terms, bucket.ones))
         self.place = there
@@ -187,21 +187,6 @@ class Weights:
         eps, seed = [b.hyper(self.groups.all, "eps") for b in self.buckets], self.groups.seed
         terms = [[Term(self.step, e, query=query)] for e in eps]
         return [Sweep(b, seed, t, b.ones) for b, t in zip(self.buckets, terms, strict=True)]
-
-    def _way(self, bucket: Bucket, there: Place) -> list[Term]:
-        """What a bucket's weights lack at the new place."""
-        ends = [place for place in (self.place, there) if place.at and bucket.has(place.at)]
-        zeros = (0.0,) * len(self.groups.all)
-        if len(ends) == 2 and ends[0][1:] != ends[1][1:]:
-            moves = [([-a for a in ends[0].at], ends[0]), (ends[1].at, ends[1])]
-        else:
-            distance = zip(self.place.at or zeros, there.at or zeros, strict=True)
-            moves = [([b - a for a, b in distance], place) for place in ends[-1:]]
-        return [
-            Term(self.step, bucket.constant(by), query=place.query, probe=place.probe)
-            for by, place in moves
-            if bucket.has(by)
-        ]
 
     def _settle(self, query: int) -> bool:
         """Write what the direction keeps beside them; False if there is nothing."""
@@ -237,13 +222,16 @@ class Weights:
             self.groups.count(step=step + 1, restores=0)
         return skipped
 
-    def _of(self, bucket: Bucket, grads: Vector, skipped: Flag) -> Update | None:
-        """The update of a bucket; None if no query of this step moves it."""
+    def _of(
+        self, bucket: Bucket, grads: Vector, skipped: Flag, every: bool = False
+    ) -> Update | None:
+        """The update of a bucket; None if no query of this step moves it. `every`: all do."""
         groups, blocks, queries = self.groups.all, self.blocks(), self.schedule.queries
         mine = [
             grad
             for query, grad in enumerate(grads.to(bucket.device, torch.float64).unbind())
-            if self.schedule.block_of(blocks, self.groups.step, query) in (None, bucket.block)
+            if every
+            or self.schedule.block_of(blocks, self.groups.step, query) in (None, bucket.block)
         ]
         if not mine:
             return None
@@ -263,11 +251,20 @@ class Weights:
             rounding=self._rounding_key(bucket.device),
         )
 
+    def make_state(
+        self, rule: Rule, state: dict[Any, Any], updates: Sequence[Update] | None = None
+    ) -> None:
+        """What a rule keeps of the weights; with no updates to come, of all of them."""
+        if updates is None:
+            self.look()
+            none = vector([0.0] * self.queries(), self.buckets[0].device)
+            updates = [u for b in self.buckets if (u := self._of(b, none, False, every=True))]
+        for u in updates:
+            u.bucket.once("state", partial(rule.prepare, u, self.direction, state))
+
     def _apply(self, rule: Rule, updates: list[Update], state: dict[Any, Any]) -> None:
         """Restore, update and the next perturbation, in one sweep of every bucket."""
-        for update in updates:  # if there is no memory for its state, nothing has moved yet
-            make = partial(rule.prepare, update, self.direction, state)
-            update.bucket.once("state", make)
+        self.make_state(rule, state, updates)  # if there is no memory, nothing has moved yet
         self.moved = True
         for update in updates:
             rule.apply(update, self.direction, state)
@@ -283,3 +280,19 @@ class Weights:
             return None
         stream = Stream(Purpose.ROUNDING, self.step, query=query)
         return stream_keys(self.groups.seed, [stream], device)
+
+
+def _way(weights: Weights, bucket: Bucket, there: Place) -> list[Term]:
+    """What a bucket's weights lack at the new place."""
+    ends = [place for place in (weights.place, there) if place.at and bucket.has(place.at)]
+    zeros = (0.0,) * len(weights.groups.all)
+    if len(ends) == 2 and ends[0][1:] != ends[1][1:]:
+        moves = [([-a for a in ends[0].at], ends[0]), (ends[1].at, ends[1])]
+    else:
+        distance = zip(weights.place.at or zeros, there.at or zeros, strict=True)
+        moves = [([b - a for a, b in distance], place) for place in ends[-1:]]
+    return [
+        Term(weights.step, bucket.constant(by), query=place.query, probe=place.probe)
+        for by, place in moves
+        if bucket.has(by)
+    ]

@@ -10,6 +10,9 @@ Options of all sweeps: ``rounding_key``, the key of a rounding stream (purpose R
 normals with the approximate units of a GPU: close to the portable ones, but not the same bits on
 every device. ``transform="hadamard"`` makes numbers that are nearly normal, at a third to a half of
 the cost, and ``transform="signs"`` +1 or -1: both the same on every device.
+
+Parts of parameters get the noise that they have in the whole: DTensors, whose local part is swept,
+and with ``shards``, a `Shard` for each tensor (None: a whole parameter), the parts of any engine.
 """
 
 from __future__ import annotations
@@ -19,9 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zo_fused.checks import number, whole
 from zo_fused.sweeps import operators
-from zo_fused.sweeps.arguments import matrix_shape
 from zo_fused.sweeps.conversions import (
     column,
     int64_tensor,
@@ -32,9 +33,28 @@ from zo_fused.sweeps.conversions import (
     streams_of,
     table_of,
 )
+from zo_fused.sweeps.shards import Cut, Shard, local, located
 
 Scalar = float | Tensor
-Factor = int | Sequence[Tensor]
+
+
+def _cut(
+    params: Sequence[Tensor],
+    ids: Sequence[int] | Tensor | None,
+    offsets: Sequence[int] | Tensor | None,
+    shards: Sequence[Shard | None] | None,
+) -> tuple[list[Tensor], torch.device, Cut, tuple[Tensor, Tensor]]:
+    """Parameters of this process, their device, and the tensors that sweeps over noise take of
+    them, with ids and offsets."""
+    params, device = listed(params)
+    params, places = located(params, shards)
+    if places is None:
+        return params, device, Cut(params, None), streams_of(params, ids, offsets)
+    if offsets is not None:
+        raise ValueError("zo_fused: shards say where tensors lie: offsets or shards, not both")
+    cut = Cut(params, places)
+    numbers = cut.spread(streams_of(params, ids, [0] * len(params))[0])
+    return params, device, cut, streams_of(cut.tensors, numbers, cut.starts)
 
 
 @torch.no_grad()
@@ -46,6 +66,7 @@ def update_(
     ids: Sequence[int] | Tensor | None = None,
     *,
     offsets: Sequence[int] | Tensor | None = None,
+    shards: Sequence[Shard | None] | None = None,
     rounding_key: int | Tensor | None = None,
     transform: str = "portable",
 ) -> None:
@@ -60,22 +81,23 @@ def update_(
         coeffs: K numbers, or a float32 tensor [K] or [len(params), K] on the parameters' device.
         decay: a number, or one per parameter.
         ids: 64-bit parameter ids; None: positions in the list.
-        offsets: index of each tensor's first element in its full parameter, for shards.
-        rounding_key, transform: see the top of this module.
+        offsets: index of each tensor's first element in its full parameter, for flat parts of it.
+        shards, rounding_key, transform: see the top of this module.
 
     Raises:
         TypeError: a parameter is not float16, bfloat16 or float32.
-        ValueError: lengths or devices differ, two parameters share an id, or the backend that
-            serves the device lacks the transform.
+        ValueError: lengths or devices differ, two parameters share an id, a tensor does not lie
+            where its shard says, or the backend that serves the device lacks the transform.
+        NotImplementedError: a DTensor is placed so that a process has no box of its elements.
     """
-    params, device = listed(params)
+    params, device, cut, streams = _cut(params, ids, offsets, shards)
     key_row = keys_of(keys, device)
     operators.dense_(
-        params,
-        *streams_of(params, ids, offsets),
+        cut.tensors,
+        *streams,
         key_row,
-        rows_of("coeffs", coeffs, params, key_row),
-        column("decay", decay, params, device),
+        cut.spread(rows_of("coeffs", coeffs, params, key_row)),
+        cut.spread(column("decay", decay, params, device)),
         rounding_of(rounding_key, device),
         transform,
     )
@@ -89,17 +111,18 @@ def perturb_(
     ids: Sequence[int] | Tensor | None = None,
     *,
     offsets: Sequence[int] | Tensor | None = None,
+    shards: Sequence[Shard | None] | None = None,
     transform: str = "portable",
 ) -> None:
     """``p += scale * z`` with z the dense Gaussian of stream ``key``. Arguments as in `update_`."""
-    params, device = listed(params)
+    params, device, cut, streams = _cut(params, ids, offsets, shards)
     key_row = int64_tensor([key], device, "key")
     operators.dense_(
-        params,
-        *streams_of(params, ids, offsets),
+        cut.tensors,
+        *streams,
         key_row,
-        table_of("scale", scale, device, [(), (1,), (len(params), 1)]),
-        column("decay", 1.0, params, device),
+        cut.spread(table_of("scale", scale, device, [(), (1,), (len(params), 1)])),
+        column("decay", 1.0, cut.tensors, device),
         None,
         transform,
     )
@@ -124,6 +147,7 @@ def moments_update_(
     decay: Scalar | Sequence[float] = 1.0,
     ids: Sequence[int] | Tensor | None = None,
     offsets: Sequence[int] | Tensor | None = None,
+    shards: Sequence[Shard | None] | None = None,
     rounding_key: int | Tensor | None = None,
     transform: str = "portable",
     squares: Sequence[float] | Tensor | None = None,
@@ -152,7 +176,7 @@ def moments_update_(
             empty to keep none. Changed in place, as are
         seconds: the v, float32, for "adam".
         restores: a number or K numbers, that take back a perturbation.
-        decay, ids, offsets: as in `update_`.
+        decay, ids, offsets, shards: as in `update_`.
         rounding_key, transform: see the top of this module.
         squares: K numbers, or a float32 tensor [K] or [len(params), K], for "adam" without `firsts`
             and `seconds`; beta, beta2 and gain2 then don't matter.
@@ -161,163 +185,24 @@ def moments_update_(
         TypeError, ValueError: as `update_`; also for moments of a wrong shape or dtype, or squares
             where there are others.
     """
-    params, device = listed(params)
+    params, device, cut, streams = _cut(params, ids, offsets, shards)
+    firsts, seconds = ([local(tensor) for tensor in tensors] for tensors in (firsts, seconds))
     key_row = keys_of(keys, device)
     names = ("beta", "gain", "beta2", "gain2", "eps", "step")
     numbers = zip(names, (beta, gain, beta2, gain2, eps, step), strict=True)
     columns = [column(name, value, params, device) for name, value in numbers]
     operators.moments_(
-        params,
-        list(firsts),
-        list(seconds),
-        *streams_of(params, ids, offsets),
+        cut.tensors,
+        cut.like(firsts, "firsts"),
+        cut.like(seconds, "seconds"),
+        *streams,
         key_row,
-        rows_of("grads", grads, params, key_row),
-        rows_of("restores", restores, params, key_row, one_for_all=True),
-        torch.stack(columns, dim=-1),
-        column("decay", decay, params, device),
+        cut.spread(rows_of("grads", grads, params, key_row)),
+        cut.spread(rows_of("restores", restores, params, key_row, one_for_all=True)),
+        cut.spread(torch.stack(columns, dim=-1)),
+        cut.spread(column("decay", decay, params, device)),
         rule,
         rounding_of(rounding_key, device),
         transform,
-        None if squares is None else rows_of("squares", squares, params, key_row),
-    )
-
-
-@torch.no_grad()
-def factors(
-    params: Sequence[Tensor],
-    u: Factor,
-    v: Factor,
-    rank: int | None = None,
-    ids: Sequence[int] | Tensor | None = None,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The factors U (m, rank) and V (n, rank), float32, of parameters seen as (m, n).
-
-    A factor given as a 64-bit key is drawn from that stream in row-major order; one given as a
-    list of tensors is returned as it is.
-    """
-    params, device = listed(params)
-    table, starts = streams_of(params, ids, None)
-    made = []
-    for side, (name, factor) in enumerate({"u": u, "v": v}.items()):
-        if isinstance(factor, Sequence):
-            made.append(list(factor))
-            continue
-        key_row = int64_tensor([factor], device, name).expand(len(params)).contiguous()
-        if rank is None:
-            raise ValueError("zo_fused: factors from keys need a rank")
-        columns = whole("zo_fused: rank", rank, 1)
-        outs = [
-            torch.empty(matrix_shape(p)[side], columns, dtype=torch.float32, device=p.device)
-            for p in params
-        ]
-        operators.normal_(outs, table, starts, key_row)
-        made.append(outs)
-    return made[0], made[1]
-
-
-@torch.no_grad()
-def lowrank_update_(
-    params: Sequence[Tensor],
-    u: Factor,
-    v: Factor,
-    coeff: Scalar | Sequence[float],
-    decay: Scalar | Sequence[float] = 1.0,
-    *,
-    rank: int | None = None,
-    ids: Sequence[int] | Tensor | None = None,
-    rounding_key: int | Tensor | None = None,
-) -> None:
-    """``p = decay * p + coeff * U @ V.T`` for every parameter, in one sweep.
-
-    A parameter is seen as ``(m, n) = (size(0), numel / size(0))``; the m x n product is never
-    stored. Several directions in one sweep: concatenate their factors along the rank.
-
-    Args:
-        params: tensors on one device.
-        u, v: 64-bit stream keys (then `rank` is needed), or lists of contiguous float32 tensors
-            (m, r) and (n, r).
-        coeff, decay: a number, or one per parameter.
-        rank: columns of factors drawn from keys.
-        ids: as in `update_`.
-        rounding_key: see the top of this module.
-
-    Raises:
-        TypeError, ValueError: as `update_`; also for factors of a wrong shape.
-    """
-    params, device = listed(params)
-    us, vs = factors(params, u, v, rank, ids)
-    operators.lowrank_(
-        params,
-        us,
-        vs,
-        column("coeff", coeff, params, device),
-        column("decay", decay, params, device),
-        *streams_of(params, ids, None),
-        rounding_of(rounding_key, device),
-    )
-
-
-def lowrank_perturb_(
-    params: Sequence[Tensor],
-    u: Factor,
-    v: Factor,
-    scale: Scalar,
-    *,
-    rank: int | None = None,
-    ids: Sequence[int] | Tensor | None = None,
-) -> None:
-    """``p += scale * U @ V.T``. Arguments as in `lowrank_update_`."""
-    lowrank_update_(params, u, v, scale, 1.0, rank=rank, ids=ids)
-
-
-@torch.no_grad()
-def lowrank_momentum_(
-    params: Sequence[Tensor],
-    moments: Sequence[Tensor],
-    u: Factor,
-    v: Factor,
-    grad: Scalar,
-    lr: Scalar,
-    beta: Scalar,
-    restore: Scalar = 0.0,
-    decay: Scalar | Sequence[float] = 1.0,
-    *,
-    rank: int | None = None,
-    ids: Sequence[int] | Tensor | None = None,
-    rounding_key: int | Tensor | None = None,
-) -> None:
-    """Momentum in the factor (LOZO-M, arXiv 2410.07698), in one sweep:
-
-    ``N = beta * N + (1 - beta) * grad * U``, then
-    ``p = decay * p + (restore * U - lr * N) @ V.T``.
-
-    Args:
-        params: tensors on one device.
-        moments: the N of each parameter, float32 (m, r), changed in place.
-        u, v, rank, ids, rounding_key: as in `lowrank_update_`.
-        grad: projected gradient.
-        lr: learning rate.
-        beta: momentum coefficient in [0, 1).
-        restore: coefficient of ``U @ V.T`` that takes back a perturbation.
-        decay: a number, or one per parameter.
-    """
-    params, device = listed(params)
-    us, vs = factors(params, u, v, rank, ids)
-    given = {"beta": beta, "grad": grad, "restore": restore, "lr": lr}
-    b, g, a, s = (
-        x.double() if isinstance(x, Tensor) else number(f"zo_fused: {name}", x)
-        for name, x in given.items()
-    )
-    columns = {"beta": b, "(1 - beta) * grad": (1 - b) * g, "restore": a, "lr": -s}
-    table = torch.stack([column(name, x, params, device) for name, x in columns.items()], dim=-1)
-    operators.lowrank_momentum_(
-        params,
-        list(moments),
-        us,
-        vs,
-        table,
-        column("decay", decay, params, device),
-        *streams_of(params, ids, None),
-        rounding_of(rounding_key, device),
+        None if squares is None else cut.spread(rows_of("squares", squares, params, key_row)),
     )

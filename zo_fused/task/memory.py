@@ -186,6 +186,29 @@ class Outline:
         return live.peak
 
 
+def step_peak(
+    weights: int, held: Kept, forward: int | None, paired: bool, differentiates: bool
+) -> int | None:
+    """Bytes at most within a step, weights included; an estimate.
+
+    Args:
+        weights: their bytes.
+        held: by the optimizer.
+        forward: `Outline.activations`; where the step differentiates, without fused attention.
+        paired: whether both signs are in one forward pass.
+        differentiates: whether every activation has its tangent beside it.
+
+    Returns:
+        None: `forward` is.
+    """
+    if forward is None:
+        return None
+    needed = forward * (2 if paired or differentiates else 1)
+    if differentiates:
+        needed += held.peak - held.beside
+    return weights + max(held.beside + needed, held.peak)
+
+
 # ---- optimizers ----------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import os
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -15,9 +16,11 @@ from typing import Any
 import torch
 
 import zo_fused
+from zo_fused.directions.inputs import linear_layers
 from zo_fused.methods.table import recipes
 from zo_fused.step.interrupts import uninterrupted
 from zo_fused.task.adapters import base_model, load_adapted
+from zo_fused.task.console import in_words
 from zo_fused.task.data import SPLITS, Example, read_examples
 from zo_fused.task.encoding import Encoded, Encoder, maximum_length
 from zo_fused.task.errors import UserError, first_line, optional, warn
@@ -26,6 +29,7 @@ from zo_fused.task.generating import GenerationScorer
 from zo_fused.task.generation import SCORES
 from zo_fused.task.lm_tasks import LmTask
 from zo_fused.task.masked import MaskEncoder, MaskScorer
+from zo_fused.task.memory import Outline, kept, step_peak
 from zo_fused.task.models import (
     check_kind,
     choose_device,
@@ -35,7 +39,7 @@ from zo_fused.task.models import (
     load_tokenizer,
     save_model,
 )
-from zo_fused.task.plan import Plan
+from zo_fused.task.plan import Plan, told
 from zo_fused.task.prompt import Task
 from zo_fused.task.report import draw, peak_memory, place, sizes, summarize
 from zo_fused.task.resuming import (
@@ -129,7 +133,7 @@ def finetune(options: Options) -> dict[str, Any]:
         UserError: something the user can put right, as early as it can be known.
         Interrupted: see `Finetuning.run`.
     """
-    for package in ("transformers", "accelerate", "tqdm", "matplotlib.figure"):
+    for package in ("transformers", "accelerate", "matplotlib.figure"):
         optional(package)
     with uninterrupted():
         from zo_fused.task.trainer import Finetuning
@@ -190,6 +194,8 @@ def finetune(options: Options) -> dict[str, Any]:
         raise UserError(f"can't resume: {error.filename} is missing") from error
     except ValueError as error:  # the replay log is not this run's
         raise UserError(first_line(error)) from error
+    needed = expected_memory(options, model, data["train"])
+    print(told(options.plan, optimizer, _title(options), options.hyper["schedule"], needed))
     try:
         history = run.run()
     except (RuntimeError, TypeError, ValueError) as error:
@@ -417,6 +423,38 @@ def _plan(options: Options, optimizer: Any) -> Plan:
         )
     apart = max(1, round(2 * plan.eval_steps * steps / optimizer.forwards_of(steps)))
     return replace(plan, steps=steps, eval_steps=apart)
+
+
+def _title(options: Options) -> str:
+    return recipes()[options.method][1].title
+
+
+def expected_memory(options: Options, model: Any, train: Sequence[Encoded]) -> str:
+    """What `zo-fused plan` says of this run, in words."""
+    made = recipes()[options.method][0]
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    of_weights = f"weights {in_words(weights)}"
+    if made.quantized:  # of which a configuration says nothing
+        return of_weights
+    dtype = getattr(torch, options.dtype)
+    tuned = [p for p in model.parameters() if p.requires_grad]
+    linear = linear_layers(model)
+    held = kept(
+        lambda module, **rank: make_optimizer(
+            options.method, {**options.hyper, "blocks": None} | rank, module
+        ),
+        Counter(tuple(p.shape) for p in tuned),
+        dtype,
+        Counter(tuple(p.shape) for p in tuned if id(p) in linear),
+    )
+    config = load_config(options.model, options.trust_remote_code)
+    length = max(len(e.prompt) + max(map(len, e.answers), default=1) for e in train)
+    size = options.plan.micro_batch_size or options.plan.batch_size
+    forward = Outline(config, dtype).activations(size, length, fused=not made.differentiates)
+    paired = options.hyper["schedule"] == "paired"
+    peak = step_peak(weights, held, forward, paired, made.differentiates)
+    told_peak = "" if peak is None else f", peak of a step about {in_words(peak)}"
+    return f"{of_weights}, beside them {in_words(held.beside)}{told_peak}"
 
 
 def _sizes(optimizer: Any) -> dict[str, int]:

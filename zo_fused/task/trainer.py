@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,9 +16,9 @@ from typing import Any
 import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from zo_fused.hf.trainer import ZOTrainer
+from zo_fused.task.console import Console, duration
 from zo_fused.task.encoding import Encoded
 from zo_fused.task.errors import Interrupted, UserError
 from zo_fused.task.files import to_json, write_text, writing
@@ -28,6 +29,7 @@ from zo_fused.task.plan import Plan, make_scheduler
 from zo_fused.task.resuming import SETTINGS, remove_checkpoints
 from zo_fused.task.scoring import Batch, Scorer
 
+STEPS_TO_TELL = 10  # after which the time to the end is told
 SKIPPED_IN_A_ROW = 20  # then the run has diverged, or the dtype overflows
 
 
@@ -70,6 +72,8 @@ class Finetuning(ZOTrainer):
         self.forwards_per_loss = 2 if paired else 1
         self.losses = self.skipped_in_a_row = 0
         self.saving_to = output
+        self.seconds: list[float] = []  # of the first steps
+        self.evaluating: dict[str, float] = {}  # seconds that a split takes
         args = transformers.TrainingArguments(
             str(output),
             per_device_train_batch_size=plan.batch_size,
@@ -111,12 +115,9 @@ class Finetuning(ZOTrainer):
             UserError: `SKIPPED_IN_A_ROW` steps in a row were skipped.
         """
         optimizer = self.zeroth_order_optimizer
-        # None: the bar shows on a terminal only
-        self.bar = tqdm(
-            total=self.plan.steps, initial=optimizer.step_count, unit="step", disable=None
-        )
+        self.console = Console(self.plan.steps, optimizer.step_count)
         try:
-            with self.bar:
+            with self.console:
                 self.train(None if self.checkpoint is None else str(self.checkpoint))
                 self.evaluate("dev")
                 self.evaluate("test")
@@ -188,13 +189,20 @@ class Finetuning(ZOTrainer):
                 f"stopped at step {step}: {SKIPPED_IN_A_ROW} steps in a row were skipped, as "
                 f"{optimizer.why_skipped}; lower the learning rate, or use bfloat16 or float32"
             )
-        self.bar.set_postfix(self._postfix(loss, grads), refresh=False)
-        self.bar.update()
-
-    def _postfix(self, loss: float, grads: list[float]) -> dict[str, str]:
-        shown = {"loss": f"{loss:.3f}", "|g|": f"{max(map(abs, grads)):.3g}"}
         accuracies = self.history.accuracies("dev")
-        return {**shown, "dev": f"{accuracies[-1][1]:.3f}"} if accuracies else shown
+        dev = f", dev {accuracies[-1][1]:.3f}" if accuracies else ""
+        self.console.step(f"loss {loss:.3f}, |g| {max(map(abs, grads)):.3g}{dev}")
+        if len(self.seconds) < STEPS_TO_TELL:
+            self.seconds.append(time.perf_counter() - self.started)
+            if len(self.seconds) == STEPS_TO_TELL and step < self.plan.steps:
+                self._tell_time(step)
+
+    def _tell_time(self, step: int) -> None:
+        """How long the rest takes, if it goes on like this; a first step is slower than others."""
+        each, apart = statistics.median(self.seconds[1:]), self.plan.eval_steps
+        rest = each * (self.plan.steps - step) + self.evaluating.get("test", 0.0)
+        rest += (self.plan.steps // apart - step // apart) * self.evaluating.get("dev", 0.0)
+        self.console.line(f"step {step}: {each:.3g} s a step, about {duration(rest)} to the end")
 
     # ---- evaluations and checkpoints ------------------------------------------------------------
 
@@ -208,15 +216,17 @@ class Finetuning(ZOTrainer):
         step = optimizer.step_count
         if not self.data.get(split) or step in dict(self.history.accuracies(split)):
             return {}
+        start = time.perf_counter()
         with optimizer.unperturbed():
             accuracy, loss, f1 = self.scorer.evaluate(self.data[split], self.plan.batch_size)
+        self.evaluating[split] = time.perf_counter() - start
         found = {f"{split}_accuracy": accuracy, f"{split}_loss": loss}
         found |= {} if f1 is None else {f"{split}_f1": f1}
         self.history.add(step=step, **found)
         of_answers = (
             f"accuracy {accuracy:.3f}" if f1 is None else f"F1 {f1:.3f}, exact {accuracy:.3f}"
         )
-        self.bar.write(f"step {step}: {split} {of_answers}, loss {loss:.3f}")
+        self.console.line(f"step {step}: {split} {of_answers}, loss {loss:.3f}")
         return found
 
     def save_model(self, output_dir: Any = None, _internal_call: bool = False) -> None:

@@ -1,0 +1,84 @@
+"""FSDP2, tensor parallel and DTensors of any placement, on gloo: see `support.sharding`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from support import sharding
+
+import zo_fused
+
+OF_FOUR = ["fsdp_over_tensor_parallel", "load_in_another_world"]
+OF_TWO = [name for name in sharding.CHECKS if name not in OF_FOUR]
+AGAIN = ["weights_that_hold_their_index", "functions_take_dtensors", "fsdp_runs_equal_one_process",
+         "runs_of_any_placement_equal_one_process"]  # fmt: skip
+
+
+def started(world: int, names: list[str], folder: Path) -> Path:
+    """Processes that have made these checks; one start for all, as it takes seconds."""
+    (folder / "store").unlink(missing_ok=True)
+    arguments = (world, names, str(folder))
+    multiprocessing.start_processes(  # type: ignore[attr-defined]
+        sharding.run, arguments, nprocs=world, join=False, start_method="spawn"
+    ).join(timeout=None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    return run_quietly(2, OF_TWO, folder)
+
+
+@pytest.fixture(scope="module")
+def of_four(of_two: Path) -> Path:
+    """The checkpoint of two processes is there."""
+    return run_quietly(4, [*AGAIN, *OF_FOUR], of_two)
+
+
+def run_quietly(world: int, names: list[str], folder: Path) -> Path:
+    try:
+        return started(world, names, folder)
+    except Exception:  # told by the files that it left
+        return folder
+
+
+def check_files(folder: Path, name: str, world: int) -> None:
+    for rank in range(world):
+        file = folder / f"{name}.{rank}"
+        assert file.exists(), f"process {rank} did not come so far"
+        assert not file.read_text(), file.read_text()
+
+
+@pytest.mark.parametrize("name", OF_TWO)
+def test_two_processes(of_two: Path, name: str) -> None:
+    check_files(of_two, name, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*AGAIN, *OF_FOUR])
+def test_four_processes(of_four: Path, name: str) -> None:
+    check_files(of_four, name, 4)
+
+
+def test_the_example_of_the_page_runs() -> None:
+    page = Path(__file__).parents[2] / "docs" / "sharded.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    exec(blocks[-1], {"torch": torch, "zo_fused": zo_fused})
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_one_process_loads_what_two_have_saved(of_two: Path) -> None:
+    alone, model = sharding.net(), sharding.net()
+    sharding.train(alone, sharding.METHODS["adam"], lambda: sharding.loss_of(alone), 5)
+    optimizer = zo_fused.ZOAdam(model, lr=1.0)
+    sharding.load_with_dcp(of_two, model, optimizer)
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+    for _ in range(2):
+        optimizer.step(lambda: sharding.loss_of(model))
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(p, q)

@@ -1,0 +1,504 @@
+"""What processes with sharded models check; `tests/step/test_sharded.py` starts them.
+
+Every process does the same; a check raises where something is wrong. Models are so small that each
+process also trains the whole one by itself, to compare. Losses are bit-equal on all ranks and equal
+to those of one process: all have the same batch, FSDP2 gathers whole weights, and the mean over
+processes of a number is that number.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+import zo_fused
+from zo_fused.noise import derive_key
+from zo_fused.sweeps.shards import local, shard_of
+
+Check = Callable[[Path], None]
+CHECKS: dict[str, Check] = {}
+
+
+def check(function: Check) -> Check:
+    CHECKS[function.__name__] = function
+    return function
+
+
+def run(rank: int, world: int, names: list[str], folder: str) -> None:
+    """In each process: what went wrong goes into a file, a check each."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+    )
+    for name in names:
+        try:
+            CHECKS[name](Path(folder))
+        except BaseException:
+            Path(folder, f"{name}.{rank}").write_text(traceback.format_exc())
+            sys.stdout.flush()
+            os._exit(1)  # the others would wait in a collective
+        Path(folder, f"{name}.{rank}").write_text("")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# ---- models -------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.up = nn.Linear(6, 10)
+        self.down = nn.Linear(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    """Sizes that no number of processes divides; one parameter of a single element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.scale = nn.Parameter(torch.ones(1))
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x * self.scale)
+
+
+def net(dtype: torch.dtype = torch.float32) -> Net:
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+TOKENS = torch.arange(11).repeat(2)
+LABELS = TOKENS % 5
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    return F.cross_entropy(model(TOKENS).float(), LABELS)
+
+
+def mean(loss: Tensor) -> Tensor:
+    loss = loss.detach().double()
+    dist.all_reduce(loss)
+    return loss / dist.get_world_size()
+
+
+def wrapped(model: nn.Module, mesh: DeviceMesh | None = None, **options: Any) -> nn.Module:
+    """FSDP2, as its tutorial has it."""
+    for block in model.blocks:  # type: ignore[union-attr]
+        fully_shard(block, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def check_equal(model: nn.Module, wanted: nn.Module) -> None:
+    """Of each parameter, all bits."""
+    for (name, p), q in zip(model.named_parameters(), wanted.parameters(), strict=True):
+        found = whole(p.detach())
+        assert torch.equal(found, q), (name, (found - q).abs().max())
+
+
+def moved(model: nn.Module) -> bool:
+    return any(
+        not torch.equal(p, q) for p, q in zip(model.parameters(), net().parameters(), strict=True)
+    )
+
+
+# ---- where shards lie ---------------------------------------------------------------------------
+
+
+def placements() -> list[tuple[DeviceMesh, tuple[Any, ...], tuple[int, ...]]]:
+    world = dist.get_world_size()
+    line = init_device_mesh("cpu", (world,))
+    cases: list[Any] = [
+        (line, (placement,), shape)
+        for shape in [(8, 6), (5, 3), (1, 7), (3, 5, 4)]
+        for placement in [Shard(0), Shard(1), Replicate()]
+    ]
+    cases += [(line, (Shard(2),), (3, 5, 7)), (line, (Shard(0),), (1,)), (line, (Shard(0),), (9,))]
+    if world == 4:
+        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+        pairs = [(Shard(0), Shard(1)), (Shard(0), Shard(0)), (Replicate(), Shard(1))]
+        cases += [(square, pair, shape) for pair in pairs for shape in [(8, 6), (5, 3)]]
+    return cases
+
+
+@check
+def weights_that_hold_their_index(folder: Path) -> None:
+    for mesh, places, shape in placements():
+        index = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
+        p = distribute_tensor(index, mesh, places)
+        runs = shard_of(p, "p").runs(local(p).shape)
+        found = [e for run in runs for e in range(run.start, run.start + run.length)]
+        assert found == local(p).flatten().tolist(), (places, shape)
+
+
+@check
+def functions_take_dtensors(folder: Path) -> None:
+    key, u, v = (derive_key(0, purpose) for purpose in (1, 2, 3))
+    for dtype in (torch.float32, torch.bfloat16):
+        for mesh, places, shape in placements():
+            q = torch.zeros(shape, dtype=dtype)
+            p = distribute_tensor(q.clone(), mesh, places)
+            for tensor in (q, p):
+                zo_fused.update_([tensor], [key], [0.5], ids=[7], rounding_key=3)
+                zo_fused.lowrank_update_([tensor], u, v, 0.1, rank=2, ids=[7], rounding_key=4)
+            assert torch.equal(p.full_tensor(), q), (places, shape)
+
+
+@check
+def partial_sums_are_refused(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = DTensor.from_local(torch.zeros(4), mesh, [Partial()])
+    with pytest.raises(NotImplementedError, match="Partial"):
+        zo_fused.perturb_([p], 1, 1.0)
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+METHODS: dict[str, Callable[[Any], Any]] = {
+    "mezo": lambda m: zo_fused.MeZO(m, lr=1e-2, eps=1e-2, weight_decay=0.1),
+    "mezo-queries": lambda m: zo_fused.MeZO(m, lr=1e-2, eps=1e-2, queries=2, one_sided=True),
+    "mezo-deferred": lambda m: zo_fused.MeZO(m, lr=1e-2, eps=1e-2, deferred=True),
+    "momentum": lambda m: zo_fused.MeZO(m, lr=1e-2, eps=1e-2, momentum=0.9),
+    "adam": lambda m: zo_fused.ZOAdam(m, lr=1e-2, eps=1e-2),
+    "adam-deferred": lambda m: zo_fused.ZOAdam(m, lr=1e-2, eps=1e-2, deferred=True),
+    "sign": lambda m: zo_fused.ZOSignSGD(m, lr=1e-3, eps=1e-2),
+    "conservative": lambda m: zo_fused.ZOConservative(m, lr=1e-2, eps=1e-2),
+    "kerzoo": lambda m: zo_fused.KerZOO(m, lr=1e-2, eps=1e-2),
+    "fzoo": lambda m: zo_fused.FZOO(m, lr=1e-2, eps=1e-2),
+    "meazo": lambda m: zo_fused.MEAZO(m, lr=1e-2, eps=1e-2),
+    "es": lambda m: zo_fused.ES(m, lr=1e-2, eps=1e-2, population=4),
+    "blocks": lambda m: zo_fused.MeZO(m, lr=1e-2, eps=1e-2, momentum=0.9, block_order="sequential"),
+    "lozo": lambda m: zo_fused.LOZO(m, lr=1e-2, eps=1e-2, rank=2, interval=2),
+}
+
+
+def train(model: nn.Module, make: Callable[[Any], Any], loss: Callable[[], Any], steps: int) -> Any:
+    optimizer = make(model)
+    for _ in range(steps):
+        optimizer.step(loss)
+    optimizer.flush()
+    return optimizer
+
+
+@check
+def fsdp_runs_equal_one_process(folder: Path) -> None:
+    for name, make in METHODS.items():
+        alone, model = net(), wrapped(net())
+        train(alone, make, lambda alone=alone: loss_of(alone), 4)
+        train(model, make, lambda model=model: mean(loss_of(model)), 4)
+        assert moved(alone), name
+        check_equal(model, alone)
+
+
+@check
+def fsdp_in_bfloat16_with_stochastic_rounding(folder: Path) -> None:
+    def make(m: nn.Module) -> Any:
+        return zo_fused.MeZO(m, lr=1e-2, eps=1e-2, rounding="stochastic")
+
+    alone, model = net(torch.bfloat16), wrapped(net(torch.bfloat16))
+    train(alone, make, lambda: loss_of(alone), 4)
+    train(model, make, lambda: mean(loss_of(model)), 4)
+    check_equal(model, alone)
+
+
+class Table(nn.Module):
+    """Parameters of any placement, and a loss of their whole."""
+
+    def __init__(self, mesh: DeviceMesh | None, places: tuple[Any, ...]) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        for name, shape in {"a": (7, 6), "b": (4, 5), "c": (3, 6, 2), "d": (2, 9)}.items():
+            p = torch.randn(shape)
+            self.register_parameter(
+                name, nn.Parameter(p if mesh is None else distribute_tensor(p, mesh, places))
+            )
+
+    def forward(self) -> Tensor:
+        return torch.stack([whole(p).sin().sum() for p in self.parameters()]).sum()
+
+
+@check
+def runs_of_any_placement_equal_one_process(folder: Path) -> None:
+    cases = [(mesh, places) for mesh, places, shape in placements() if len(shape) == 2]
+    seen = list(dict.fromkeys(cases))  # in the same order everywhere
+    for name in ("mezo-deferred", "adam", "lozo"):
+        alone = Table(None, ())
+        train(alone, METHODS[name], alone, 3)
+        for mesh, places in seen:
+            model = Table(mesh, places)
+            train(model, METHODS[name], model, 3)
+            check_equal(model, alone)
+
+
+# ---- gathered weights of before -----------------------------------------------------------------
+
+
+@torch.no_grad()
+def change(model: nn.Module) -> tuple[float, float]:
+    """The change of the loss that the next forward pass sees when the shards of the root are
+    changed, and the true one."""
+    before = float(loss_of(model))
+    alone = net()
+    for m in (model, alone):
+        for name, p in m.named_parameters():
+            if name.startswith(("embedding", "head")):
+                local(p).mul_(1.1)
+    return float(loss_of(model)) - before, float(loss_of(alone)) - before
+
+
+@check
+def the_trap_is_there(folder: Path) -> None:
+    model = wrapped(net())
+    params = dict(model.named_parameters())
+    with torch.no_grad():
+        before = float(loss_of(model))
+        local(params["head.weight"]).mul_(1.1)
+        assert float(loss_of(model)) == before
+    assert not isinstance(model.head.weight, DTensor)
+
+
+@check
+def the_optimizer_closes_it(folder: Path) -> None:
+    for options in ({}, {"reshard_after_forward": False}):
+        model = wrapped(net(), **options)
+        optimizer = zo_fused.MeZO(model)
+        optimizer.look()
+        seen, true = change(model)
+        assert seen == true != 0
+        assert isinstance(model.head.weight, DTensor)
+
+
+@check
+def optimizer_made_while_weights_are_gathered(folder: Path) -> None:
+    alone, model = net(), wrapped(net())
+    with torch.no_grad():
+        loss_of(model)
+    assert not isinstance(model.head.weight, DTensor)
+    train(alone, METHODS["mezo"], lambda: loss_of(alone), 3)
+    train(model, METHODS["mezo"], lambda: mean(loss_of(model)), 3)
+    check_equal(model, alone)
+
+
+@check
+def weights_gathered_between_steps(folder: Path) -> None:
+    alone, model = net(), wrapped(net())
+    one, other = METHODS["mezo"](alone), METHODS["mezo"](model)
+    for _ in range(3):
+        one.step(lambda: loss_of(alone))
+        other.step(lambda: mean(loss_of(model)))
+        model.set_reshard_after_forward(False)
+        with torch.no_grad():
+            assert torch.equal(loss_of(model), loss_of(alone))
+    model.set_reshard_after_forward(True)
+    for part in (model, *model.blocks):
+        part.reshard()
+    check_equal(model, alone)
+
+
+@check
+def deferred_weights_are_at_theta_for_whoever_looks(folder: Path) -> None:
+    looks: dict[str, Callable[[nn.Module], Any]] = {
+        "forward": lambda m: loss_of(m),
+        "to_local": lambda m: m.head.weight.to_local() if dist.is_initialized() else None,
+        "full_tensor": lambda m: whole(m.head.weight.detach()),
+        "state_dict": lambda m: m.state_dict()["head.weight"],
+    }
+    for name, look in looks.items():
+        alone, model = net(), wrapped(net())
+        one, other = METHODS["mezo-deferred"](alone), METHODS["mezo-deferred"](model)
+        for _ in range(2):
+            one.step(lambda alone=alone: loss_of(alone))
+            other.step(lambda model=model: mean(loss_of(model)))
+        assert one.weights.place.at
+        assert other.weights.place.at
+        one.flush()
+        with torch.no_grad():
+            found = look(model)
+        assert not other.weights.place.at, name
+        if name == "forward":
+            assert torch.equal(found, loss_of(alone))
+        check_equal(model, alone)
+
+
+# ---- tensor parallel ----------------------------------------------------------------------------
+
+
+PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    for block in model.blocks:  # type: ignore[union-attr]
+        parallelize_module(block, mesh, PLAN)
+    return model
+
+
+def check_close(model: nn.Module, alone: nn.Module) -> None:
+    """Sums over the columns of `down` are rounded otherwise: the loss, of size 2, by 2**-23 or so,
+    so g by 2**-23 / eps, and weights by that times lr and z in each of 4 steps."""
+    bound = 4 * 2**-21 / 1e-2 * 1e-2 * 5
+    for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert (whole(p.detach()) - q).abs().max() < bound, name
+    copies = [p.detach() for p in model.parameters() if not isinstance(p, DTensor)]
+    for p in copies:
+        others = [torch.empty_like(p) for _ in range(dist.get_world_size())]
+        dist.all_gather(others, p)
+        assert all(torch.equal(p, other) for other in others)
+
+
+@check
+def tensor_parallel_runs(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for name in ("mezo", "mezo-deferred", "lozo"):
+        alone, model = net(), tensor_parallel(net(), mesh)
+        train(alone, METHODS[name], lambda alone=alone: loss_of(alone), 4)
+        train(model, METHODS[name], lambda model=model: mean(loss_of(model)), 4)
+        assert moved(alone)
+        check_close(model, alone)
+
+
+@check
+def fsdp_over_tensor_parallel(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    index = net()
+    with torch.no_grad():
+        for p in index.parameters():
+            p.copy_(torch.arange(p.numel(), dtype=torch.float32).view(p.shape))
+    strided = 0
+    for p in wrapped(tensor_parallel(index, mesh["tp"]), mesh["dp"]).parameters():
+        runs = shard_of(p, "p").runs(local(p).shape)
+        found = [e for run in runs for e in range(run.start, run.start + run.length)]
+        assert found == local(p).flatten().tolist()
+        strided += any(type(place).__name__ == "_StridedShard" for place in p.placements)
+    assert strided
+    for name in ("mezo", "adam", "lozo"):
+        alone, model = net(), wrapped(tensor_parallel(net(), mesh["tp"]), mesh["dp"])
+        train(alone, METHODS[name], lambda alone=alone: loss_of(alone), 4)
+        train(model, METHODS[name], lambda model=model: mean(loss_of(model)), 4)
+        if name != "adam":  # which divides what is rounded otherwise by what is small
+            check_close(model, alone)
+
+
+# ---- saving -------------------------------------------------------------------------------------
+
+
+def adam_with_steps(folder: Path) -> tuple[nn.Module, Any]:
+    model = wrapped(net())
+    return model, train(model, METHODS["adam"], lambda: mean(loss_of(model)), 3)
+
+
+@check
+def states_can_be_taken_before_and_after_steps(folder: Path) -> None:
+    for name in ("mezo", "adam", "lozo"):
+        model = wrapped(net())
+        optimizer = METHODS[name](model)
+        for _ in range(2):
+            get_optimizer_state_dict(model, optimizer)
+            assert optimizer.param_groups[0]["lr"] == 1e-2
+            assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+            optimizer.step(lambda model=model: mean(loss_of(model)))
+
+
+@check
+def save_with_dcp(folder: Path) -> None:
+    model, optimizer = adam_with_steps(folder)
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+    dcp.save(state, checkpoint_id=folder / "checkpoint")
+
+
+def load_with_dcp(folder: Path, model: nn.Module, optimizer: Any) -> None:
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+    dcp.load(state, checkpoint_id=folder / "checkpoint")
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+@check
+def load_in_another_world(folder: Path) -> None:
+    alone, model = net(), wrapped(net())
+    train(alone, METHODS["adam"], lambda: loss_of(alone), 5)
+    optimizer = METHODS["adam"](model)
+    load_with_dcp(folder, model, optimizer)
+    assert optimizer.step_count == 3
+    for _ in range(2):
+        optimizer.step(lambda: mean(loss_of(model)))
+    check_equal(model, alone)
+
+
+# ---- refused ------------------------------------------------------------------------------------
+
+
+@check
+def what_cannot_be_is_refused(folder: Path) -> None:
+    model = wrapped(net())
+    before = deepcopy(get_model_state_dict(model))
+    with pytest.raises(ValueError, match="give the optimizer the whole module"):
+        zo_fused.MeZO(model.named_parameters())
+    refused: list[Callable[[Any], Any]] = [
+        lambda m: zo_fused.LOZO(m, mode="factored"),
+        lambda m: zo_fused.LOZO(m, momentum=0.9),
+        lambda m: zo_fused.MeZO(m, prior="guiding"),
+        *(kind for kind in (zo_fused.SubZero, zo_fused.HiZOO, zo_fused.ConMeZO, zo_fused.ZOMuon)),
+        *(kind for kind in (zo_fused.SparseMeZO, zo_fused.TeZO, zo_fused.LOREN)),
+        zo_fused.ForwardGrad,
+    ]
+    for make in refused:
+        with pytest.raises(NotImplementedError, match=r"can't tune parameter .*, a DTensor"):
+            make(model)
+    optimizer = zo_fused.MeZO(model)
+    with pytest.raises(NotImplementedError, match="parameters are sharded"):
+        optimizer.start_log(folder / "log.jsonl")
+    alone, log = net(), folder / f"log-{dist.get_rank()}.jsonl"
+    writes = zo_fused.MeZO(alone, lr=1e-2, parallel=None)
+    writes.start_log(log)
+    writes.step(lambda: loss_of(alone))
+    writes.close_log()
+    with pytest.raises(NotImplementedError, match="parameters are sharded"):
+        zo_fused.replay(model, log)
+    for name, value in get_model_state_dict(model).items():
+        assert torch.equal(whole(value), whole(before[name]))

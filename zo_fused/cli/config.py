@@ -1,0 +1,130 @@
+"""Options of ``zo-fused finetune`` from files: a user's, or a preset of the package.
+
+A file has the names and values of the command line. Values go through its parser as they are
+written, so that there is one table of options, and one way to tell what is wrong with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from zo_fused.checks import meant
+from zo_fused.cli.parser import choice
+from zo_fused.task.errors import UserError, first_line, optional
+
+PRESETS = Path(__file__).parent / "presets"
+_LINE_ONLY = ("help", "config", "resume", "overwrite")  # of a command, not of a run
+_ONE_OF = ("steps", "forwards")
+
+
+def presets() -> list[str]:
+    """The names of the presets."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def add_config_options(group: Any) -> None:
+    """Adds the options that name a file."""
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="YAML file with options, as `zo-fused init` writes one; what is on the command line "
+        "goes before it",
+    )
+    group.add_argument(
+        "--preset",
+        **choice(presets()),
+        help="the settings of a paper's released code; a --config goes before it",
+    )
+
+
+def settable(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """The options that a file may set."""
+    return (action for action in parser._actions if action.dest not in _LINE_ONLY)
+
+
+def merged(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, completed by those of their --config and --preset.
+
+    Args:
+        parser: that made them, with every option None, or False, where it is not given.
+
+    Raises:
+        UserError: a file can't be read, or has what is no option or no value of one.
+    """
+    layers = [args]
+    if args.config is not None:
+        layers.append(read(parser, args.config))
+    preset = next((layer.preset for layer in layers if layer.preset is not None), None)
+    if preset is not None:
+        layers.append(read(parser, PRESETS / f"{preset}.yaml"))
+    whole = argparse.Namespace(**vars(args))
+    for layer in layers[1:]:
+        taken = any(getattr(whole, name) is not None for name in _ONE_OF)
+        for action in settable(parser):
+            name = action.dest
+            if getattr(whole, name) is None and not (name in _ONE_OF and taken):
+                setattr(whole, name, getattr(layer, name))
+    return whole
+
+
+def read(parser: argparse.ArgumentParser, path: Path) -> argparse.Namespace:
+    """The options in a file.
+
+    Raises:
+        UserError: see `merged`.
+    """
+    yaml = optional("yaml")
+    try:
+        # BaseLoader: every value is the text that stands there, 1e-6 and yes included
+        content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader) or {}
+    except OSError as error:
+        raise UserError(f"can't read the config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"can't read the config {path}: not UTF-8 text") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f":{mark.line + 1}"
+        raise UserError(
+            f"{path}{line}: not YAML ({getattr(error, 'problem', None) or first_line(error)})"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a mapping of options, such as `lr: 1e-6`")
+    words: list[str] = []
+    known = {action.dest: action for action in settable(parser)}
+    for key, value in content.items():
+        name = f"{key}".replace("-", "_")
+        if name in _LINE_ONLY:
+            raise UserError(f"{path}: {key} belongs on the command line")
+        if name not in known:
+            near = meant(name, tuple(known))
+            hint = f"; did you mean {near.replace('_', '-')!r}?" if near else ""
+            raise UserError(f"{path}: there is no option {key!r}{hint}")
+        words += _words(path, known[name], value)
+    try:
+        return parser.parse_args(words)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _words(path: Path, action: argparse.Action, value: Any) -> list[str]:
+    """An option as the command line has it."""
+    flag = action.option_strings[0]
+    if value == "":  # nothing behind the colon
+        return []
+    if action.nargs == 0:
+        if value not in ("true", "false"):
+            raise UserError(f"{path}: {flag[2:]} must be true or false, not {value!r}")
+        return [flag] if value == "true" else []
+    if action.nargs == "+":
+        pairs = value.items() if isinstance(value, dict) else None
+        items = [f"{label}={answer}" for label, answer in pairs] if pairs else value
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise UserError(f"{path}: {flag[2:]} must be a mapping, such as `negative: ' bad'`")
+        return [flag, *items]
+    if not isinstance(value, str):
+        raise UserError(f"{path}: {flag[2:]} must be one value")
+    return [f"{flag}={value}"]

@@ -1,0 +1,156 @@
+"""Parameters that are DTensors: what a process sweeps of them, and who can't tune them."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from zo_fused.sweeps.shards import Cut, Shard, is_sharded, local, of_runs, shard_of, whole_of
+
+
+class Rows:
+    """The tensors that sweeps take of the parameters of a bucket.
+
+    Args:
+        params: DTensors, or others, which are whole here.
+        labels: what to call them.
+        matrices: whether a sweep sees a shard as a matrix; else it is swept run by run.
+
+    Attributes:
+        params: these tensors. Of an empty shard there is none.
+        row: of each, the position of its parameter.
+        offsets: of each, the index of its first element in the full parameter.
+        places: of each, where it lies, if they are matrices.
+    """
+
+    def __init__(self, params: Sequence[Tensor], labels: Sequence[str], matrices: bool) -> None:
+        parts = [local(p).detach() if is_sharded(p) else p for p in params]
+        places = [
+            shard_of(p, label) if is_sharded(p) else whole_of(p)
+            for p, label in zip(params, labels, strict=True)
+        ]
+        for p, label in zip(parts, labels, strict=True):
+            if not p.is_contiguous():
+                raise ValueError(
+                    f"zo_fused: {label} has strides {p.stride()} in a sharded model, where "
+                    "parameters must be contiguous"
+                )
+        self._cut = Cut(parts, places)
+        self.places: list[Shard] = []
+        if matrices:
+            self.row = [i for i, p in enumerate(parts) if p.numel()]
+            self.params = [parts[i] for i in self.row]
+            self.places = [places[i] for i in self.row]
+            self.offsets = [places[i].runs(parts[i].shape)[0].start for i in self.row]
+        else:
+            self.row, self.params = self._cut.row, self._cut.tensors
+            self.offsets = self._cut.starts or []
+
+    def like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors like the parameters, as the sweeps over runs take them."""
+        return self._cut.like([local(tensor) for tensor in tensors], "state")
+
+    def check_rounding(self) -> None:
+        """Random bits of rounding are those of an element's place, which a sweep of matrices counts
+        on from the first.
+
+        Raises:
+            NotImplementedError: a matrix was cut along its columns.
+        """
+        for p, place in zip(self.params, self.places, strict=True):
+            if len(place.runs(p.shape)) > 1:
+                raise NotImplementedError(
+                    f"a parameter of shape {place.global_shape} is cut along its columns, which "
+                    'low-rank updates with rounding="stochastic" can\'t be: rounding="nearest"'
+                )
+
+    def of_matrices(
+        self, factors: Sequence[Tensor], rows: Sequence[int], columns: bool
+    ) -> tuple[list[Tensor], list[int], list[int]]:
+        """Factors of the matrices in these rows as `zo_fused.sweeps.shards.of_runs` has them."""
+        pairs = [(self.places[row], self.params[row].shape) for row in rows]
+        runs = [place.columns(size) if columns else place.rows(size) for place, size in pairs]
+        return of_runs(factors, runs)
+
+
+class HasReason(Protocol):
+    """A direction or a rule. What a class itself says counts, not what it inherits: a subclass may
+    look at whole tensors."""
+
+    def not_sharded(self) -> str:
+        """Why parameters may not be sharded; empty if they may."""
+
+
+def check_sharded(
+    method: str,
+    params: Sequence[Tensor],
+    labels: Sequence[str],
+    module: nn.Module | None,
+    *parts: HasReason,
+) -> None:
+    """Refuse sharded parameters where they can't be tuned.
+
+    Raises:
+        NotImplementedError: the method, or an option of it, needs whole tensors.
+        ValueError: the optimizer was not given the module.
+    """
+    label = next((name for p, name in zip(params, labels, strict=True) if is_sharded(p)), None)
+    if label is None:
+        return
+    for part in parts:
+        kind = type(part)
+        reason = (
+            part.not_sharded() if "not_sharded" in vars(kind) else f"{kind.__name__} needs it whole"
+        )
+        if reason:
+            raise NotImplementedError(
+                f"{method} can't tune parameter {label}, a DTensor, like this: {reason}. "
+                "docs/sharded.md says what can be done with sharded parameters; MeZO can"
+            )
+    if module is None:
+        raise ValueError(
+            f"parameter {label} is a DTensor: give the optimizer the whole module, as in "
+            "MeZO(model, ..), so that it can see to it that forward passes use what it has changed"
+        )
+
+
+class Resharding:
+    """Keeps FSDP2 from computing with weights of before a sweep.
+
+    After a forward pass without gradients its root (and whatever was made with
+    ``reshard_after_forward=False``) keeps the gathered weights for the next one, which then does
+    not see what was done to the shards.
+
+    Args:
+        module: that was given to the optimizer.
+    """
+
+    def __init__(self, module: nn.Module | None) -> None:
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        kind = getattr(fsdp, "FSDPModule", ())
+        modules = () if module is None else module.modules()
+        self._wrapped: list[Any] = [part for part in modules if isinstance(part, kind)]
+        self._hooks: list[Any] = []
+
+    def close(self) -> None:
+        """Free gathered weights, now and after every forward pass from here on. To be called when
+        no forward pass is under way."""
+        for module in self._wrapped:
+            module.reshard()
+            module.set_reshard_after_forward(True, recurse=False)
+
+    def before_forward(self, look: Callable[[], None]) -> None:
+        """Forward passes gather shards without asking the parameters; this is asked instead."""
+        for hook in self._hooks:
+            hook.remove()
+        asked = weakref.WeakMethod(look)
+
+        def hook_of(*_: Any) -> None:
+            if (method := asked()) is not None:
+                method()
+
+        self._hooks = [m.register_forward_pre_hook(hook_of, prepend=True) for m in self._wrapped]
