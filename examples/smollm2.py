@@ -49,7 +49,9 @@ def main() -> None:
     model.config.use_cache = False
     task = json.loads((options.folder / "data" / "task.json").read_text())
     answers = list(task["verbalizer"])
-    words = [tokenizer.encode(word)[0] for word in task["verbalizer"].values()]
+    words = [
+        tokenizer.encode(word, add_special_tokens=False)[0] for word in task["verbalizer"].values()
+    ]
 
     def read(split: str) -> list[dict]:
         lines = (options.folder / "data" / f"{split}.jsonl").read_text().splitlines()
