@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 CONFIDENT = 0.9
-SIZES = {"train": 2000, "dev": 200, "test": 400}
+SIZES = {"train": 2000, "dev": 200, "test": 500}
 TASK = {
     # with "{text} It was", nothing moved: the model was not told that there is a question
     "template": "Tweet: {text}\nSentiment:",

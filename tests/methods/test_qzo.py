@@ -303,6 +303,12 @@ def test_a_model_with_other_scales_is_noticed(how: str) -> None:
         opt.step(lambda: loss_of(model))
 
 
+def test_eps_is_checked_for_scales_in_groups() -> None:
+    scales = [p for _, p in zo_fused.quantization_scales(quantized_network())]
+    with pytest.raises(ValueError, match="eps=0.01 is too large"):
+        zo_fused.QZO([{"params": scales}], eps=1e-2)
+
+
 @pytest.mark.parametrize("how", ["set", "loaded", "added"])
 def test_eps_is_checked_whenever_it_comes(how: str) -> None:
     """The scales are about 3e-3."""

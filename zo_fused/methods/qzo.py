@@ -144,7 +144,7 @@ class QZO(ZerothOrderOptimizer):
             self._sizes[p] = float(p.detach().float().square().mean().sqrt())
         scales = [p for p in group["params"] if not isinstance(p, nn.Parameter)]
         sizes = [self._sizes[p] for p in scales if p in self._sizes]
-        if self._scales and sizes:
+        if sizes:
             _check_eps(group["eps"], sizes)
 
     def _check_places(self) -> None:
