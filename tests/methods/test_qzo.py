@@ -305,7 +305,7 @@ def test_a_model_with_other_scales_is_noticed(how: str) -> None:
 
 def test_eps_is_checked_for_scales_in_groups() -> None:
     scales = [p for _, p in zo_fused.quantization_scales(quantized_network())]
-    with pytest.raises(ValueError, match="eps=0.01 is too large"):
+    with pytest.raises(ValueError, match=r"eps=0\.01 is too large"):
         zo_fused.QZO([{"params": scales}], eps=1e-2)
 
 
