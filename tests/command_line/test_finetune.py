@@ -241,7 +241,9 @@ def test_scales_are_tuned_resumed_and_replayed(
     capsys.readouterr()
     if dtype != "float32":  # the base's
         assert main([*replay, "--quantize", "int8", "--verify", str(whole)]) == 2
-        assert "other base weights than these; --dtype must be that" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "other base weights than these" in said
+        assert "--dtype must be that of the run" in said
     more_of_replay = ("--quantize", "int8", "--dtype", dtype, "--verify", str(whole))
     assert main([*replay, *more_of_replay]) == 0
     assert "bit for bit" in capsys.readouterr().out
