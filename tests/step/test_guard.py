@@ -719,18 +719,23 @@ def test_a_state_is_loaded_by_name() -> None:
 
 @pytest.mark.parametrize("name", list(STATES))
 def test_distributed_checkpoints_take_a_state_and_change_nothing(name: str) -> None:
-    """torch makes the state of a fresh optimizer by a step with zero gradients and lr 0."""
+    """torch makes the state of a fresh optimizer by a step with zero gradients and lr 0; so the
+    state is there, as the first step would have made it."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-    net = network()
-    opt = STATES[name](net)
+    net, twin = network(), network()
+    opt, other = STATES[name](net), STATES[name](twin)
     before, hyper = in_memory(net), copy.deepcopy(opt.state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own
         get_optimizer_state_dict(net, opt)
     assert torch.equal(in_memory(net), before)
     assert all(p.grad is None for p in net.parameters())
-    assert opt.state_dict() == hyper
+    assert opt.state_dict()["param_groups"] == hyper["param_groups"]
+    for _ in range(2):
+        opt.step(loss_of(net))
+        other.step(loss_of(twin))
+    assert torch.equal(in_memory(net), in_memory(twin))
 
 
 # ---- the two halves of a step -------------------------------------------------------------------

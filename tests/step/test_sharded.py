@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -63,12 +62,6 @@ def test_two_processes(of_two: Path, name: str) -> None:
 @pytest.mark.parametrize("name", [*AGAIN, *OF_FOUR])
 def test_four_processes(of_four: Path, name: str) -> None:
     check_files(of_four, name, 4)
-
-
-def test_the_example_of_the_page_runs() -> None:
-    page = Path(__file__).parents[2] / "docs" / "sharded.md"
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    exec(blocks[-1], {"torch": torch, "zo_fused": zo_fused})
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -267,7 +267,7 @@ EVERY = {"lr", "block"}
 )
 def test_groups_have_what_the_method_uses(method: str, hyper: set[str]) -> None:
     group = METHODS[method](network()).param_groups[0]
-    counters = {"seed", "step", "restores", "contract", "in_place", "method", "options"}
+    counters = {"seed", "step", "restores", "contract", "in_place", "method", "options", "log"}
     assert group.keys() - counters - {"params", "param_names"} == hyper
 
 
