@@ -147,6 +147,12 @@ def _finetune(options: Options, held: ExitStack) -> dict[str, Any]:
     device = _device(options.device)
     if Path(options.model).is_dir() and options.output.resolve() == Path(options.model).resolve():
         raise UserError(f"the output {options.output} is the base model's own directory")
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+    if processes > 1:
+        raise UserError(
+            f"there are {processes} processes, and this command runs in one; "
+            "zo_fused.hf.ZOTrainer takes several"
+        )
     examples = _examples(options)
     _check_labels(options.task, examples)
     _check_template(options)

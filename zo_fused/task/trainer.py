@@ -87,11 +87,6 @@ class Finetuning(ZOTrainer):
             report_to="none",
             disable_tqdm=True,
         )
-        if args.world_size > 1:
-            raise UserError(
-                f"there are {args.world_size} processes, and this command runs in one; "
-                "zo_fused.hf.ZOTrainer takes several"
-            )
         if args.n_gpu > 1:
             args._n_gpu = 1  # the model is on one; Trainer's own copies would take all
         use_cache = getattr(model.config, "use_cache", None)
