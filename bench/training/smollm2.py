@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import machine
+from zo_fused.task.comparison import mean
 
 ROOT = Path(__file__).resolve().parents[2]
 RATES = {
@@ -104,11 +105,6 @@ def tuned(results: Results) -> dict[str, dict[str, float]]:
     for run, result in zip(runs, results.of(runs), strict=True):
         losses[run.method][run.lr] = result["curve"][-1][1]
     return losses
-
-
-def mean(values: Sequence[float]) -> float:
-    """Their mean."""
-    return sum(values) / len(values)
 
 
 def row(method: str, results: Sequence[dict[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from math import prod
 
@@ -10,13 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.backends import ON_THE_CPU, slow_in_triton
+from support.backends import slow_in_triton
 from support.equality import same_bits
 from torch import Tensor
 
 import zo_fused
 from zo_fused import Shard, noise
-from zo_fused.sweeps import dispatch
 from zo_fused.sweeps.shards import Run, is_sharded
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -26,15 +25,7 @@ ROUNDING = noise.derive_key(0, noise.Purpose.ROUNDING)
 ID = 2**63 + 5
 
 
-@pytest.fixture(autouse=True, params=ON_THE_CPU)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every test of this file runs on every backend that serves CPU tensors here."""
-    reason = dispatch.why_not(request.param, "cpu")
-    if reason is not None:
-        pytest.skip(reason)
-    previous = zo_fused.set_backend(request.param)
-    yield request.param
-    zo_fused.set_backend(previous)
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 @st.composite

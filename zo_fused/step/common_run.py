@@ -53,6 +53,6 @@ def _plain(value: Any) -> Any:
 
 def _tuned(weights: Weights) -> dict[str, Tensor]:
     """Those that move, by name. What is sharded is another part on every rank."""
-    moving = {id(p) for bucket in weights.buckets for p in bucket.owners}
-    named = zip(labels(weights.groups.all), weights.groups.params(), strict=True)
-    return {name: p for name, p in named if id(p) in moving and not is_sharded(p)}
+    names, params = labels(weights.groups.all), weights.groups.params()
+    moving = weights.log.positions(weights.buckets)
+    return {names[i]: params[i] for i in moving if not is_sharded(params[i])}

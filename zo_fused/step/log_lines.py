@@ -333,6 +333,12 @@ def read(path: str | os.PathLike[str], contract: int) -> Log:
     return log
 
 
+def is_seen(event: Event, step: int, restores: int) -> bool:
+    """Whether weights have seen an event, the next one of a log, that have seen so many steps, and
+    so many restores since the last of them that have not come yet."""
+    return event.step < step or (event.step == step and event.restored and restores > 0)
+
+
 def events_after(log: Log, step: int, restores: int, until: int | None) -> tuple[list[Event], int]:
     """The events of a log that weights have not seen, and its checksum up to there. Restores behind
     the last step are left out: they are of a step that never came, or of an evaluation that the
@@ -356,8 +362,7 @@ def events_after(log: Log, step: int, restores: int, until: int | None) -> tuple
         )
     checksum, todo = log.checksum_of_header, []
     for event in log.events:
-        seen = event.step < step or (event.step == step and event.restored and restores > 0)
-        if seen:
+        if is_seen(event, step, restores):
             restores -= event.step == step
             checksum = event.checksum
         elif event.step < end:

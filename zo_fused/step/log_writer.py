@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from zo_fused.step.log_lines import SETTINGS, Settings, read_lines
+from zo_fused.step.log_lines import SETTINGS, Settings, is_seen, read_lines
 from zo_fused.step.log_records import FORMAT, VERSION, line_of
 
 SYNC_SECONDS = 10.0
@@ -81,7 +81,7 @@ class Writer:
                 first, next_step = line, line.header["first_step"]
             elif event is None:
                 continue  # kept with the event that it is for
-            elif event.step > step or (event.step == step and not (event.restored and restores)):
+            elif not is_seen(event, step, restores):
                 break
             elif event.restored:
                 restores -= event.step == step

@@ -33,7 +33,7 @@ from zo_fused.sweeps.conversions import (
     streams_of,
     table_of,
 )
-from zo_fused.sweeps.shards import Cut, Shard, local, located
+from zo_fused.sweeps.shards import Cut, Shards, local, located
 
 Scalar = float | Tensor
 
@@ -42,7 +42,7 @@ def _cut(
     params: Sequence[Tensor],
     ids: Sequence[int] | Tensor | None,
     offsets: Sequence[int] | Tensor | None,
-    shards: Sequence[Shard | None] | None,
+    shards: Shards | None,
 ) -> tuple[list[Tensor], torch.device, Cut, tuple[Tensor, Tensor]]:
     """Parameters of this process, their device, and the tensors that sweeps over noise take of
     them, with ids and offsets."""
@@ -66,7 +66,7 @@ def update_(
     ids: Sequence[int] | Tensor | None = None,
     *,
     offsets: Sequence[int] | Tensor | None = None,
-    shards: Sequence[Shard | None] | None = None,
+    shards: Shards | None = None,
     rounding_key: int | Tensor | None = None,
     transform: str = "portable",
 ) -> None:
@@ -111,7 +111,7 @@ def perturb_(
     ids: Sequence[int] | Tensor | None = None,
     *,
     offsets: Sequence[int] | Tensor | None = None,
-    shards: Sequence[Shard | None] | None = None,
+    shards: Shards | None = None,
     transform: str = "portable",
 ) -> None:
     """``p += scale * z`` with z the dense Gaussian of stream ``key``. Arguments as in `update_`."""
@@ -147,7 +147,7 @@ def moments_update_(
     decay: Scalar | Sequence[float] = 1.0,
     ids: Sequence[int] | Tensor | None = None,
     offsets: Sequence[int] | Tensor | None = None,
-    shards: Sequence[Shard | None] | None = None,
+    shards: Shards | None = None,
     rounding_key: int | Tensor | None = None,
     transform: str = "portable",
     squares: Sequence[float] | Tensor | None = None,

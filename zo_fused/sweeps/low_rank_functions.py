@@ -15,11 +15,10 @@ from zo_fused.checks import number, whole
 from zo_fused.sweeps import operators
 from zo_fused.sweeps.arguments import matrix_shape
 from zo_fused.sweeps.conversions import column, int64_tensor, listed, rounding_of, streams_of
-from zo_fused.sweeps.shards import Shard, blocks, local, located, of_runs
+from zo_fused.sweeps.shards import Shards, blocks, local, located, of_runs
 
 Scalar = float | Tensor
 Factor = int | Sequence[Tensor]
-Shards = Sequence[Shard | None]
 
 
 @torch.no_grad()

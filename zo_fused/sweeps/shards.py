@@ -94,6 +94,9 @@ class Shard:
         return Shard(self.global_shape[1:], self.starts[1:]).runs(shape[1:])
 
 
+Shards = Sequence[Shard | None]  # of each tensor; None: a whole parameter
+
+
 def whole_of(tensor: Tensor) -> Shard:
     """Of a tensor that is no part of another."""
     return Shard(tuple(tensor.shape), (0,) * tensor.dim())
@@ -166,7 +169,7 @@ def shard_of(tensor: Any, label: str) -> Shard:
 
 
 def located(
-    params: Sequence[Tensor], shards: Sequence[Shard | None] | None
+    params: Sequence[Tensor], shards: Shards | None
 ) -> tuple[list[Tensor], list[Shard] | None]:
     """Tensors of this process and where they lie; None: each is a whole parameter.
 
