@@ -1,8 +1,8 @@
 """``zo-fused``: the commands, and how their errors are told.
 
 Exit codes: 0 done, 1 a comparison or check failed, 2 a mistake in what was asked (one sentence on
-stderr) or in the system (a full disk, a folder that can't be written), 130 interrupted, 143 ended by
-SIGTERM, 138 by SIGUSR1, 141 nobody reads the output. Anything unexpected keeps its traceback.
+stderr) or in the system (a full disk, a folder that can't be written), 130 interrupted, 138 and 143
+ended by SIGUSR1 or SIGTERM, 141 nobody reads the output. Anything unexpected keeps its traceback.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ def _state(checkpoint: Path) -> dict[str, Any]:
     except ValueError:
         raise
     except Exception as error:  # a damaged archive can raise almost anything
-        raise ValueError(f"optimizer.pt is no state of an optimizer: {first_line(error)}") from error
+        raise ValueError(f"optimizer.pt can't be loaded: {first_line(error)}") from error
     return state
 
 

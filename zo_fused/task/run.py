@@ -213,13 +213,13 @@ def _finetune(options: Options, held: ExitStack) -> dict[str, Any]:
     else:
         clear(options.output)
         write_settings(options.output, settings)
-    if past is not None:
-        catch_up(optimizer, past, options.output)
-    first_step = optimizer.step_count
-    optimizer.timings = {}
     scorer = _scorer(model, tokenizer, encoder)
     for encoded in data.values():
         scorer.check(encoded)
+    if past is not None:  # after the last forward pass of those: what looks at weights moves them
+        catch_up(optimizer, past, options.output)
+    first_step = optimizer.step_count
+    optimizer.timings = {}
     try:
         run = Finetuning(
             model,

@@ -4,7 +4,6 @@ history, and what happens when it is stopped.
 
 from __future__ import annotations
 
-import math
 import shutil
 import signal
 import statistics
