@@ -94,7 +94,8 @@ def test_a_log_that_is_ahead_of_the_checkpoint_is_kept(
     """It may be all that is left of steps that took days."""
     zo = MODES["plain"]
     trainer(tmp_path, zo).train()
-    log, before = tmp_path / "replay.jsonl", tmp_path / "checkpoint-3"
+    log, before = tmp_path / "replay.jsonl", tmp_path / "kept" / "checkpoint-3"
+    shutil.copytree(tmp_path / "checkpoint-3", before)
     ahead = log.read_bytes()
     with caplog.at_level(logging.WARNING, "zo_fused"):
         trainer(tmp_path, zo).train(resume_from_checkpoint=str(before))

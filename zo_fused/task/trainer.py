@@ -104,7 +104,11 @@ class Finetuning(ZOTrainer):
         self.add_callback(_Flow(self))
         # a log without a history could not be told from one whose history was removed
         self.history = History(output / HISTORY, optimizer.step_count if resumed else None)
-        optimizer.start_log(output / LOG, resume=resumed)
+        try:
+            optimizer.start_log(output / LOG, resume=resumed)
+        except BaseException:
+            self.history.close()
+            raise
 
     def run(self) -> History:
         """Trains to the plan's last step. Whatever ends it earlier, log and history have all steps
