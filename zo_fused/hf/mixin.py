@@ -15,6 +15,7 @@ from torch import Tensor
 from zo_fused.hf.limits import check_trainer
 from zo_fused.hf.methods import make_optimizer, named
 from zo_fused.step.optimizer import ZerothOrderOptimizer
+from zo_fused.sweeps.shards import is_sharded
 
 logger = logging.getLogger("zo_fused")
 
@@ -143,7 +144,7 @@ class ZOMixin(_Trainer):
                 prepare, self.accelerator, evaluation_mode=True
             )
         prepared = super()._prepare_for_training(max_steps, data, checkpoint)
-        if self.args.should_save:
+        if self.args.should_save and not any(map(is_sharded, self.model.parameters())):
             self._start_log(None if checkpoint is None else Path(checkpoint, REPLAY_LOG))
         return prepared
 
