@@ -1,4 +1,4 @@
-"""Models that transformers or accelerate shard, in two processes: see `support.sharded_trainers`."""
+"""Models that transformers or accelerate shard, in two processes: `support.sharded_trainers`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What processes with models check that transformers or accelerate shard; `tests/hf/test_sharded.py`
+"""What processes check whose models transformers or accelerate shard; `tests/hf/test_sharded.py`
 starts them, by torchrun. As in `support.sharding`, runs in one process are there to compare with.
 
 accelerate shards on GPUs only: `gpus` has it take CPUs for such.
@@ -244,8 +244,8 @@ def a_trainer_with_fsdp2() -> None:
             again.zeroth_order_optimizer.flush()
             for p, q in zip(made.model.parameters(), again.model.parameters(), strict=True):
                 assert torch.equal(p.to_local(), q.to_local())
+        full = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"}
         with pytest.raises(ValueError, match="checkpoints must be sharded"):
-            full = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"}
             trainers.trainer(Path("refused"), "mezo", fsdp=True, fsdp_config=full, **often)
         made.accelerator.state.fsdp_plugin.fsdp_version = 1
         with pytest.raises(ValueError, match="FSDP1"):

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from zo_fused.sweeps.shards import Run, Shard, is_sharded, local, shard_of
+from zo_fused.sweeps.shards import Run, Shard, cut_among, is_sharded, local, shard_of
 
 _BLOCK = 1 << 16  # words
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -59,10 +59,9 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
         if is_sharded(tensor):
             kinds.append(_kind(tensor))
             sums.append(0)
-            cut = [dim for dim, place in enumerate(tensor.placements) if not place.is_replicate()]
-            groups = tuple(tensor.device_mesh.get_group(dim) for dim in cut)
-            of_part = sum_of_part(local(tensor.detach()), shard_of(tensor, "a parameter"))
-            shared.setdefault((local(tensor).device, groups), {})[len(sums) - 1] = of_part
+            part = local(tensor.detach())
+            of_part = sum_of_part(part, shard_of(tensor, "a parameter"))
+            shared.setdefault((part.device, cut_among(tensor)), {})[len(sums) - 1] = of_part
             sums[-1] = _of_size(tensor)
             continue
         for part in _plain_parts(tensor.detach()):
