@@ -15,8 +15,11 @@ from zo_fused.step import fingerprint
 
 OF_FOUR = ["fsdp_over_tensor_parallel", "load_in_another_world"]
 OF_TWO = [name for name in sharding.CHECKS if name not in OF_FOUR]
-AGAIN = ["weights_that_hold_their_index", "functions_take_dtensors", "fsdp_runs_equal_one_process",
-         "runs_of_any_placement_equal_one_process"]  # fmt: skip
+AGAIN = [
+    *("weights_that_hold_their_index", "functions_take_dtensors", "fsdp_runs_equal_one_process"),
+    *("runs_of_any_placement_equal_one_process", "fingerprints_of_any_placement"),
+    "logs_are_those_of_one_process",
+]
 
 
 def started(world: int, names: list[str], folder: Path) -> Path:

@@ -22,7 +22,7 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from support import trainers
-from support.sharding import check_equal, whole
+from support.sharding import check_all_equal, check_equal, whole
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, default_data_collator
@@ -144,7 +144,16 @@ def check_trainers(zo: Any, sharded: dict[str, Any], whole_options: dict[str, An
     made.zeroth_order_optimizer.flush()
     assert are_shards(made.model)
     check_equal(made.model, plain.model)
+    check_log(made.model)
     return made
+
+
+def check_log(model: nn.Module) -> None:
+    """One process replays the log of the trainer with this model."""
+    dist.barrier()  # it is written
+    base = trainers.model()
+    assert zo_fused.replay(base, "sharded/replay.jsonl") == 6
+    check_equal(model, base)
 
 
 # ---- accelerate ---------------------------------------------------------------------------------
@@ -193,8 +202,7 @@ def states_of_accelerate() -> None:
     made, again, optimizer = by_accelerate("adam")
     made.load_state("state")
     train(again, optimizer.optimizer)
-    for p, q in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.equal(p.to_local(), q.to_local())
+    check_all_equal(model, again)
 
 
 @check
@@ -242,8 +250,8 @@ def a_trainer_with_fsdp2() -> None:
             again = trainers.trainer(Path("sharded"), zo, weight_decay=0.1, **FSDP)
             again.train(resume_from_checkpoint="sharded/checkpoint-4")
             again.zeroth_order_optimizer.flush()
-            for p, q in zip(made.model.parameters(), again.model.parameters(), strict=True):
-                assert torch.equal(p.to_local(), q.to_local())
+            check_all_equal(made.model, again.model)
+            check_log(again.model)
         full = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"}
         with pytest.raises(ValueError, match="checkpoints must be sharded"):
             trainers.trainer(Path("refused"), "mezo", fsdp=True, fsdp_config=full, **often)

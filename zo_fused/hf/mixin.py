@@ -144,7 +144,9 @@ class ZOMixin(_Trainer):
                 prepare, self.accelerator, evaluation_mode=True
             )
         prepared = super()._prepare_for_training(max_steps, data, checkpoint)
-        if self.args.should_save and not any(map(is_sharded, self.model.parameters())):
+        groups = self.zeroth_order_optimizer.param_groups
+        sharded = any(is_sharded(p) for group in groups for p in group["params"])
+        if self.args.should_save or sharded:  # then all make the fingerprint, and the first writes
             self._start_log(None if checkpoint is None else Path(checkpoint, REPLAY_LOG))
         return prepared
 
@@ -152,7 +154,8 @@ class ZOMixin(_Trainer):
         optimizer, path = self.zeroth_order_optimizer, Path(self.args.output_dir, REPLAY_LOG)
         optimizer.close_log()  # of another call of train
         if before is not None and before.exists():
-            shutil.copyfile(before, path)
+            if self.args.should_save:
+                shutil.copyfile(before, path)
             optimizer.start_log(path, resume=True)
         elif optimizer.step_count and optimizer.state:
             logger.warning("no replay log: it would lack the momentum of earlier steps")
