@@ -16,6 +16,7 @@ from torch import Tensor
 from zo_fused.hf.limits import check_trainer
 from zo_fused.hf.methods import make_optimizer, named
 from zo_fused.step.optimizer import ZerothOrderOptimizer
+from zo_fused.sweeps.shards import is_sharded
 
 logger = logging.getLogger("zo_fused")
 
@@ -144,7 +145,9 @@ class ZOMixin(_Trainer):
                 prepare, self.accelerator, evaluation_mode=True
             )
         prepared = super()._prepare_for_training(max_steps, data, checkpoint)
-        if self.args.should_save:
+        groups = self.zeroth_order_optimizer.param_groups
+        sharded = any(is_sharded(p) for group in groups for p in group["params"])
+        if self.args.should_save or sharded:  # then all make the fingerprint, and the first writes
             self._start_log(None if checkpoint is None else Path(checkpoint, REPLAY_LOG))
         return prepared
 
@@ -152,13 +155,15 @@ class ZOMixin(_Trainer):
         optimizer, path = self.zeroth_order_optimizer, Path(self.args.output_dir, REPLAY_LOG)
         optimizer.close_log()  # of another call of train
         if before is not None and before.exists():
-            _keep_aside(path, before.read_bytes())
-            shutil.copyfile(before, path)
+            if self.args.should_save:
+                _keep_aside(path, before.read_bytes())
+                shutil.copyfile(before, path)
             optimizer.start_log(path, resume=True)
         elif optimizer.step_count and optimizer.state:
             logger.warning("no replay log: it would lack the momentum of earlier steps")
         else:
-            _keep_aside(path, b"")
+            if self.args.should_save:
+                _keep_aside(path, b"")
             optimizer.start_log(path)
 
     def _save_checkpoint(self, *args: Any, **others: Any) -> None:
