@@ -92,17 +92,16 @@ def test_a_log_that_is_ahead_of_the_checkpoint_is_kept(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It may be all that is left of steps that took days."""
-    zo = MODES["plain"]
-    trainer(tmp_path, zo).train()
-    log, before = tmp_path / "replay.jsonl", tmp_path / "kept" / "checkpoint-3"
-    shutil.copytree(tmp_path / "checkpoint-3", before)
+    zo, every = MODES["plain"], {"save_strategy": "steps", "save_steps": 3}
+    trainer(tmp_path, zo, **every).train()
+    log, before = tmp_path / "replay.jsonl", tmp_path / "checkpoint-3"
     ahead = log.read_bytes()
     with caplog.at_level(logging.WARNING, "zo_fused"):
-        trainer(tmp_path, zo).train(resume_from_checkpoint=str(before))
+        trainer(tmp_path, zo, **every).train(resume_from_checkpoint=str(before))
     assert f"{log} has steps that the log of this run lacks; it is kept as" in caplog.text
     assert log.read_bytes() == (tmp_path / "replay.1.jsonl").read_bytes() == ahead
     shutil.copyfile(before / "replay.jsonl", log)
-    trainer(tmp_path, zo).train(resume_from_checkpoint=str(before))
+    trainer(tmp_path, zo, **every).train(resume_from_checkpoint=str(before))
     assert len(list(tmp_path.glob("replay.*.jsonl"))) == 1
 
 
