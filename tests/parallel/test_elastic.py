@@ -75,6 +75,12 @@ def base() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
 
 
+def replayed(folder: Path, steps: int) -> Weights:
+    model = base()
+    assert zo_fused.replay(model, folder / "replay.jsonl") == steps
+    return dict(model.state_dict())
+
+
 def distance(a: Weights, b: Weights) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
@@ -148,6 +154,7 @@ def test_nodes_come_and_go(tmp_path: Path, address: str) -> None:
     wait_until(lambda: "1 ranks made" in said[0].read_text())
     (together / "hurry").touch()
     ended(first, together, "first")
+    assert distance(replayed(together, 150), *weights_in(together)) == 0
     run(alone, *TORCHRUN, "--standalone", "--nproc-per-node=1", *script)
     assert_rounded_otherwise(*weights_in(together), *weights_in(alone))
 
@@ -165,6 +172,4 @@ def test_a_worker_comes_late_and_the_first_one_goes_on(tmp_path: Path, address: 
     assert 0 < int(made[1]) < 400
     one, other = weights_in(tmp_path)
     assert distance(one, other) == 0
-    model = base()
-    assert zo_fused.replay(model, tmp_path / "replay.jsonl") == 400
-    assert distance(dict(model.state_dict()), one) == 0
+    assert distance(replayed(tmp_path, 400), one) == 0
