@@ -39,6 +39,7 @@ from torch.distributed.tensor.parallel import (
 
 import zo_fused
 from zo_fused.noise import derive_key
+from zo_fused.step.fingerprint import fingerprint
 from zo_fused.sweeps.shards import local, shard_of
 
 Check = Callable[[Path], None]
@@ -134,6 +135,12 @@ def check_equal(model: nn.Module, wanted: nn.Module) -> None:
     for (name, p), q in zip(model.named_parameters(), wanted.parameters(), strict=True):
         found = whole(p.detach())
         assert torch.equal(found, q), (name, (found - q).abs().max())
+
+
+def check_all_equal(model: nn.Module, other: nn.Module) -> None:
+    """Of two sharded models."""
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(local(p), local(q))
 
 
 def moved(model: nn.Module) -> bool:
@@ -470,6 +477,91 @@ def load_in_another_world(folder: Path) -> None:
     check_equal(model, alone)
 
 
+# ---- logs ---------------------------------------------------------------------------------------
+
+
+@check
+def fingerprints_of_any_placement(folder: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for mesh, places, shape in placements():
+            q = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+            p = distribute_tensor(q.clone(), mesh, places)
+            assert fingerprint([q, p]) == fingerprint([q, q]) != fingerprint([q, q + 1])
+
+
+def logged(
+    model: nn.Module, make: Callable[[Any], Any], log: Path, loss: Callable[[], Any], steps: int
+) -> Any:
+    optimizer = make(model)
+    optimizer.start_log(log)
+    for _ in range(steps):
+        optimizer.step(loss)
+    optimizer.close_log()
+    return optimizer
+
+
+@check
+def logs_are_those_of_one_process(folder: Path) -> None:
+    for name in ("mezo-queries", "mezo-deferred", "momentum", "adam", "blocks", "lozo"):
+        make, rank = METHODS[name], dist.get_rank()
+        alone, model = net(), wrapped(net())
+        mine, theirs = folder / f"{name}-{rank}.jsonl", folder / f"{name}.jsonl"
+        one = logged(alone, lambda m, make=make: make(m), mine, lambda a=alone: loss_of(a), 4)
+        logged(model, make, theirs, lambda m=model: mean(loss_of(m)), 4).flush()
+        one.flush()
+        dist.barrier()  # the first process has written the last line
+        assert mine.read_bytes() == theirs.read_bytes(), name
+        base = net()
+        zo_fused.replay(base, theirs)
+        check_equal(model, base)
+        again = wrapped(net())
+        with torch.no_grad():
+            loss_of(again)  # FSDP2 has gathered weights of before
+        zo_fused.replay(again, mine if rank == 0 else "/elsewhere")
+        check_equal(again, alone)
+        with torch.no_grad():
+            assert torch.equal(loss_of(again), loss_of(alone))
+
+
+@check
+def runs_go_on_by_their_logs(folder: Path) -> None:
+    for name in ("momentum", "adam-deferred", "lozo"):
+        make, log = METHODS[name], folder / f"goes-on-{name}.jsonl"
+        model = wrapped(net())
+        logged(model, make, log, lambda m=model: mean(loss_of(m)), 3)
+        path = log if dist.get_rank() == 0 else folder / "elsewhere"
+        model = wrapped(net())
+        optimizer = make(model)
+        assert optimizer.replay(path) == 3
+        optimizer.start_log(path, resume=True)
+        for _ in range(2):
+            optimizer.step(lambda m=model: mean(loss_of(m)))
+        optimizer.close_log()
+        again = wrapped(net())
+        joined = make(again)
+        assert joined.join(path) == 5
+        joined.step(lambda m=again: mean(loss_of(m)))
+        optimizer.step(lambda m=model: mean(loss_of(m)))
+        check_all_equal(model, again)
+        assert not (folder / "elsewhere").exists()
+        fresh = wrapped(net())  # by all
+        with pytest.raises((NotImplementedError, RuntimeError)):  # the first one's part has moved
+            (joined if dist.get_rank() == 0 else make(fresh)).join()
+
+
+@check
+def logs_that_do_not_fit(folder: Path) -> None:
+    """All processes say so, and none waits for another."""
+    model, log = wrapped(net()), folder / "fits.jsonl"
+    logged(model, METHODS["mezo"], log, lambda: mean(loss_of(model)), 1)
+    with pytest.raises(ValueError, match="other base weights"):
+        zo_fused.replay(model, log)
+    with pytest.raises((FileNotFoundError, RuntimeError)):
+        zo_fused.replay(model, folder / "nothing.jsonl")
+    with pytest.raises((OSError, RuntimeError)):
+        METHODS["mezo"](model).start_log(folder)
+
+
 # ---- refused ------------------------------------------------------------------------------------
 
 
@@ -490,15 +582,7 @@ def what_cannot_be_is_refused(folder: Path) -> None:
     for make in refused:
         with pytest.raises(NotImplementedError, match=r"can't tune parameter .*, a DTensor"):
             make(model)
-    optimizer = zo_fused.MeZO(model)
-    with pytest.raises(NotImplementedError, match="parameters are sharded"):
-        optimizer.start_log(folder / "log.jsonl")
-    alone, log = net(), folder / f"log-{dist.get_rank()}.jsonl"
-    writes = zo_fused.MeZO(alone, lr=1e-2, parallel=None)
-    writes.start_log(log)
-    writes.step(lambda: loss_of(alone))
-    writes.close_log()
-    with pytest.raises(NotImplementedError, match="parameters are sharded"):
-        zo_fused.replay(model, log)
+    with pytest.raises(NotImplementedError, match="don't tell each other their losses"):
+        zo_fused.MeZO(model, parallel=None).start_log(folder / "log.jsonl")
     for name, value in get_model_state_dict(model).items():
         assert torch.equal(whole(value), whole(before[name]))

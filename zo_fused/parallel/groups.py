@@ -54,6 +54,12 @@ class Groups:
         """Whether this process is the first of all of them."""
         return not any(dist.get_rank(group) for group in self.all)
 
+    def covers(self, group: Any) -> bool:
+        """Whether the losses of a step are means over all ranks of this group."""
+        ranks = set(dist.get_process_group_ranks(group))
+        members = [] if self.data is None else dist.get_process_group_ranks(self.data)
+        return ranks <= set(members)
+
     def share(self, count: int) -> range:
         """Which of so many losses this rank takes: neighbours, as the two signs of a z are; at
         least one, so that every rank's generators move on."""
