@@ -13,7 +13,10 @@ from support import sharding
 import zo_fused
 from zo_fused.step import fingerprint
 
-OF_FOUR = ["fsdp_over_tensor_parallel", "load_in_another_world"]
+OF_FOUR = [
+    *("fsdp_over_tensor_parallel", "load_in_another_world", "copies_share_queries"),
+    *("logs_of_copies", "copies_that_cannot_share"),
+]
 OF_TWO = [name for name in sharding.CHECKS if name not in OF_FOUR]
 AGAIN = [
     *("weights_that_hold_their_index", "functions_take_dtensors", "fsdp_runs_equal_one_process"),

@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -475,6 +476,65 @@ def load_in_another_world(folder: Path) -> None:
     for _ in range(2):
         optimizer.step(lambda: mean(loss_of(model)))
     check_equal(model, alone)
+
+
+# ---- copies of a sharded model that share a step's queries --------------------------------------
+
+
+def two_copies(query: bool = True) -> tuple[nn.Module, zo_fused.Parallel]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("query", "shard"))
+    parallel = zo_fused.Parallel(query=mesh["query"], data=mesh["shard"] if query else None)
+    return wrapped(net(), mesh["shard"]), parallel
+
+
+@check
+def copies_share_queries(folder: Path) -> None:
+    """Each copy evaluates its part of a step's perturbations. All have the bits of one process that
+    evaluates all of them, also in bfloat16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for name in ("mezo-four", "adam-four", "lozo-four"):
+            alone, (model, parallel) = net(dtype), two_copies()
+            model.to(dtype)
+            train(alone, partial(FOUR[name], parallel=None), lambda m=alone: loss_of(m), 4)
+            train(model, partial(FOUR[name], parallel=parallel), lambda m=model: loss_of(m), 4)
+            check_equal(model, alone)
+
+
+FOUR: dict[str, Callable[..., Any]] = {
+    "mezo-four": lambda m, **o: zo_fused.MeZO(m, lr=1e-2, eps=1e-2, queries=4, **o),
+    "adam-four": lambda m, **o: zo_fused.ZOAdam(
+        m, lr=1e-2, eps=1e-2, queries=4, deferred=True, one_sided=True, **o
+    ),
+    "lozo-four": lambda m, **o: zo_fused.LOZO(
+        m, lr=1e-2, eps=1e-2, rank=2, interval=2, queries=4, **o
+    ),
+}
+
+
+@check
+def logs_of_copies(folder: Path) -> None:
+    model, parallel = two_copies()
+    make, log = partial(FOUR["mezo-four"], parallel=parallel), folder / "copies.jsonl"
+    logged(model, make, log, lambda: loss_of(model), 3)
+    dist.barrier()
+    base = net()
+    zo_fused.replay(base, log)
+    check_equal(model, base)
+
+
+@check
+def copies_that_cannot_share(folder: Path) -> None:
+    model, parallel = two_copies(query=False)
+    optimizer = zo_fused.MeZO(model, queries=2, parallel=parallel)
+    with pytest.raises(NotImplementedError, match="don't tell each other their losses"):
+        optimizer.step(lambda: loss_of(model))
+    model, parallel = two_copies()
+    optimizer = zo_fused.MeZO(model, queries=2, parallel=parallel)
+    with torch.no_grad():
+        if dist.get_rank() == 3:
+            local(model.head.weight)[:1] += 1e-3  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="ranks have other weights: 1 of"):
+        optimizer.step(lambda: loss_of(model))
 
 
 # ---- logs ---------------------------------------------------------------------------------------
