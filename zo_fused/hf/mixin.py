@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import shutil
 from functools import partial
@@ -155,11 +156,14 @@ class ZOMixin(_Trainer):
         optimizer.close_log()  # of another call of train
         if before is not None and before.exists():
             if self.args.should_save:
+                _keep_aside(path, before.read_bytes())
                 shutil.copyfile(before, path)
             optimizer.start_log(path, resume=True)
         elif optimizer.step_count and optimizer.state:
             logger.warning("no replay log: it would lack the momentum of earlier steps")
         else:
+            if self.args.should_save:
+                _keep_aside(path, b"")
             optimizer.start_log(path)
 
     def _save_checkpoint(self, *args: Any, **others: Any) -> None:
@@ -170,3 +174,17 @@ class ZOMixin(_Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.zeroth_order_optimizer.weights.log.is_open:
             shutil.copyfile(Path(self.args.output_dir, REPLAY_LOG), Path(output_dir, REPLAY_LOG))
+
+
+def _keep_aside(log: Path, content: bytes) -> None:
+    """Gives a log another name, unless all its steps are in the content that takes its place: they
+    may be the only record of an earlier attempt, whose checkpoint was not whole, or of another run.
+    """
+    old = log.read_bytes() if log.exists() else b""
+    if old.count(b"\n") < 2 or content.startswith(old):  # the first line is a header
+        return
+    numbers = itertools.count(1)
+    names = (log.with_name(f"{log.stem}.{number}{log.suffix}") for number in numbers)
+    aside = next(path for path in names if not path.exists())
+    log.rename(aside)
+    logger.warning("%s has steps that the log of this run lacks; it is kept as %s", log, aside)
