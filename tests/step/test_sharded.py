@@ -13,7 +13,10 @@ from support import sharding
 import zo_fused
 from zo_fused.step import fingerprint
 
-OF_FOUR = ["fsdp_over_tensor_parallel", "load_in_another_world"]
+OF_FOUR = [
+    *("fsdp_over_tensor_parallel", "load_in_another_world", "copies_share_queries"),
+    *("logs_of_copies", "copies_that_cannot_share"),
+]
 OF_TWO = [name for name in sharding.CHECKS if name not in OF_FOUR]
 AGAIN = [
     *("weights_that_hold_their_index", "functions_take_dtensors", "fsdp_runs_equal_one_process"),
@@ -70,12 +73,11 @@ def test_four_processes(of_four: Path, name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_one_process_loads_what_two_have_saved(of_two: Path) -> None:
+@pytest.mark.parametrize("name", sharding.SAVED)
+def test_one_process_loads_what_two_have_saved(of_two: Path, name: str) -> None:
     alone, model = sharding.net(), sharding.net()
-    sharding.train(alone, sharding.METHODS["adam"], lambda: sharding.loss_of(alone), 5)
-    optimizer = zo_fused.ZOAdam(model, lr=1.0)
-    sharding.load_with_dcp(of_two, model, optimizer)
-    assert optimizer.param_groups[0]["lr"] == 1e-2
+    sharding.train(alone, sharding.METHODS[name], lambda: sharding.loss_of(alone), 5)
+    optimizer = sharding.load_with_dcp(of_two, name, model)
     for _ in range(2):
         optimizer.step(lambda: sharding.loss_of(model))
     for p, q in zip(model.parameters(), alone.parameters(), strict=True):

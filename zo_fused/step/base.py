@@ -187,7 +187,7 @@ class Base(Chooses, torch.optim.Optimizer):
             if "param_names" in group:
                 group["param_names"] = [plain_name(name) for name in group["param_names"]]
             self.check_group(group)
-            self.weights.parameters.check(type(self), self.rule, self.ranks, self.direction)
+            self.weights.parameters.check(type(self), self.rule, self.direction)
         except BaseException:
             del self.param_groups[-1]
             raise

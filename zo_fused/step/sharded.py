@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from zo_fused.parallel.groups import Groups
@@ -85,6 +86,31 @@ class Rows:
         pairs = [(self.places[row], self.params[row].shape) for row in rows]
         runs = [place.columns(size) if columns else place.rows(size) for place, size in pairs]
         return of_runs(factors, runs)
+
+
+def rows_like(p: Any, part: Tensor) -> Tensor:
+    """A matrix with a row for each of a DTensor, placed as that is.
+
+    Args:
+        p: a DTensor.
+        part: the rows that are here.
+
+    Raises:
+        NotImplementedError: it was cut along another dimension.
+    """
+    from torch.distributed.tensor import DTensor
+
+    if any(getattr(placement, "dim", 0) for placement in p.placements):
+        raise NotImplementedError(
+            f"a parameter of shape {tuple(p.shape)} is cut along its columns, and what a low-rank "
+            "method keeps between steps is for whole rows: shard it along its first dimension, as "
+            "FSDP2 does, or do without momentum"
+        )
+    shape = torch.Size((p.shape[0], part.shape[1]))
+    stride = (part.shape[1], 1)
+    return DTensor.from_local(
+        part, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride
+    )
 
 
 class HasReason(Protocol):
