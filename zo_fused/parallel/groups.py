@@ -43,6 +43,11 @@ class Groups:
         """Of this process among all of them."""
         return dist.get_rank()
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the first of all of them."""
+        return not any(dist.get_rank(group) for group in self.all)
+
     def share(self, count: int) -> range:
         """Which of so many losses this rank takes: neighbours, as the two signs of a z are; at
         least one, so that every rank's generators move on."""
@@ -59,6 +64,11 @@ class Groups:
     def max_(self, numbers: Tensor) -> None:
         """Each element becomes the largest of all ranks."""
         self._reduce(numbers, dist.ReduceOp.MAX)
+
+    def from_first(self, numbers: Tensor) -> None:
+        """Every rank gets the numbers of the first of all, by way of the first of its group."""
+        for group in self.all:
+            self._or_missing(partial(dist.broadcast, numbers, group=group, group_src=0))
 
     def share_generators(self, device: torch.device) -> None:
         """Ranks with the same batch get the same state of torch's global generators, that of the

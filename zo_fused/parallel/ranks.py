@@ -74,6 +74,10 @@ class Ranks:
         else:
             self._weight = bounded("weight", weight, "a finite number >= 0", _not_negative)
 
+    def meet_anew(self) -> None:
+        """The next step compares everything, as the first does."""
+        self._checked = self._late = None
+
     def refuse_shared_queries(self, name: str, instead: str) -> None:
         """Raises:
         RuntimeError: ranks share a step's perturbations, so not each of them goes its own way.

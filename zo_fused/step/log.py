@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from zo_fused.step.buckets import Bucket
 from zo_fused.step.direction import Direction
 from zo_fused.step.fingerprint import fingerprint
 from zo_fused.step.groups import COUNTERS, Groups
+from zo_fused.step.log_bytes import bytes_of_steps
 from zo_fused.step.log_lines import Event, Log, events_after
 from zo_fused.step.log_writer import Writer, check_base, check_checksum, check_same_run
 from zo_fused.step.schedule import Position
@@ -80,25 +82,47 @@ class StepLog:
             "parameters": parameters,
         }
 
-    def unseen(self, log: Log, about: dict[str, Any], until: int | None) -> list[Event]:
+    def unseen(
+        self, log: Log, about: dict[str, Any], until: int | None, whole: bool = False
+    ) -> list[Event]:
         """The events of a log of this run that the weights, which are at theta, have not seen.
 
         Args:
             about: method, its options, the transform.
-            until: steps that they shall have seen; None: all.
+            until, whole: as `events_after`.
 
         Raises:
             ValueError: it is not of this run, or not of these steps.
         """
         groups = self._groups
         check_same_run(log.path, log.header, self.about(about))
-        events, checksum = events_after(log, groups.step, groups.restores, until)
+        events, checksum = events_after(log, groups.step, groups.restores, until, whole)
         saved = self._saved()
         if saved is not None:
             check_checksum(log.path, groups.step, checksum, saved)
         elif checksum == log.checksum_of_header:
             check_base(log.path, log.header, self._base())
         return events
+
+    def to_send(self, file: str | os.PathLike[str] | None) -> bytes:
+        """What others need to come to where these weights are, or will be when they have seen the
+        log of a file; empty: the run begins.
+
+        Raises:
+            FileNotFoundError: the weights have made steps, and there is no log of them.
+            ValueError: the file is no log or damaged; or it is not said which log.
+        """
+        if self._writer is not None:
+            if file is not None:
+                raise ValueError("a replay log is being written: join() sends it, without a path")
+            return self._writer.read()
+        if file is None:
+            raise ValueError("join() needs the path of the run's replay log on the first rank")
+        if not (log := bytes_of_steps(Path(file), CONTRACT_VERSION)) and self._groups.step:
+            raise FileNotFoundError(
+                f"{file} is no log of the {self._groups.step} steps that the optimizer has made"
+            )
+        return log
 
     def _saved(self) -> int | None:
         """The checksum that the log had when the present state was saved; None: it is not known."""

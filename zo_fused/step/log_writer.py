@@ -159,6 +159,10 @@ class Writer:
         if due:
             self._synced = now
 
+    def read(self) -> bytes:
+        """All lines so far."""
+        return self._path.read_bytes()
+
     def sync(self) -> None:
         """All lines so far are on the disk when this returns."""
         _sync(self._path, os.O_WRONLY)
