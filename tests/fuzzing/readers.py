@@ -57,8 +57,9 @@ class Reader:
         try:
             return self.read(file)
         except self.errors as error:
-            assert str(error).strip(), "an error without a word"
-            return None
+            said = str(error)
+        assert said.strip(), "an error without a word"
+        return None
 
 
 def reader(
@@ -178,7 +179,7 @@ def parser() -> Parser:
 
 
 def configs() -> list[bytes]:
-    own = b"method: LOZO\nlr: 1e-6\nsteps: 10\nverbalizer:\n  '0': ' bad'\n  '1': ' good'\nlr-end: 0\n"
+    own = b"method: LOZO\nlr: 1e-6\nsteps: 10\nverbalizer:\n  '0': ' bad'\n  '1': ' good'\n"
     return [own, *(path.read_bytes() for path in sorted(config.PRESETS.glob("*.yaml"))[:2])]
 
 

@@ -36,7 +36,16 @@ NUMBERS: list[Meant] = [
 NO_NUMBERS: list[Meant] = [
     (value, REFUSED)
     for value in (
-        *(math.nan, math.inf, -math.inf, 1e39, -1e39, 10**400, Decimal("sNaN"), Decimal("Infinity")),
+        *(
+            math.nan,
+            math.inf,
+            -math.inf,
+            1e39,
+            -1e39,
+            10**400,
+            Decimal("sNaN"),
+            Decimal("Infinity"),
+        ),
         *(True, np.bool_(True), None, "0.5", b"0.5", 1j, np.complex64(1), {}, {0.5}, object()),
         *(torch.tensor(math.nan), torch.tensor(1e39, dtype=torch.float64), torch.tensor(True)),
         *(torch.tensor(1j), torch.ones(7), torch.ones(3, 3, 3), np.ones(7), [0.5] * 7, ["0.5"]),

@@ -23,7 +23,7 @@ KINDS: dict[str, tuple[Make, dict[str, Any], dict[str, Any]]] = {
     "MeZO": (zo_fused.MeZO, {}, {"deferred": True}),
     "MeZO one-sided": (zo_fused.MeZO, {"one_sided": True}, {"deferred": True}),
     "MeZO-M": (zo_fused.MeZO, {"momentum": 0.9, "weight_decay": 0.1}, {"deferred": True}),
-    "MeZO in turn": (zo_fused.MeZO, {"queries": 2}, {"deferred": True}),
+    "MeZO queries": (zo_fused.MeZO, {"queries": 2}, {"deferred": True}),
     "LOZO": (zo_fused.LOZO, LOW_RANK, {"deferred": True}),
     "LOZO factored": (zo_fused.LOZO, {**LOW_RANK, "weight_decay": 0.1}, {"mode": "factored"}),
     "LOZO paired": (zo_fused.LOZO, LOW_RANK, {"mode": "factored", "paired": True}),
@@ -101,7 +101,10 @@ class Run:
         queries = self.opt.schedule.queries
         losses: list[list[Tensor]] = [[], []]
         for query in range(queries):
-            for sign, side in ((1, losses[0]), (0 if self.opt.schedule.one_sided else -1, losses[1])):
+            for sign, side in (
+                (1, losses[0]),
+                (0 if self.opt.schedule.one_sided else -1, losses[1]),
+            ):
                 self.opt.perturb(sign, query)
                 side.append(self.loss().detach())
         self.opt.step(loss_plus=losses[0], loss_minus=losses[1])
@@ -128,7 +131,7 @@ class Run:
         self.opt.load_state_dict(state)
 
     def add_late(self) -> None:
-        self.opt.add_param_group({"params": [("late", self.net.late)]})
+        self.opt.add_param_group({"params": [("late", self.net.late)], "lr": 0.05})
 
     def copied(self) -> None:
         self.net, self.opt = copy.deepcopy((self.net, self.opt))

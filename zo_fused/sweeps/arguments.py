@@ -105,8 +105,8 @@ def not_in_memory(tensor: Tensor) -> str:
     short = tensor.untyped_storage().nbytes() < last * tensor.element_size()
     if tensor.numel() and (short or not tensor.data_ptr()):
         return (
-            f"has no memory of its own: it was freed, or a {type(tensor).__name__} is made of other "
-            "tensors; give it some, or leave it out"
+            f"has no memory of its own: it was freed, or a {type(tensor).__name__} is made of "
+            "other tensors; give it some, or leave it out"
         )
     return ""
 
