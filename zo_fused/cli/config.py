@@ -16,7 +16,7 @@ from zo_fused.cli.parser import choice
 from zo_fused.task.errors import UserError, first_line, optional
 
 PRESETS = Path(__file__).parent / "presets"
-_LINE_ONLY = ("help", "config", "resume", "overwrite")  # of a command, not of a run
+_LINE_ONLY = ("help", "config", "overwrite")  # of a command, not of a run
 _ONE_OF = ("steps", "forwards")
 
 

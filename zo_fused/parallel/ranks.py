@@ -33,6 +33,7 @@ class Run(NamedTuple):
     flushes: int  # since the last update
     about: Callable[[], Mapping[str, Any]]
     weights: Callable[[], Mapping[str, Tensor]]
+    check: Callable[[Groups], None]  # of how ranks share a step; may raise, on all ranks
 
 
 class Ranks:
@@ -56,11 +57,6 @@ class Ranks:
     def groups(self) -> Groups | None:
         """The groups of the ranks; None: there are no others."""
         return groups_of(self._parallel)
-
-    def not_sharded(self) -> str:
-        """Why parameters may not be DTensors; empty if they may."""
-        shared = self._parallel is not None and self._parallel.query is not None
-        return "processes with parts of one model take the same loss: query=None" if shared else ""
 
     def weigh(self, weight: Any) -> None:
         """Losses of the coming step count so much: a number, or a tensor of one, on any device.
@@ -186,6 +182,7 @@ class Ranks:
             )
 
     def _compare(self, groups: Groups, run: Run) -> None:
+        run.check(groups)
         check_agreement(groups, run.about(), run.weights(), run.device)
         groups.share_generators(run.device)
         self._checked = run.step

@@ -38,6 +38,7 @@ class Bucket:
     params: list[Tensor] = field(default_factory=list)  # them, or what there is here of shards
     rows: Rows | None = None  # if there are shards
     owner_ids: list[int] = field(default_factory=list)
+    owner_groups: list[int] = field(default_factory=list)  # indices of their param groups
     group_of: list[int] = field(default_factory=list)  # index of the param group, a parameter
     in_use: list[int] = field(default_factory=list)  # these indices, each once
     id_list: list[int] = field(default_factory=list)
@@ -176,6 +177,14 @@ class Bucket:
         """Tensors like the owners, as sweeps take them beside the parameters."""
         return tensors if self.rows is None else self.rows.like(tensors)
 
+    def row_of(self, owner: int) -> int | None:
+        """Where sweeps over matrices have an owner; None: nothing of it is here."""
+        if self.rows is None:
+            return owner
+        found = self.rows.row
+        rows = self.once("row of", lambda: {o: row for row, o in enumerate(found)})
+        return rows.get(owner)
+
     def spread(self, per_owner: Vector) -> Vector:
         """Numbers of the owners as a vector."""
         if self.rows is None:
@@ -185,7 +194,8 @@ class Bucket:
 
     def lay_out(self, labels: Sequence[str], matrices: bool) -> None:
         """The owners are known, and there is a group and an id for each: make the rows."""
-        self.in_use, self.owner_ids = sorted(set(self.group_of)), list(self.id_list)
+        self.owner_ids, self.owner_groups = list(self.id_list), list(self.group_of)
+        self.in_use = sorted(set(self.group_of))
         self.params, offsets = self.owners, [0] * len(self.owners)
         if any(map(is_sharded, self.owners)):
             self.rows = Rows(self.owners, labels, matrices)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
+from zo_fused.parallel.groups import Groups
+from zo_fused.parallel.telling import known_to_first
 from zo_fused.step.log_lines import read_lines
 from zo_fused.step.log_records import FORMAT, line_of
 
@@ -44,3 +49,20 @@ def received(log: bytes) -> Iterator[Path]:
         path = Path(folder) / "log-of-the-first-rank"
         path.write_bytes(log)
         yield path
+
+
+@contextmanager
+def read_by_first(
+    groups: Groups | None, device: torch.device, log: str | os.PathLike[str]
+) -> Iterator[Path]:
+    """A log that the first of several processes reads, as long as the block lasts.
+
+    Args:
+        groups: None: each has it itself.
+        device: where collectives are.
+    """
+    if groups is None:
+        yield Path(log)
+        return
+    with received(known_to_first(groups, device, Path(log).read_bytes)) as file:
+        yield file

@@ -8,14 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from zo_fused.noise.streams import CONTRACT_VERSION
+from zo_fused.parallel.groups import Groups
 from zo_fused.parallel.telling import known_to_first, on_all
 from zo_fused.step import log_lines
 from zo_fused.step.access import plain_tensors
 from zo_fused.step.between_steps import BetweenSteps
-from zo_fused.step.log_bytes import received
+from zo_fused.step.log_bytes import read_by_first, received
 from zo_fused.step.log_lines import Event
 from zo_fused.step.repeat import repeat
+from zo_fused.step.sharded import check_told
 from zo_fused.sweeps.shards import is_sharded
 
 
@@ -36,10 +40,12 @@ class Logged(BetweenSteps):
         Raises:
             ValueError: the log is of another run, or the optimizer already has momentum that a new
                 log would lack.
-            NotImplementedError: parameters are sharded.
+            NotImplementedError: parameters are sharded among processes that don't tell each other
+                their losses.
+
+        Where parameters are sharded, all processes call this, and the first of them writes.
         """
-        self._refuse_shards()
-        weights = self.weights
+        groups, weights = self._told(), self.weights
         if not resume or (weights.place.at and not weights.ahead):
             self.flush()
         self.close_log()
@@ -53,15 +59,21 @@ class Logged(BetweenSteps):
         if positions and positions[0].sign == 0 and not self.schedule.deferred:
             del positions[0]  # they are there
         at_theta = not weights.away()
-        weights.log.open(path, resume, at_theta, self._about(), positions, weights.buckets)
+        about, writes = self._about(), groups is None or groups.is_first
 
-    def _refuse_shards(self) -> None:
-        if any(map(is_sharded, self._groups.params())):
-            raise NotImplementedError(
-                "parameters are sharded, and a process sees none of them whole, by which a log "
-                "recognises the weights that it starts from: save with "
-                "torch.distributed.checkpoint (docs/sharded.md)"
-            )
+        def start() -> None:
+            buckets = weights.buckets
+            weights.log.open(path, resume, at_theta, about, positions, buckets, writes)
+
+        on_all(groups, self._device(), start)
+
+    def _told(self) -> Groups | None:
+        """The ranks that parameters are sharded among, if they are."""
+        if not any(map(is_sharded, self._groups.params())):
+            return None
+        groups = self.ranks.groups()
+        check_told(self._groups.params(), groups)
+        return groups
 
     def _about(self) -> dict[str, Any]:
         """The method, as a replay log has it."""
@@ -91,7 +103,8 @@ class Logged(BetweenSteps):
         or make a scheduler, as at that step. Ctrl-C comes between two steps; another call goes on.
 
         Args:
-            log: path of the log, of this method with these options, seed and parameters.
+            log: path of the log, of this method with these options, seed and parameters. Where
+                parameters are sharded, all processes call this, and the first of them reads it.
             until: the step to stop before, so `step_count` afterwards; None: the end of the log.
             progress: show a tqdm bar.
 
@@ -103,14 +116,20 @@ class Logged(BetweenSteps):
             ValueError: the file is no log or damaged (with the line), of another run, from another
                 base, or has other steps; nothing has moved.
             RuntimeError: a log is being written.
-            NotImplementedError: the method's state is not all in the log, or parameters are
-                sharded.
+            NotImplementedError: the method's state is not all in the log, or `start_log` says so.
         """
         self._prepare_replay()
         with self._access.going_away():
-            begin = self._groups.step
-            self._repeat(self._unseen(Path(log), until), progress)
+            begin, groups = self._groups.step, self._told()
+            with read_by_first(groups, self._device(), log) as file:
+                events = on_all(groups, self._device(), lambda: self._unseen(file, until))
+            self._repeat(events, progress)
             return self._groups.step - begin
+
+    def _device(self) -> torch.device:
+        if not self.weights.buckets:
+            self.weights.look()
+        return self.weights.buckets[0].device
 
     @plain_tensors
     def join(self, log: str | os.PathLike[str] | None = None, progress: bool = False) -> int:
@@ -139,14 +158,24 @@ class Logged(BetweenSteps):
             ValueError: as `replay`; or a log is needed and not given, or given and another is open.
             RuntimeError: another rank failed, which is where to look. As long as one can't begin,
                 none has moved.
-            NotImplementedError: as `replay`.
+            NotImplementedError: as `replay`; or a rank has a part of the weights alone, so that it
+                can't begin anew in the middle of the run.
         """
         weights, begin = self.weights, self.step_count
         self.look()
-        groups, device = self.ranks.groups(), weights.buckets[0].device
+        groups, device, shards = self.ranks.groups(), self._device(), self._told() is not None
         first = groups is None or groups.is_first
         writes = first and weights.log.is_open
-        on_all(groups, device, (lambda: None) if writes else self._prepare_replay)
+
+        def prepare() -> None:
+            if writes and shards:
+                raise NotImplementedError(
+                    "parameters are sharded: all ranks begin anew, from base weights and log"
+                )
+            if not writes:
+                self._prepare_replay()
+
+        on_all(groups, device, prepare)
         with self._access.going_away():
             sent = known_to_first(groups, device, lambda: weights.log.to_send(log))
 
@@ -157,7 +186,7 @@ class Logged(BetweenSteps):
             events = on_all(groups, device, check)
             on_all(groups, device, lambda: self._repeat(events, progress and first))
         start = partial(self.start_log, log, resume=bool(sent))  # type: ignore[arg-type]
-        on_all(groups, device, start if first and not writes else lambda: None)
+        on_all(groups, device, start if (first or shards) and not writes else lambda: None)
         self.ranks.meet_anew()
         return self._groups.step - begin
 
@@ -169,7 +198,7 @@ class Logged(BetweenSteps):
             )
         if self.weights.log.is_open:
             raise RuntimeError("a replay log is being written: close_log() first")
-        self._refuse_shards()
+        self._told()
         if self.weights.place.at and not self.weights.ahead:
             self.flush()
 
