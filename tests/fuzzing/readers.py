@@ -23,12 +23,12 @@ from zo_fused.cli import config, finetune
 from zo_fused.cli.parser import Parser
 from zo_fused.noise.streams import CONTRACT_VERSION
 from zo_fused.step import log_lines
+from zo_fused.task import resuming
 from zo_fused.task.comparison import read_outcome
 from zo_fused.task.data import read_examples
 from zo_fused.task.errors import UserError
 from zo_fused.task.history import read_history
 from zo_fused.task.prompt import Task
-from zo_fused.task.resuming import load_checkpoint
 
 FOUND = Path(__file__).parent / "found"  # inputs that once went wrong, in a folder a reader
 READERS: dict[str, Reader] = {}
@@ -216,23 +216,17 @@ def states() -> list[bytes]:
         return [file.read_bytes(), b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00trueR."]
 
 
-@reader("checkpoint", "optimizer.pt", UserError, states)
-def checkpoint(path: Path) -> object:
-    for name in ("settings.json", "trainer_state.json"):
-        (path.parent / name).write_text('{"global_step": 1}')
-    return load_checkpoint(path.parent)
+@reader("checkpoint", "optimizer.pt", ValueError, states)
+def read_state(path: Path) -> object:
+    """With the checksums that belong to it."""
+    (path.parent / resuming._SUMS).unlink(missing_ok=True)
+    (path.parent / resuming._SUMS).write_text(resuming._sums(path.parent))
+    return resuming._state(path.parent)
 
 
 @reader("settings", "settings.json", UserError, lambda: [b'{"lr": 1e-3, "seed": 1}'])
-def settings(path: Path) -> object:
-    (path.parent / "optimizer.pt").write_bytes(_a_state())
-    (path.parent / "trainer_state.json").write_text('{"global_step": 1}')
-    return load_checkpoint(path.parent)
-
-
-@functools.cache
-def _a_state() -> bytes:
-    return states()[0]
+def read_settings(path: Path) -> object:
+    return resuming.read_object(path)
 
 
 logging.getLogger("zo_fused").setLevel(logging.ERROR)  # skipped steps
