@@ -1,8 +1,8 @@
 """What it costs to go on with a run from its base weights: ``python -m bench.cpu.resume``.
 
-The embedded model, 1,000 steps, whose losses are random numbers: a replay makes no forward passes,
-and takes no less long for that. And what a checkpoint costs beside its own writing: checksums of its
-files, and writing them through to the disk.
+The embedded model, 1,000 steps. Their losses are random numbers, as a replay makes no forward
+passes. And what a checkpoint costs beside its own writing: checksums of its files, and writing them
+through to the disk.
 """
 
 from __future__ import annotations
