@@ -1,6 +1,6 @@
 """Builds the C++ extension with AddressSanitizer and UndefinedBehaviorSanitizer in
-``build/sanitized``, and runs the tests of its sweeps: ``python tools/sanitize.py [pytest's
-arguments]``.
+``build/sanitized``, and runs tests of its sweeps with every instruction set that this machine has:
+``python tools/sanitize.py [arguments of pytest]``.
 
 Needs GCC with its libraries of sanitizers. An object file is compiled anew if a source is younger.
 """
@@ -17,15 +17,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 HERE = ROOT / "build/sanitized"
+ISAS = ("portable", "avx2", "avx512")
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-# What is run: native and hostile arguments, and the sweeps of parity over memory of their own size.
-TESTS = [
-    "tests/sweeps/test_native.py",
-    "tests/hostile/test_functions.py",
-    "tests/sweeps/test_parity.py",
-]
 # Memory and times are other ones here, and children that compile know nothing of the sanitizers.
-CHOSEN = "(native or hostile or cpu) and not (memory or headers or every_instruction or triton)"
+TESTS = ["tests/sweeps/test_native.py", "tests/hostile/test_functions.py", "-m", "not slow"]
+TESTS += ["-k", "not (memory or headers or every_instruction or unknown)"]
 
 
 def compiler_flags() -> list[str]:
@@ -89,9 +85,23 @@ def main(arguments: list[str]) -> int:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": f"{tree}:{tree / 'kernels'}",
     }
-    chosen = arguments or [*TESTS, "-k", CHOSEN, "-m", "not slow"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
-    return subprocess.run(command, cwd=tree, env=environment).returncode
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *(arguments or TESTS),
+    ]
+    asked = "from zo_fused.sweeps.backends import cpu; print(cpu.isa())"
+    best = subprocess.check_output([sys.executable, "-c", asked], cwd=ROOT, text=True).strip()
+    for name in ISAS[: ISAS.index(best) + 1]:
+        print(f"{name}:", flush=True)
+        chosen = {**environment, "ZO_FUSED_ISA": name}
+        if code := subprocess.run(command, cwd=tree, env=chosen).returncode:
+            return code
+    return 0
 
 
 if __name__ == "__main__":
