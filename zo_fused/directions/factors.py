@@ -22,6 +22,7 @@ from zo_fused.noise.keys import DeviceStep, Step, Stream, on_device, on_host, st
 from zo_fused.noise.streams import Purpose
 from zo_fused.step.buckets import Bucket
 from zo_fused.step.vectors import Vector, float32
+from zo_fused.sweeps import operators
 from zo_fused.sweeps.arguments import matrix_shape
 from zo_fused.sweeps.conversions import int64_tensor
 
@@ -82,9 +83,9 @@ class Factors:
         self._some: dict[int, Tensor] | None = None  # of which matrices some rows move
         self._fresh = fresh
         self._options = options
-        self._form, self._basis, self._right = form, basis, right
+        self.form, self._basis, self._right = form, basis, right
         self._forgotten = 0
-        sizes = [self._size(*pair) for pair in zip(bucket.params, bucket.group_of, strict=True)]
+        sizes = [self._size(row, p) for row, p in enumerate(bucket.params)]
         self.u_shapes = [(m, rank) for m, _, rank in sizes]
         self.v_shapes = [(n, rank) for _, n, rank in sizes]
         self.shapes = [
@@ -109,18 +110,19 @@ class Factors:
         """The rows of U and V of a matrix."""
         return matrix_shape(p)
 
-    def _size(self, p: Tensor, group: int) -> tuple[int, int, int]:
-        """m, n and the rank of a parameter."""
+    def _size(self, row: int, p: Tensor) -> tuple[int, int, int]:
+        """m, n and the rank of a parameter, or of the part of it that is here."""
         if p.dim() < 2:
             return p.numel(), 1, 1
         m, n = self.sides(p)
-        rank: int = self._bucket.fixed[group]["rank"]
-        return m, n, min(rank, m, n) if self._form.clipped else rank
+        rank: int = self._bucket.fixed[self._bucket.group_of[row]]["rank"]
+        whole = self.sides(self._bucket.owner_of(row))
+        return m, n, min(rank, *whole) if self.form.clipped else rank
 
     def _slot(self, number: int) -> StepFactors:
         flat, parts = self.buffer(self.shapes)
         v, vs = self.buffer(self.v_shapes)
-        with_q = self._matrices if self._form.lift else []
+        with_q = self._matrices if self.form.lift else []
         qs = self.buffer([self.u_shapes[i] for i in with_q])[1]
         return StepFactors(flat, v.fill_(1.0), parts, vs, number, qs)  # the ones of vectors stay
 
@@ -161,10 +163,11 @@ class Factors:
         return (seed, self._forgotten, *(step // interval for interval in self._intervals))
 
     def _draw(self, slot: StepFactors, seed: int, step: Step, query: int) -> None:
-        purposes = self._form.purpose, Purpose.DENSE
+        purposes = self.form.purpose, Purpose.DENSE
         streams = [Stream(purpose, step, query=query) for purpose in purposes]
         keys = stream_keys(seed, streams, self._bucket.device)[self._is_vector]
-        fill = self._bucket.fill(slot.parts, self._all, ("coordinates", slot.number))
+        along = "rows" if self.form.lift is None else "vectors"  # cores are of whole matrices
+        fill = self._bucket.fill(slot.parts, self._all, ("coordinates", slot.number), along)
         fill(keys, **self._options)
         if self._some is None:
             found = {i: self._rows(self._bucket.params[i]) for i in self._matrices}
@@ -177,8 +180,15 @@ class Factors:
 
     def _draw_v(self, slot: StepFactors, seed: int, step: Step, query: int, windows: Any) -> None:
         vs = [slot.vs[i] for i in self._matrices]
+        other = self._slots[1 - slot.number]
+        if slot.qs and other.windows == windows:
+            torch._foreach_copy_(slot.qs + vs, other.qs + [other.vs[i] for i in self._matrices])
+            return
+        if slot.qs and self._bucket.rows is not None:
+            self._cut_bases(slot, seed, step)
+            return
         of_query = query if self._fresh else 0
-        self._draw_for_window(vs, slot.number, seed, step, self._form.right, of_query)
+        self._draw_for_window(vs, slot.number, seed, step, self.form.right, of_query)
         self.shape_window(vs)
         if self._right is not None:
             assert isinstance(step, int)
@@ -186,15 +196,28 @@ class Factors:
                 self._right(self._bucket.params[i], v, step)
         if not slot.qs:
             return
-        other = self._slots[1 - slot.number]
-        if other.windows == windows:
-            torch._foreach_copy_(slot.qs + vs, other.qs + [other.vs[i] for i in self._matrices])
-            return
         self._draw_for_window(slot.qs, slot.number, seed, step, Purpose.LEFT)
         for i, q, v in zip(self._matrices, slot.qs, vs, strict=True):
             left, right = self.make_basis(i, seed, q, v)
             q.copy_(left)
             v.copy_(right)
+
+    def _cut_bases(self, slot: StepFactors, seed: int, step: Step) -> None:
+        """Q and V of whole matrices, one at a time, and of each what is here."""
+        bucket, rows = self._bucket, self._bucket.rows
+        assert rows is not None
+        for i, q in zip(self._matrices, slot.qs, strict=True):
+            sides = self.sides(bucket.owner_of(i))
+            left, right = (torch.empty(n, q.shape[1], device=q.device) for n in sides)
+            interval = bucket.fixed[bucket.group_of[i]]["interval"]
+            for made, purpose in ((left, Purpose.LEFT), (right, self.form.right)):
+                keys = stream_keys(seed, [Stream(purpose, step, interval)], q.device)
+                first = int64_tensor([0])
+                operators.normal_([made], bucket.ids[i : i + 1], first, keys, **self._options)
+            left, right = self._basis(bucket.owner_of(i), left, right)
+            for out, made, runs in zip((q, slot.vs[i]), (left, right), rows.sides(i), strict=True):
+                here = [made[run.start : run.start + run.length] for run in runs]
+                torch.cat(here, out=out)
 
     def make_basis(self, row: int, seed: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Q and V of the matrix in a row of the bucket, from normals of their shapes."""
@@ -217,8 +240,8 @@ class Factors:
     ) -> None:
         streams = [Stream(purpose, step, interval, query) for interval in self._intervals]
         keys = stream_keys(seed, streams, self._bucket.device)[self._group_of_matrix]
-        columns = purpose is self._form.right
-        fill = self._bucket.fill(outs, self._matrices, (purpose, number), columns)
+        along = "columns" if purpose is self.form.right else "rows"
+        fill = self._bucket.fill(outs, self._matrices, (purpose, number), along)
         fill(keys, **self._options)
 
     def add(self, number: int, coeffs: Vector, factor: Tensor, first: bool) -> Flat:
@@ -237,7 +260,7 @@ class Factors:
     def lifted(self, coordinates: Flat, step: StepFactors, number: int = 0) -> Flat:
         """U of coordinates, with the Q of a step, in buffer 0 or 1; or the coordinates, if they
         are U."""
-        lift, (_, parts) = self._form.lift, coordinates
+        lift, (_, parts) = self.form.lift, coordinates
         if lift is None:
             return coordinates
         made, us = self._bucket.once(("lifted", number), lambda: self.buffer(self.u_shapes))
