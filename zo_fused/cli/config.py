@@ -85,7 +85,7 @@ def read(parser: argparse.ArgumentParser, path: Path) -> argparse.Namespace:
         raise UserError(f"can't read the config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"can't read the config {path}: not UTF-8 text") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f":{mark.line + 1}"
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -16,6 +17,11 @@ from zo_fused.parallel.options import Parallel
 _MISSING = (
     "another rank did not take part in this step: it has died, hangs, or does something alone for "
     "longer than {:g} s (an evaluation, a save: see timeout of zo_fused.Parallel)"
+)
+# torch 2.13: a restarted world finds the addresses of the one before in the store.
+_STALE = (
+    "; after a restart by torchrun it may have looked for processes that are gone: set "
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started"
 )
 
 
@@ -136,4 +142,7 @@ def _group(world: Any, members: tuple[int, ...], timeout: float) -> Any:
             group_desc="zo_fused",
         )
     except RuntimeError as error:
-        raise RuntimeError(_MISSING.format(timeout)) from error
+        shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        hint = _STALE if shared and restarted else ""
+        raise RuntimeError(_MISSING.format(timeout) + hint) from error

@@ -98,7 +98,10 @@ def _optimizer(
     defaults |= {"seed": header["seed"], "module": nn.Module()}
     factored = defaults.get("mode") == "factored"
     takes = arguments(method)
-    optimizer = method(groups, **{name: defaults[name] for name in takes if name in defaults})
+    try:
+        optimizer = method(groups, **{name: defaults[name] for name in takes if name in defaults})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{record.path}, line 1: {error}") from None
     now = optimizer.direction.options.get("transform", "portable")
     if header["transform"] != now:
         raise ValueError(
@@ -113,6 +116,7 @@ def _optimizer(
             group["param_names"] = [name for name, *_, of in table if of == number]
     if factored:
         optimizer.weights.beside.module = None  # nothing will be evaluated
+    optimizer.check_events(record.path, record.events)
     return optimizer
 
 

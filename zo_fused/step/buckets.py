@@ -17,7 +17,7 @@ from zo_fused.noise.streams import parameter_id
 from zo_fused.recording import capturing
 from zo_fused.step.sharded import Rows
 from zo_fused.step.vectors import Vector, constant, filled
-from zo_fused.sweeps.arguments import not_dense, overlap
+from zo_fused.sweeps.arguments import not_dense, not_in_memory, overlap
 from zo_fused.sweeps.conversions import int64_tensor
 from zo_fused.sweeps.numbers import WEIGHT_DTYPES
 from zo_fused.sweeps.prepared import Prepared, prepare
@@ -313,7 +313,7 @@ def _refuse_unsupported(p: Tensor, label: str) -> None:
             f"zo_fused: {label} has dtype {p.dtype}; supported are float16, bfloat16 and float32. "
             "Set requires_grad=False on parameters that must not be tuned."
         )
-    if reason := not_dense(local(p)):
+    if reason := not_dense(local(p)) or not_in_memory(local(p)):
         raise ValueError(f"zo_fused: {label} {reason}")
 
 

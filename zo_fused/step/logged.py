@@ -205,7 +205,31 @@ class Logged(BetweenSteps):
     def _unseen(self, file: Path, until: int | None, whole: bool = False) -> list[Event]:
         self._access.drop_pending()
         record = log_lines.read(file, CONTRACT_VERSION)
-        return self.weights.log.unseen(record, self._about(), until, whole)
+        events = self.weights.log.unseen(record, self._about(), until, whole)
+        self.check_events(file, events)
+        return events
+
+    def check_events(self, file: Path, events: Iterable[Event]) -> None:
+        """Look at the hyper-parameters of events before any is done.
+
+        Raises:
+            ValueError: they are none of this method.
+        """
+        groups, seen = self._groups, None
+        before = [dict(group) for group in groups.all]
+        try:
+            for event in events:
+                if event.groups is not seen:
+                    seen = event.groups
+                    groups.take(seen)
+                    for group in groups.all:
+                        self.check_group(group)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: of step {event.step}, {error}") from None
+        finally:
+            for group, values in zip(groups.all, before, strict=True):
+                group.clear()
+                group.update(values)
 
     def _repeat(self, events: Iterable[Event], progress: bool) -> None:
         if progress:
