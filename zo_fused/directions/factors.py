@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -185,7 +186,12 @@ class Factors:
             torch._foreach_copy_(slot.qs + vs, other.qs + [other.vs[i] for i in self._matrices])
             return
         if slot.qs and self._bucket.rows is not None:
-            self._cut_bases(slot, seed, step)
+            for i, q in zip(self._matrices, slot.qs, strict=True):
+                interval = self._intervals[self._bucket.group_of[i]]
+                two = (Stream(of, step, interval) for of in (Purpose.LEFT, self.form.right))
+                keys = [stream_keys(seed, [stream], q.device) for stream in two]
+                outs = (q, slot.vs[i])
+                part_of_bases(self._bucket, i, outs, keys, self._basis, self._options)
             return
         of_query = query if self._fresh else 0
         self._draw_for_window(vs, slot.number, seed, step, self.form.right, of_query)
@@ -201,23 +207,6 @@ class Factors:
             left, right = self.make_basis(i, seed, q, v)
             q.copy_(left)
             v.copy_(right)
-
-    def _cut_bases(self, slot: StepFactors, seed: int, step: Step) -> None:
-        """Q and V of whole matrices, one at a time, and of each what is here."""
-        bucket, rows = self._bucket, self._bucket.rows
-        assert rows is not None
-        for i, q in zip(self._matrices, slot.qs, strict=True):
-            sides = self.sides(bucket.owner_of(i))
-            left, right = (torch.empty(n, q.shape[1], device=q.device) for n in sides)
-            interval = bucket.fixed[bucket.group_of[i]]["interval"]
-            for made, purpose in ((left, Purpose.LEFT), (right, self.form.right)):
-                keys = stream_keys(seed, [Stream(purpose, step, interval)], q.device)
-                first = int64_tensor([0])
-                operators.normal_([made], bucket.ids[i : i + 1], first, keys, **self._options)
-            left, right = self._basis(bucket.owner_of(i), left, right)
-            for out, made, runs in zip((q, slot.vs[i]), (left, right), rows.sides(i), strict=True):
-                here = [made[run.start : run.start + run.length] for run in runs]
-                torch.cat(here, out=out)
 
     def make_basis(self, row: int, seed: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Q and V of the matrix in a row of the bucket, from normals of their shapes."""
@@ -267,24 +256,14 @@ class Factors:
         if self._vectors:
             for_vectors = [us[i] for i in self._vectors], [parts[i] for i in self._vectors]
             torch._foreach_copy_(*for_vectors)
-        for rows in self._bucket.once("batches", self._batches):
+        limit = self.together[0 if on_host(self._bucket.device) else 1]
+        shapes = [self.u_shapes[i] for i in self._matrices]
+        for rows in self._bucket.once("batches", partial(batches, shapes, limit)):
             q = torch.stack([step.qs[row] for row in rows])
             core = torch.stack([parts[self._matrices[row]] for row in rows])
             outs = [us[self._matrices[row]] for row in rows]
             torch._foreach_copy_(outs, list(lift(q, core).unbind()))
         return made, us
-
-    def _batches(self) -> list[list[int]]:
-        """Numbers of matrices of one shape, to be lifted at once: on a GPU many, which costs few
-        kernels; on the host as few as stay in its caches."""
-        limit = self.together[0 if on_host(self._bucket.device) else 1]
-        alike: dict[tuple[int, int], list[list[int]]] = {}
-        for row, i in enumerate(self._matrices):
-            (m, rank), batches = self.u_shapes[i], alike.setdefault(self.u_shapes[i], [[]])
-            if batches[-1] and (len(batches[-1]) + 1) * m * rank > limit:
-                batches.append([])
-            batches[-1].append(row)
-        return [batch for batches in alike.values() for batch in batches]
 
     def joined(self, parts: Sequence[Pair]) -> Pair:
         """Products ``U V^T`` as one, whose rank is the sum of theirs, in memory that the next call
@@ -318,6 +297,41 @@ class Factors:
             return us, vs, parts
 
         return self._bucket.once(("wide", count), make)
+
+
+def batches(shapes: Sequence[tuple[int, int]], limit: int) -> list[list[int]]:
+    """Numbers of matrices of one shape, of no more elements than that or one matrix, to be lifted
+    at once: on a GPU many, which costs few kernels; on the host as few as stay in its caches."""
+    alike: dict[tuple[int, int], list[list[int]]] = {}
+    for number, (m, rank) in enumerate(shapes):
+        found = alike.setdefault((m, rank), [[]])
+        if found[-1] and (len(found[-1]) + 1) * m * rank > limit:
+            found.append([])
+        found[-1].append(number)
+    return [batch for found in alike.values() for batch in found]
+
+
+def part_of_bases(
+    bucket: Bucket,
+    row: int,
+    outs: tuple[Tensor, Tensor],
+    keys: Sequence[Tensor],
+    basis: Basis,
+    options: Mapping[str, Any],
+) -> None:
+    """Q and V of a whole matrix, and of both the rows that are here.
+
+    Args:
+        row: of the matrix in the bucket.
+        keys: of the streams of Q and of V.
+    """
+    assert bucket.rows is not None
+    whole, first, rank = bucket.owner_of(row), int64_tensor([0]), outs[0].shape[1]
+    pair = [torch.empty(n, rank, device=bucket.device) for n in matrix_shape(whole)]
+    for made, key in zip(pair, keys, strict=True):
+        operators.normal_([made], bucket.ids[row : row + 1], first, key, **options)
+    for out, made, runs in zip(outs, basis(whole, *pair), bucket.rows.sides(row), strict=True):
+        torch.cat([made[run.start : run.start + run.length] for run in runs], out=out)
 
 
 def parts_of(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:

@@ -149,8 +149,8 @@ class Factored(LowRank, Beside):
 
     def not_sharded(self) -> str:
         return (
-            'mode="factored" keeps a part of weights beside parameters, and forward passes of FSDP2 '
-            'have other parameters: mode="inplace"'
+            'mode="factored" keeps a part of weights beside parameters, and the forward passes of '
+            'FSDP2 have others: mode="inplace"'
         )
 
     def _beside(self, bucket: Bucket) -> Kept:
