@@ -11,16 +11,20 @@ import pytest
 import torch
 from support import join_runs as runs
 from support.equality import in_memory
-from support.models import loss_of, network
+from support.models import loss_of, network, same
 from support.ranks import together
 
 import zo_fused
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    work = partial(runs.of_two, folder=tmp_path_factory.mktemp("logs"))
-    return together(2, work, tmp_path_factory.mktemp("two"))
+def two(logs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return together(2, partial(runs.of_two, folder=logs), tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
 
 
 def of(ranks: list[dict[str, Any]], name: str) -> list[Any]:
@@ -35,6 +39,18 @@ def test_all_ranks_come_back_by_the_log_of_one(name: str, two: list[dict[str, An
     assert torch.equal(first.pop("weights"), second.pop("weights"))
     whole = {"made": runs.CUT, "there": True, "end": True, "log": True}
     assert first == second == whole
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_two_have_begun(
+    two: list[dict[str, Any]], logs: Path, tmp_path: Path
+) -> None:
+    """To the bits of a run in one process, as losses add up exactly."""
+    _, alone = runs.exactly(tmp_path / "alone", runs.STEPS)
+    made, weights = runs.exactly(logs / "exactly", runs.STEPS)
+    assert made == runs.CUT
+    assert same(weights, alone)
+    assert (logs / "exactly").read_bytes() == (tmp_path / "alone").read_bytes()
 
 
 @pytest.mark.slow
@@ -86,7 +102,7 @@ def test_the_first_rank_needs_a_path(two: list[dict[str, Any]]) -> None:
 def test_one_process_begins_and_goes_on_in_the_same_words(tmp_path: Path) -> None:
     def run(log: Path, steps: int) -> tuple[int, torch.Tensor]:
         model = network(torch.bfloat16)
-        opt = zo_fused.LOZO(model, lr=1e-2, momentum=0.9, deferred=True)
+        opt = zo_fused.MeZO(model, lr=1e-2, momentum=0.9, deferred=True)
         joined = opt.join(log)
         while opt.step_count < steps:
             opt.step(loss_of(model))

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from support.equality import in_memory
 from support.methods import CASES
-from support.models import network
+from support.models import INPUT, network, snapshot
 from support.parallel_runs import loss_on, message_of, shard
-from torch import nn
+from torch import Tensor, nn
 
+import zo_fused
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 
 STEPS, CUT = 7, 4  # windows have three steps
@@ -39,6 +40,7 @@ def of_two(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """All that two processes do, by name: what takes long is to start them."""
     return {
         "methods": {name: after_a_kill(name, rank, folder) for name in NAMES},
+        "exactly": exactly(folder / "exactly", CUT, rank, size),
         **{name: mishap(rank, folder) for name, mishap in MISHAPS.items()},
     }
 
@@ -65,6 +67,24 @@ def after_a_kill(name: str, rank: int, folder: Path) -> dict[str, Any]:
     dist.barrier()
     found["log"] = log.read_bytes() == whole.read_bytes()
     return found
+
+
+def exactly(log: Path, steps: int, rank: int = 0, size: int = 1) -> tuple[int, list[Tensor]]:
+    """A run up to so many steps with losses of single rows, summed without rounding: how many ranks
+    there are can't matter."""
+    model = network()
+    opt = zo_fused.MeZO(model, lr=1e-2, queries=2, deferred=True)
+    rows = INPUT[:8].split(8 // size)[rank]
+
+    def loss() -> Tensor:
+        each = [model(row[None]).square().mean() for row in rows]
+        return torch.stack(each).double().mean()  # of a power of two
+
+    made_steps = opt.join(log)
+    while opt.step_count < steps:
+        opt.step(loss, weight=len(rows))
+    opt.close_log()
+    return made_steps, snapshot(model)
 
 
 # ---- what goes wrong ----------------------------------------------------------------------------

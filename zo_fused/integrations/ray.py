@@ -142,8 +142,8 @@ class Driver:
         except ray.exceptions.RayActorError:
             if actor not in self._proven:
                 raise  # so would the next one
+            ray.kill(actor)  # one that can't be reached may live
             del self._busy[actor]
-            self.add()
-            return None
+            return self.add()
         self._proven.add(actor)
         return answer

@@ -211,7 +211,8 @@ class Population(ZerothOrderOptimizer):
     @plain_tensors
     def tell(self, rewards: Sequence[Any]) -> Tensor:
         """The step of a population that was evaluated elsewhere, where each member is
-        ``theta + sign * eps * z`` of its query (`positions`), exactly. Nothing is visited here.
+        ``theta + sign * eps * z`` of its query (`positions`), exactly. Nothing is visited here, and
+        no mean over ranks is taken: tell all of them the same.
 
         Args:
             rewards: of all members, in order: numbers. None: it did not come. The step is then that

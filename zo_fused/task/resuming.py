@@ -120,7 +120,7 @@ def complete(written: Path, final: Path) -> None:
     """Gives a checkpoint that was written its checksums and its name, once all is on the disk, and
     deletes the others."""
     with writing(written):
-        write_text(written / _SUMS, _sums(written))
+        write_text(written / _SUMS, sums(written))
         sync_all(written)
         if final.exists():  # one that is damaged
             put_aside(final)
@@ -129,7 +129,8 @@ def complete(written: Path, final: Path) -> None:
     remove_checkpoints(final.parent, keep=final)
 
 
-def _sums(folder: Path) -> str:
+def sums(folder: Path) -> str:
+    """The SHA-256 of every file in a folder, in the format of sha256sum."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _SUMS)
     lines = []
     for path in files:
@@ -147,7 +148,7 @@ def _state(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         said = (checkpoint / _SUMS).read_text(encoding="utf-8").splitlines()
-        if differ := set(said) ^ set(_sums(checkpoint).splitlines()):
+        if differ := set(said) ^ set(sums(checkpoint).splitlines()):
             name = min(differ).partition("  ")[2]
             raise ValueError(f"{name} is not what {_SUMS} says")
         state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
