@@ -57,6 +57,16 @@ test-plugins: $(INSTALLED)
 	tools/set_up_plugins.sh $(BIN)/uv $(BIN)/python $(PLUGINS)
 	$(BIN)/pytest -q tests/integrations/test_plugins.py
 
+# The readers of files, so many seconds each. atheris has wheels for Linux.
+FUZZ := 3
+fuzz: $(INSTALLED)
+	$(PIP) install -q -c $(VENV)/constraints.txt --only-binary :all: atheris
+	$(BIN)/python tests/fuzzing/fuzz.py $(FUZZ)
+
+# The C++ extension with AddressSanitizer and UBSan, which takes GCC some minutes to compile.
+sanitize: $(INSTALLED)
+	$(BIN)/python tools/sanitize.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
