@@ -41,10 +41,12 @@ test: $(INSTALLED)
 test-all: test
 	$(BIN)/pytest -q -n auto --dist loadfile -m slow
 
-# What needs lm_eval, which `make setup` does not install: some of its packages have no wheels.
+# What needs packages that `make setup` does not install: lm_eval, as some of its own have no
+# wheels, and trackio, which brings a web server.
 test-tasks: $(INSTALLED)
-	$(PIP) install -q -c $(VENV)/constraints.txt lm_eval
+	$(PIP) install -q -c $(VENV)/constraints.txt lm_eval trackio
 	$(BIN)/pytest -q tests/task/test_lm_tasks.py tests/task/test_evaluating.py
+	$(BIN)/pytest -q tests/hf/test_features.py -k trackio
 
 # axolotl and ms-swift, each in an environment of its own: 5 GB on disk. One alone: PLUGINS=ms-swift==4.6.0
 PLUGINS := axolotl==0.19.0 ms-swift==4.6.0

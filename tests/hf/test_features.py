@@ -376,6 +376,19 @@ def test_reports_to_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert found == pytest.approx(told)
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of its database
+def test_reports_to_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "board"))  # read when it is imported
+    storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+    made = trainer(tmp_path, "mezo", report_to="trackio", project="zo", run_name="a run")
+    made.train()
+    logs = storage.get_logs("zo", "a run")
+    for name in ("loss", "grad_norm", "learning_rate"):
+        found = [entry[f"train/{name}"] for entry in logs if f"train/{name}" in entry]
+        told = [entry[name] for entry in made.state.log_history[:6]]
+        assert found == pytest.approx(told)
+
+
 QUANTIZED = {
     "torchao": lambda: {"quant_type": _of("torchao.quantization").Int8WeightOnlyConfig()},
     "bitsandbytes": lambda: {"load_in_8bit": bool(_of("bitsandbytes"))},
