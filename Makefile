@@ -17,7 +17,7 @@ given = $(if $(filter command,$(origin $(1))),$($(1)))
 CHOICE := $(if $(call given,TORCH),--torch $(TORCH)) $(if $(filter-out 0,$(call given,SYSTEM)),--system) \
 	$(if $(filter-out file,$(origin PYTHON)),--this-python)
 
-.PHONY: setup demo test test-all test-tasks test-plugins lint docs bench sass gpu wheels clean FORCE
+.PHONY: setup demo test test-all test-tasks test-ray test-plugins lint docs bench sass gpu wheels clean FORCE
 
 setup: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; print("ready: Python", sys.version.split()[0] + ", torch", torch.__version__)'
@@ -47,6 +47,11 @@ test-tasks: $(INSTALLED)
 	$(PIP) install -q -c $(VENV)/constraints.txt lm_eval trackio
 	$(BIN)/pytest -q tests/task/test_lm_tasks.py tests/task/test_evaluating.py
 	$(BIN)/pytest -q tests/hf/test_features.py -k trackio
+
+# A cluster of two workers on this machine, with Ray, which `make setup` does not install (0.3 GB).
+test-ray: $(INSTALLED)
+	$(PIP) install -q -c $(VENV)/constraints.txt ray
+	$(BIN)/pytest -q tests/integrations/test_ray.py
 
 # axolotl and ms-swift, each in an environment of its own: 5 GB on disk. One alone: PLUGINS=ms-swift==4.6.0
 PLUGINS := axolotl==0.19.0 ms-swift==4.6.0

@@ -1,7 +1,6 @@
 """``zo-fused finetune`` and ``zo-fused replay`` end to end on a tiny random model, offline."""
 
 import errno
-import importlib
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("datasets")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
-from support.tiny_models import opt_tokenizer  # noqa: E402
+from support.finetuned import TEXTS, Stop, assert_equal, assert_same_run, read, weights  # noqa: E402
 
 import zo_fused  # noqa: E402
 from zo_fused.cli import compare, defaults, runs  # noqa: E402
@@ -33,81 +32,7 @@ from zo_fused.task.scoring import Scorer  # noqa: E402
 from zo_fused.task.trainer import SKIPPED_IN_A_ROW  # noqa: E402
 
 EXPECTED_MEMORY = a_run.expected_memory
-TEXTS = {"negative": ["It was bad .", "a dull film"], "positive": ["It was fun .", "a warm film"]}
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch, one_thread):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for new processes; this one has read it already
-    for module in ("huggingface_hub.constants", "datasets.config"):
-        monkeypatch.setattr(importlib.import_module(module), "HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture(autouse=True)
-def memory_untold(monkeypatch):
-    """Half a second of every run."""
-    monkeypatch.setattr(a_run, "expected_memory", lambda *_: "untold")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A model directory: two layers of random OPT and a byte-level tokenizer."""
-    directory = tmp_path_factory.mktemp("base")
-    corpus = [" great terrible It was"] * 9
-    opt_tokenizer(corpus, vocab_size=320).save_pretrained(directory)
-    torch.manual_seed(0)
-    config = transformers.OPTConfig(
-        vocab_size=320,
-        hidden_size=16,
-        word_embed_proj_dim=16,
-        ffn_dim=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    )
-    transformers.OPTForCausalLM(config).save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A data directory with all splits and a task."""
-    directory = tmp_path_factory.mktemp("data")
-    lines = [
-        json.dumps({"text": text, "label": label}) for label in TEXTS for text in TEXTS[label] * 3
-    ]
-    for split in ("train", "dev", "test"):
-        (directory / f"{split}.jsonl").write_text("\n".join(lines))
-    verbalizer = {"negative": " terrible", "positive": " great"}
-    task = {"template": "{text} It was", "verbalizer": verbalizer}
-    (directory / "task.json").write_text(json.dumps(task))
-    return directory
-
-
-@pytest.fixture
-def arguments(base, data, tmp_path):
-    """Arguments of a short run; later ones win."""
-
-    def make(*more, output=tmp_path / "out"):
-        words = f"finetune --model {base} --train {data} --output {output} --device cpu --steps 6"
-        return [*words.split(), "--batch-size", "4", "--eval-steps", "3", "--lr", "1e-3", *more]
-
-    return make
-
-
-def weights(directory):
-    return load_file(directory / "model.safetensors")
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype
-        assert torch.equal(a[name], b[name]), name
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+pytestmark = pytest.mark.usefixtures("no_network", "quick")
 
 
 @pytest.mark.parametrize(
@@ -234,9 +159,10 @@ def test_scales_are_tuned_resumed_and_replayed(
         Stop(patch, 10, kill)
         with pytest.raises(MemoryError):
             main(arguments(*more, "--quantize", "int8"))
-    assert (out / "checkpoint-3").is_dir()
+    if dtype == "bfloat16":  # from the base, quantized again
+        shutil.rmtree(out / "checkpoint-3")
     assert main(arguments(*more, "--quantize", "int8", "--resume")) == 0
-    assert_equal(weights(whole), weights(out))
+    assert_same_run(whole, out)
     replay = ["replay", "--model", str(base), "--log", str(out / "replay.jsonl")]
     capsys.readouterr()
     if dtype != "float32":  # the base's
@@ -306,6 +232,7 @@ def test_an_adapter_is_tuned_resumed_and_replayed(
         Stop(patch, call, lambda: os.kill(os.getpid(), signal.SIGINT))
         assert main(arguments(*more)) == 130
     assert main(arguments(*more, "--resume")) == 0
+    assert_same_run(whole, out)
     capsys.readouterr()
     log, new = str(out / "replay.jsonl"), tmp_path / "new"
     replay = ["replay", "--model", str(base), "--log", log]
@@ -401,7 +328,7 @@ def test_ctrl_c_in_a_comparison(comparison, monkeypatch, capsys):
     assert main(words) == 130
     assert calls == [signal.SIGINT, "wait"]
     error = capsys.readouterr().err
-    assert "finished runs are kept, the others saved a checkpoint; go on with `zo-fused" in error
+    assert "finished runs are kept, and the steps of the others; go on with `zo-fused" in error
     assert error.rpartition("`zo-fused ")[2].rstrip("`\n").split() == words
 
 
@@ -417,100 +344,6 @@ def test_verify_tells_what_differs(arguments, base, tmp_path, capsys):
     assert main([*verify, str(out)]) == 1
     printed = capsys.readouterr().out
     assert printed == f"different: 1 tensors of {out}\n{name}: 1 of 16 values differ\n"
-
-
-class Stop:
-    """Makes a scorer's loss raise at its n-th call."""
-
-    def __init__(self, monkeypatch, call, action):
-        original = Scorer.loss
-        self.calls = 0
-
-        def loss(scorer, batch, kind="classification"):
-            self.calls += 1
-            if self.calls == call:
-                action()
-            return original(scorer, batch, kind)
-
-        monkeypatch.setattr(Scorer, "loss", loss)
-
-
-MOMENTUM = ("--momentum", "0.9", "--interval", "2", "--lr-scheduler", "linear")
-
-
-def test_a_killed_run_resumes_to_the_same_bits(arguments, tmp_path, monkeypatch, capsys):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert main(arguments(*MOMENTUM, output=whole)) == 0
-    with monkeypatch.context() as patch:
-
-        def kill():
-            raise MemoryError("killed")  # like SIGKILL, nothing is saved
-
-        Stop(patch, 10, kill)  # in step 5; the last checkpoint is of step 3
-        with pytest.raises(MemoryError):
-            main(arguments(*MOMENTUM, output=killed))
-    assert (killed / "checkpoint-3").is_dir()
-    assert max(e["step"] for e in read(killed / "history.jsonl")) == 4
-    capsys.readouterr()
-    assert main(arguments(*MOMENTUM, output=killed)) == 2
-    assert "holds an interrupted run; add --resume" in capsys.readouterr().err
-    assert main(arguments(*MOMENTUM, "--resume", output=killed)) == 0
-    assert_equal(weights(killed), weights(whole))
-    assert (killed / "replay.jsonl").read_text() == (whole / "replay.jsonl").read_text()
-    for one, other in zip(
-        read(killed / "history.jsonl"), read(whole / "history.jsonl"), strict=True
-    ):
-        one.pop("seconds", None)
-        other.pop("seconds", None)
-        assert one == other
-    assert not list(killed.glob("checkpoint-*"))
-
-
-@pytest.mark.parametrize(("call", "step"), [(10, 4), (8, 3)])
-def test_ctrl_c_saves_and_goes_on(arguments, base, tmp_path, monkeypatch, capsys, call, step):
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert main(arguments(output=whole)) == 0
-    with monkeypatch.context() as patch:
-        # in the second forward pass of a step: the weights are perturbed
-        Stop(patch, call, lambda: os.kill(os.getpid(), signal.SIGINT))
-        assert main(arguments("--overwrite")) == 130
-    error = capsys.readouterr().err
-    assert f"step {step} is saved in {out / f'checkpoint-{step}'}" in error
-    command = error.rpartition("`zo-fused ")[2].rstrip("`\n").split()
-    assert command == arguments("--resume")
-    assert "Traceback" not in error
-    assert main(command) == 0
-    replay = ["replay", "--model", str(base), "--log", str(out / "replay.jsonl")]
-    assert main([*replay, "--verify", str(out)]) == 0
-    if step == 3:  # there was a checkpoint already, from before the perturbation
-        assert_equal(weights(out), weights(whole))
-
-
-def test_ctrl_c_before_the_first_step(arguments, tmp_path, monkeypatch):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert main(arguments(output=whole)) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(Scorer, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-        assert main(arguments(output=stopped)) == 130
-    assert (stopped / "checkpoint-0").is_dir()
-    assert main(arguments("--resume", output=stopped)) == 0
-    assert_equal(weights(stopped), weights(whole))
-    assert len(read(stopped / "history.jsonl")) == len(read(whole / "history.jsonl"))
-
-
-def test_resume_refuses_another_run(arguments, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        Stop(patch, 9, lambda: os.kill(os.getpid(), signal.SIGINT))
-        assert main(arguments()) == 130
-    capsys.readouterr()
-    assert main(arguments("--resume", "--lr", "2e-3")) == 2
-    assert "the run was started with lr 0.001, not 0.002" in capsys.readouterr().err
-    other_task = ["--template", "{text} So", "--verbalizer", "negative= a", "positive= b"]
-    assert main(arguments("--resume", *other_task)) == 2
-    assert "the run was started with training data" in capsys.readouterr().err
-    (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").write_bytes(b"PK")
-    assert main(arguments("--resume")) == 2
-    assert "can't resume from" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_not_overwritten_unasked(arguments, base, tmp_path, capsys):
@@ -698,59 +531,9 @@ def test_a_full_disk_is_told_with_its_file(arguments, monkeypatch, capsys, targe
     assert main(arguments()) == 2
     error = capsys.readouterr().err
     assert error.startswith("zo-fused: ")
-    assert error.endswith(f"{file}: No space left on device\n")
+    assert f"{file}: No space left on device; then go on with `zo-fused finetune " in error
+    assert error.endswith("--resume`\n")
     assert error.count("\n") == 1
-
-
-def test_a_log_that_is_removed_under_the_run_stops_it(arguments, tmp_path, monkeypatch, capsys):
-    log = tmp_path / "out" / "replay.jsonl"
-    Stop(monkeypatch, 8, log.unlink)
-    assert main(arguments()) == 2
-    assert capsys.readouterr().err == f"zo-fused: {log}: No such file or directory\n"
-    assert not log.exists()
-    assert main(arguments("--resume")) == 2
-    assert capsys.readouterr().err == f"zo-fused: can't resume: {log} is missing\n"
-
-
-def test_a_closed_pipe_saves_and_goes_on(arguments, tmp_path, monkeypatch, capsys):
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert main(arguments(output=whole)) == 0
-    original = Console.line
-
-    def line(console, text):
-        if text.startswith("step 3"):
-            raise BrokenPipeError
-        original(console, text)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Console, "line", line)
-        assert main(arguments()) == 141
-    assert main(arguments("--resume")) == 0
-    assert_equal(weights(out), weights(whole))
-
-
-def test_what_is_damaged_is_told_when_a_run_is_resumed(arguments, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        Stop(patch, 9, lambda: os.kill(os.getpid(), signal.SIGINT))
-        assert main(arguments()) == 130
-    out = tmp_path / "out"
-    history, state = out / "history.jsonl", out / "checkpoint-4" / "optimizer.pt"
-    lines = history.read_bytes()
-    content = torch.load(state, weights_only=True)
-    no_groups = {**content, "param_groups": []}
-    for change, message in (
-        (lambda: history.write_bytes(lines + b"\xff\n"), "history.jsonl:8: not JSON"),
-        (lambda: history.write_bytes(lines + b'{"loss": 1}\n'), "history.jsonl:8: not a line of"),
-        (history.unlink, "can't read the history"),
-        (lambda: torch.save({"step": 4}, state), "it is no checkpoint of zo-fused"),
-        (lambda: torch.save(no_groups, state), "can't resume from"),
-    ):
-        change()
-        capsys.readouterr()
-        assert main(arguments("--resume")) == 2
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1
 
 
 def test_a_folder_that_can_not_be_written(arguments, tmp_path, monkeypatch, capsys):

@@ -110,6 +110,8 @@ def test_another_call_of_train_has_a_log_of_its_own_or_none(
     with caplog.at_level(logging.WARNING, "zo_fused"):
         made.train()
     if method == "mezo":
+        assert "it is kept as" in caplog.text
+        assert (tmp_path / "replay.1.jsonl").read_bytes() == before
         assert zo_fused.replay(replayed, tmp_path / "replay.jsonl") == 6
         assert equal(weights(replayed), weights(made.model))
     else:

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.torchrun import ROOT, by_torchrun
 from support.trainers import trainer, weights
 
 import zo_fused
 
 pytestmark = pytest.mark.slow  # each starts two processes that import transformers
 
-ROOT = Path(__file__).parents[2]
 EMBEDDED = Path(zo_fused.__file__).parent / "embedded/model"
-
-
-def by_torchrun(script: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    """Two processes, with gloo on the CPU."""
-    (directory / "script.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
-    return subprocess.run(
-        [*command, "script.py"], cwd=directory, env=environment, capture_output=True, text=True
-    )
 
 
 @pytest.mark.parametrize("zo", ["mezo", ("lozo", {"deferred": True, "interval": 2})], ids=str)
@@ -40,6 +23,7 @@ def test_a_trainer_on_two_processes_takes_the_steps_of_one(zo: Any, tmp_path: Pa
     script = f"""
 import torch, torch.distributed as dist
 from pathlib import Path
+from support.torchrun import ROOT, by_torchrun
 from support.trainers import trainer, weights
 made = trainer(Path("run"), {zo!r}, save_strategy="steps", save_steps=2, eval_strategy="steps",
                eval_steps=3)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,23 @@ def test_a_resumed_run_has_the_same_bits(zo: Any, tmp_path: Path) -> None:
         assert equal(weights(replayed), weights(whole.model))
     base = trainers.model()
     assert zo_fused.replay(base, tmp_path / "whole/checkpoint-3/replay.jsonl") == 3
+
+
+def test_a_log_that_is_ahead_of_the_checkpoint_is_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be all that is left of steps that took days."""
+    zo, every = MODES["plain"], {"save_strategy": "steps", "save_steps": 3}
+    trainer(tmp_path, zo, **every).train()
+    log, before = tmp_path / "replay.jsonl", tmp_path / "checkpoint-3"
+    ahead = log.read_bytes()
+    with caplog.at_level(logging.WARNING, "zo_fused"):
+        trainer(tmp_path, zo, **every).train(resume_from_checkpoint=str(before))
+    assert f"{log} has steps that the log of this run lacks; it is kept as" in caplog.text
+    assert log.read_bytes() == (tmp_path / "replay.1.jsonl").read_bytes() == ahead
+    shutil.copyfile(before / "replay.jsonl", log)
+    trainer(tmp_path, zo, **every).train(resume_from_checkpoint=str(before))
+    assert len(list(tmp_path.glob("replay.*.jsonl"))) == 1
 
 
 def test_weights_that_are_saved_by_hand_are_at_theta(tmp_path: Path) -> None:

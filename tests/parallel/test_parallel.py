@@ -110,6 +110,14 @@ def test_both_kinds_over_a_mesh_are_data_parallel_with_less_work(
         assert same(weights, two[0]["data"])
 
 
+@pytest.mark.slow
+def test_over_a_mesh_all_join_by_one_log(four: list[dict[str, Any]]) -> None:
+    for (steps, weights), (more, end) in of(four, "joined"):
+        assert (steps, more) == ([0, 3], [3, 6])
+        for mine, others in zip((weights, end), of(four, "joined")[0], strict=True):
+            assert same(mine, others[1])
+
+
 # ---- what goes wrong ----------------------------------------------------------------------------
 
 

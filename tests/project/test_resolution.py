@@ -24,10 +24,10 @@ COMBINATIONS = tuple(product(PLATFORMS, PYTHONS))
 
 
 def extras() -> list[str]:
-    """What `make setup` installs, and `make docs`, into the same environment."""
+    """What `make setup` installs, `make docs` and `make test-ray`, into the same environment."""
     match = re.search(r"-e '\.\[(.*)\]'", (ROOT / "Makefile").read_text())
     assert match is not None
-    return [f"--extra={name}" for name in [*match[1].split(","), "docs"]]
+    return [f"--extra={name}" for name in [*match[1].split(","), "docs", "ray"]]
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,18 @@ import torch.multiprocessing as multiprocessing
 from support import sharding
 
 import zo_fused
+from zo_fused.step import fingerprint
 
-OF_FOUR = ["fsdp_over_tensor_parallel", "load_in_another_world"]
+OF_FOUR = [
+    *("fsdp_over_tensor_parallel", "load_in_another_world", "copies_share_queries"),
+    *("logs_of_copies", "copies_that_cannot_share"),
+]
 OF_TWO = [name for name in sharding.CHECKS if name not in OF_FOUR]
-AGAIN = ["weights_that_hold_their_index", "functions_take_dtensors", "fsdp_runs_equal_one_process",
-         "runs_of_any_placement_equal_one_process"]  # fmt: skip
+AGAIN = [
+    *("weights_that_hold_their_index", "functions_take_dtensors", "fsdp_runs_equal_one_process"),
+    *("runs_of_any_placement_equal_one_process", "fingerprints_of_any_placement"),
+    "logs_are_those_of_one_process",
+]
 
 
 def started(world: int, names: list[str], folder: Path) -> Path:
@@ -65,13 +73,44 @@ def test_four_processes(of_four: Path, name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_one_process_loads_what_two_have_saved(of_two: Path) -> None:
+@pytest.mark.parametrize("name", sharding.SAVED)
+def test_one_process_loads_what_two_have_saved(of_two: Path, name: str) -> None:
     alone, model = sharding.net(), sharding.net()
-    sharding.train(alone, sharding.METHODS["adam"], lambda: sharding.loss_of(alone), 5)
-    optimizer = zo_fused.ZOAdam(model, lr=1.0)
-    sharding.load_with_dcp(of_two, model, optimizer)
-    assert optimizer.param_groups[0]["lr"] == 1e-2
+    sharding.train(alone, sharding.METHODS[name], lambda: sharding.loss_of(alone), 5)
+    optimizer = sharding.load_with_dcp(of_two, name, model)
     for _ in range(2):
         optimizer.step(lambda: sharding.loss_of(model))
     for p, q in zip(model.parameters(), alone.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float64])
+def test_sums_of_parts_make_the_sum_of_the_whole(dtype: torch.dtype) -> None:
+    """Whatever the cuts: at odd places, in the middle of a word of a fingerprint."""
+    for shape, cuts in {
+        (301, 515): ([(0, 7)], [(1, 3)], [(0, 150), (1, 257)], [(1, 0)]),
+        (70001,): ([(0, 1)], [(0, 65537), (0, 3)]),
+        (3, 5, 7): ([(1, 2)], [(2, 3), (0, 1)]),
+    }.items():
+        words = torch.arange(2 * torch.Size(shape).numel(), dtype=torch.int32) * 0x9E3779B1
+        tensor = words.view(dtype)[: torch.Size(shape).numel()].view(shape)
+        for some in cuts:
+            parts = [(tensor, (0,) * len(shape))]
+            for dim, at in some:
+                parts = [half for part in parts for half in halves(*part, dim, at)]
+            total = sum(
+                int(fingerprint.sum_of_part(part, zo_fused.Shard(shape, starts)))
+                for part, starts in parts
+            )
+            whole = fingerprint.weighted_sum(tensor)
+            assert (total + fingerprint._of_size(tensor) - whole) % 2**64 == 0, (shape, some)
+
+
+def halves(part: torch.Tensor, starts: tuple[int, ...], dim: int, at: int) -> list[Any]:
+    """A part of a tensor, cut where the whole has this index."""
+    here = min(max(at - starts[dim], 0), part.shape[dim])
+    second = tuple(s + here * (d == dim) for d, s in enumerate(starts))
+    return [
+        (part.narrow(dim, 0, here), starts),
+        (part.narrow(dim, here, part.shape[dim] - here), second),
+    ]

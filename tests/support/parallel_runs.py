@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -50,6 +52,7 @@ def of_four(rank: int, size: int) -> dict[str, Any]:
         "methods": {name: weights_of(name, rank, size) for name in SOME},
         "exactly": exactly(rank, size),
         "both": both_kinds(rank, size),
+        "joined": joined(rank, size),
     }
 
 
@@ -148,6 +151,24 @@ def both_kinds(rank: int, size: int) -> list[Tensor]:
     return snapshot(model)
 
 
+def joined(rank: int, size: int) -> list[tuple[list[int], list[Tensor]]]:
+    """Runs over such a mesh, each of which goes on from the log of the one before."""
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("dp", "q"))
+    parallel = zo_fused.Parallel(data=mesh["dp"], query=mesh["q"])
+    x = shard(mesh["dp"].get_local_rank(), 2)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:  # in which others than rank 0 find nothing
+        for _ in range(2):
+            model = network(torch.bfloat16)
+            opt = zo_fused.MeZO(model, lr=1e-2, queries=3, parallel=parallel)
+            steps = [opt.join(Path(folder) / "log")]
+            for _ in range(3):
+                opt.step(loss_on(model, x), weight=len(x))
+            opt.close_log()
+            found.append(([*steps, opt.step_count], snapshot(model)))
+    return found
+
+
 def data_alone(rank: int, size: int) -> list[Tensor]:
     """The same with the first kind alone."""
     x = shard(rank, size)
@@ -161,7 +182,7 @@ def data_alone(rank: int, size: int) -> list[Tensor]:
 # ---- what goes wrong ----------------------------------------------------------------------------
 
 
-def _message(action: Callable[[], Any]) -> str:
+def message_of(action: Callable[[], Any]) -> str:
     try:
         action()
     except Exception as error:
@@ -183,9 +204,9 @@ def _raises(rank: int) -> Any:
 
     opt.step(closure)
     before = snapshot(model)
-    said = _message(lambda: opt.step(closure))
+    said = message_of(lambda: opt.step(closure))
     off = max(float((a - b).abs().max()) for a, b in zip(before, snapshot(model), strict=True))
-    again = _message(lambda: opt.step(closure))
+    again = message_of(lambda: opt.step(closure))
     return said, off, opt.step_count, again, snapshot(model)
 
 
@@ -203,10 +224,10 @@ def _raises_on_gpus(rank: int) -> Any:
         return loss()
 
     with patch.object(ranks, "on_host", lambda device: False):
-        said = [_message(lambda: opt.step(closure)) for _ in range(3)]
+        said = [message_of(lambda: opt.step(closure)) for _ in range(3)]
         before = snapshot(model)
         if rank == 0:
-            said.append(_message(lambda: opt.step(closure)))
+            said.append(message_of(lambda: opt.step(closure)))
     return said, before, snapshot(model)
 
 
@@ -233,7 +254,7 @@ def _drift(rank: int) -> Any:
     model = network()
     opt = zo_fused.MeZO(model, lr=1e-2, parallel=None)
     opt.step(loss_on(model, shard(rank, 2)))
-    return _message(lambda: zo_fused.MeZO(model).step(loss_on(model, INPUT)))
+    return message_of(lambda: zo_fused.MeZO(model).step(loss_on(model, INPUT)))
 
 
 def _drift_later(rank: int) -> Any:
@@ -244,7 +265,7 @@ def _drift_later(rank: int) -> Any:
         if step == 1 and rank == 1:
             with torch.no_grad():
                 model[2].bias[0].add_(1e-6)
-    return _message(lambda: opt.step(loss_on(model, INPUT)))
+    return message_of(lambda: opt.step(loss_on(model, INPUT)))
 
 
 def _flushes_alone(rank: int) -> Any:
@@ -253,14 +274,14 @@ def _flushes_alone(rank: int) -> Any:
     opt.step(loss_on(model, INPUT))
     if rank == 0:
         opt.state_dict()
-    return _message(lambda: opt.step(loss_on(model, INPUT)))
+    return message_of(lambda: opt.step(loss_on(model, INPUT)))
 
 
 def _differs(**options: Any) -> Callable[[int], str]:
     def mishap(rank: int) -> str:
         model = network()
         theirs = {name: values[rank] for name, values in options.items()}
-        return _message(lambda: zo_fused.MeZO(model, **theirs).step(loss_on(model, INPUT)))
+        return message_of(lambda: zo_fused.MeZO(model, **theirs).step(loss_on(model, INPUT)))
 
     return mishap
 
@@ -274,7 +295,7 @@ def _other_steps(rank: int) -> Any:
         for group in mine["param_groups"]:
             group["step"] = 7
         opt.load_state_dict(mine)
-    return _message(lambda: opt.step(loss_on(model, INPUT)))
+    return message_of(lambda: opt.step(loss_on(model, INPUT)))
 
 
 def _members(rank: int) -> Any:
@@ -310,12 +331,12 @@ def _hybrid(rank: int) -> str:
     model = network()
     fo = torch.optim.SGD(model[2].parameters(), lr=1e-2)
     hybrid = zo_fused.Hybrid(zo_fused.MeZO(model[0]), fo)
-    return _message(lambda: hybrid.step(loss_on(model, INPUT)))
+    return message_of(lambda: hybrid.step(loss_on(model, INPUT)))
 
 
 def _members_by_query(rank: int) -> str:
     query = zo_fused.Parallel(query=dist.group.WORLD)
-    return _message(lambda: next(zo_fused.ES(network(), parallel=query).members()))
+    return message_of(lambda: next(zo_fused.ES(network(), parallel=query).members()))
 
 
 MISHAPS: dict[str, Callable[[int], Any]] = {
@@ -350,12 +371,13 @@ def _left_alone(rank: int, leave: Callable[[], Any], timeout: float) -> tuple[st
     model = network()
     opt = zo_fused.MeZO(model, lr=1e-2, parallel=zo_fused.Parallel(timeout=timeout))
     loss = loss_on(model, INPUT)
+    dist.barrier()  # on a busy machine it takes longer until all are here
     opt.step(loss)
     before = snapshot(model)
     if rank == 1:
         leave()
     start = time.perf_counter()
-    said = _message(lambda: opt.step(loss))
+    said = message_of(lambda: opt.step(loss))
     seconds = time.perf_counter() - start
     off = max(float((a - b).abs().max()) for a, b in zip(before, snapshot(model), strict=True))
     return said, seconds, off

@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from torch.distributed.tensor.parallel import (
 
 import zo_fused
 from zo_fused.noise import derive_key
+from zo_fused.step.fingerprint import fingerprint
 from zo_fused.sweeps.shards import local, shard_of
 
 Check = Callable[[Path], None]
@@ -136,6 +138,12 @@ def check_equal(model: nn.Module, wanted: nn.Module) -> None:
         assert torch.equal(found, q), (name, (found - q).abs().max())
 
 
+def check_all_equal(model: nn.Module, other: nn.Module) -> None:
+    """Of two sharded models."""
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(local(p), local(q))
+
+
 def moved(model: nn.Module) -> bool:
     return any(
         not torch.equal(p, q) for p, q in zip(model.parameters(), net().parameters(), strict=True)
@@ -209,6 +217,14 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "es": lambda m: zo_fused.ES(m, lr=1e-2, eps=1e-2, population=4),
     "blocks": lambda m: zo_fused.MeZO(m, lr=1e-2, eps=1e-2, momentum=0.9, block_order="sequential"),
     "lozo": lambda m: zo_fused.LOZO(m, lr=1e-2, eps=1e-2, rank=2, interval=2),
+    "subzero": lambda m: zo_fused.SubZero(
+        m, lr=1e-2, eps=1e-2, rank=48, interval=2, mode="inplace"
+    ),
+    "tezo": lambda m: zo_fused.TeZO(m, lr=1e-2, eps=1e-2, rank=3, interval=2, deferred=True),
+    "lozo-m": lambda m: zo_fused.LOZO(m, lr=1e-2, eps=1e-2, rank=2, interval=2, momentum=0.9),
+    "lozo-adam": lambda m: zo_fused.LOZO(
+        m, lr=1e-2, eps=1e-2, rank=2, interval=3, moments="adam", deferred=True
+    ),
 }
 
 
@@ -261,10 +277,12 @@ class Table(nn.Module):
 def runs_of_any_placement_equal_one_process(folder: Path) -> None:
     cases = [(mesh, places) for mesh, places, shape in placements() if len(shape) == 2]
     seen = list(dict.fromkeys(cases))  # in the same order everywhere
-    for name in ("mezo-deferred", "adam", "lozo"):
+    for name in ("mezo-deferred", "adam", "lozo", "subzero", "tezo", "lozo-m"):
         alone = Table(None, ())
         train(alone, METHODS[name], alone, 3)
         for mesh, places in seen:
+            if name == "lozo-m" and any(getattr(place, "dim", 0) for place in places):
+                continue
             model = Table(mesh, places)
             train(model, METHODS[name], model, 3)
             check_equal(model, alone)
@@ -421,14 +439,9 @@ def fsdp_over_tensor_parallel(folder: Path) -> None:
 # ---- saving -------------------------------------------------------------------------------------
 
 
-def adam_with_steps(folder: Path) -> tuple[nn.Module, Any]:
-    model = wrapped(net())
-    return model, train(model, METHODS["adam"], lambda: mean(loss_of(model)), 3)
-
-
 @check
 def states_can_be_taken_before_and_after_steps(folder: Path) -> None:
-    for name in ("mezo", "adam", "lozo"):
+    for name in ("mezo", "adam", "lozo", "lozo-m"):
         model = wrapped(net())
         optimizer = METHODS[name](model)
         for _ in range(2):
@@ -438,36 +451,190 @@ def states_can_be_taken_before_and_after_steps(folder: Path) -> None:
             optimizer.step(lambda model=model: mean(loss_of(model)))
 
 
+SAVED = ("adam", "lozo-m")  # in the middle of a window
+
+
 @check
 def save_with_dcp(folder: Path) -> None:
-    model, optimizer = adam_with_steps(folder)
+    for name in SAVED:
+        model = wrapped(net())
+        optimizer = train(model, METHODS[name], lambda m=model: mean(loss_of(m)), 3)
+        state = {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, optimizer),
+        }
+        dcp.save(state, checkpoint_id=folder / f"checkpoint-{name}")
+
+
+def load_with_dcp(folder: Path, name: str, model: nn.Module) -> Any:
+    """The optimizer of that run, after three steps, and its model."""
+    optimizer = METHODS[name](model)
+    optimizer.param_groups[0]["lr"] = 1.0
     state = {
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer),
     }
-    dcp.save(state, checkpoint_id=folder / "checkpoint")
-
-
-def load_with_dcp(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    state = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-    }
-    dcp.load(state, checkpoint_id=folder / "checkpoint")
+    dcp.load(state, checkpoint_id=folder / f"checkpoint-{name}")
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+    assert optimizer.step_count == 3
+    return optimizer
 
 
 @check
 def load_in_another_world(folder: Path) -> None:
-    alone, model = net(), wrapped(net())
-    train(alone, METHODS["adam"], lambda: loss_of(alone), 5)
-    optimizer = METHODS["adam"](model)
-    load_with_dcp(folder, model, optimizer)
-    assert optimizer.step_count == 3
-    for _ in range(2):
-        optimizer.step(lambda: mean(loss_of(model)))
-    check_equal(model, alone)
+    for name in SAVED:
+        alone, model = net(), wrapped(net())
+        train(alone, METHODS[name], lambda m=alone: loss_of(m), 5)
+        optimizer = load_with_dcp(folder, name, model)
+        for _ in range(2):
+            optimizer.step(lambda m=model: mean(loss_of(m)))
+        check_equal(model, alone)
+
+
+# ---- copies of a sharded model that share a step's queries --------------------------------------
+
+
+def two_copies(query: bool = True) -> tuple[nn.Module, zo_fused.Parallel]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("query", "shard"))
+    parallel = zo_fused.Parallel(query=mesh["query"], data=mesh["shard"] if query else None)
+    return wrapped(net(), mesh["shard"]), parallel
+
+
+@check
+def copies_share_queries(folder: Path) -> None:
+    """Each copy evaluates its part of a step's perturbations. All have the bits of one process that
+    evaluates all of them, also in bfloat16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for name in ("mezo-four", "adam-four", "lozo-four"):
+            alone, (model, parallel) = net(dtype), two_copies()
+            model.to(dtype)
+            train(alone, partial(FOUR[name], parallel=None), lambda m=alone: loss_of(m), 4)
+            train(model, partial(FOUR[name], parallel=parallel), lambda m=model: loss_of(m), 4)
+            check_equal(model, alone)
+
+
+FOUR: dict[str, Callable[..., Any]] = {
+    "mezo-four": lambda m, **o: zo_fused.MeZO(m, lr=1e-2, eps=1e-2, queries=4, **o),
+    "adam-four": lambda m, **o: zo_fused.ZOAdam(
+        m, lr=1e-2, eps=1e-2, queries=4, deferred=True, one_sided=True, **o
+    ),
+    "lozo-four": lambda m, **o: zo_fused.LOZO(
+        m, lr=1e-2, eps=1e-2, rank=2, interval=2, queries=4, **o
+    ),
+}
+
+
+@check
+def logs_of_copies(folder: Path) -> None:
+    model, parallel = two_copies()
+    make, log = partial(FOUR["mezo-four"], parallel=parallel), folder / "copies.jsonl"
+    logged(model, make, log, lambda: loss_of(model), 3)
+    dist.barrier()
+    base = net()
+    zo_fused.replay(base, log)
+    check_equal(model, base)
+
+
+@check
+def copies_that_cannot_share(folder: Path) -> None:
+    model, parallel = two_copies(query=False)
+    optimizer = zo_fused.MeZO(model, queries=2, parallel=parallel)
+    with pytest.raises(NotImplementedError, match="don't tell each other their losses"):
+        optimizer.step(lambda: loss_of(model))
+    model, parallel = two_copies()
+    optimizer = zo_fused.MeZO(model, queries=2, parallel=parallel)
+    with torch.no_grad():
+        if dist.get_rank() == 3:
+            local(model.head.weight)[:1] += 1e-3  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="ranks have other weights: 1 of"):
+        optimizer.step(lambda: loss_of(model))
+
+
+# ---- logs ---------------------------------------------------------------------------------------
+
+
+@check
+def fingerprints_of_any_placement(folder: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for mesh, places, shape in placements():
+            q = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+            p = distribute_tensor(q.clone(), mesh, places)
+            assert fingerprint([q, p]) == fingerprint([q, q]) != fingerprint([q, q + 1])
+
+
+def logged(
+    model: nn.Module, make: Callable[[Any], Any], log: Path, loss: Callable[[], Any], steps: int
+) -> Any:
+    optimizer = make(model)
+    optimizer.start_log(log)
+    for _ in range(steps):
+        optimizer.step(loss)
+    optimizer.close_log()
+    return optimizer
+
+
+@check
+def logs_are_those_of_one_process(folder: Path) -> None:
+    for name in ("mezo-queries", "mezo-deferred", "adam", "blocks", "lozo-m"):
+        make, rank = METHODS[name], dist.get_rank()
+        alone, model = net(), wrapped(net())
+        mine, theirs = folder / f"{name}-{rank}.jsonl", folder / f"{name}.jsonl"
+        one = logged(alone, lambda m, make=make: make(m), mine, lambda a=alone: loss_of(a), 4)
+        logged(model, make, theirs, lambda m=model: mean(loss_of(m)), 4).flush()
+        one.flush()
+        dist.barrier()  # the first process has written the last line
+        assert mine.read_bytes() == theirs.read_bytes(), name
+        base = net()
+        zo_fused.replay(base, theirs)
+        check_equal(model, base)
+        again = wrapped(net())
+        with torch.no_grad():
+            loss_of(again)  # FSDP2 has gathered weights of before
+        zo_fused.replay(again, mine if rank == 0 else "/elsewhere")
+        check_equal(again, alone)
+        with torch.no_grad():
+            assert torch.equal(loss_of(again), loss_of(alone))
+
+
+@check
+def runs_go_on_by_their_logs(folder: Path) -> None:
+    for name in ("momentum", "adam-deferred", "lozo-m"):
+        make, log = METHODS[name], folder / f"goes-on-{name}.jsonl"
+        model = wrapped(net())
+        logged(model, make, log, lambda m=model: mean(loss_of(m)), 3)
+        path = log if dist.get_rank() == 0 else folder / "elsewhere"
+        model = wrapped(net())
+        optimizer = make(model)
+        assert optimizer.replay(path) == 3
+        optimizer.start_log(path, resume=True)
+        for _ in range(2):
+            optimizer.step(lambda m=model: mean(loss_of(m)))
+        optimizer.close_log()
+        again = wrapped(net())
+        joined = make(again)
+        assert joined.join(path) == 5
+        joined.step(lambda m=again: mean(loss_of(m)))
+        optimizer.step(lambda m=model: mean(loss_of(m)))
+        check_all_equal(model, again)
+        assert not (folder / "elsewhere").exists()
+        fresh = wrapped(net())  # by all
+        with pytest.raises((NotImplementedError, RuntimeError)):  # the first one's part has moved
+            (joined if dist.get_rank() == 0 else make(fresh)).join()
+
+
+@check
+def logs_that_do_not_fit(folder: Path) -> None:
+    """All processes say so, and none waits for another."""
+    model, log = wrapped(net()), folder / "fits.jsonl"
+    logged(model, METHODS["mezo"], log, lambda: mean(loss_of(model)), 1)
+    with pytest.raises(ValueError, match="other base weights"):
+        zo_fused.replay(model, log)
+    with pytest.raises((FileNotFoundError, RuntimeError)):
+        zo_fused.replay(model, folder / "nothing.jsonl")
+    with pytest.raises((OSError, RuntimeError)):
+        METHODS["mezo"](model).start_log(folder)
 
 
 # ---- refused ------------------------------------------------------------------------------------
@@ -481,24 +648,27 @@ def what_cannot_be_is_refused(folder: Path) -> None:
         zo_fused.MeZO(model.named_parameters())
     refused: list[Callable[[Any], Any]] = [
         lambda m: zo_fused.LOZO(m, mode="factored"),
-        lambda m: zo_fused.LOZO(m, momentum=0.9),
         lambda m: zo_fused.MeZO(m, prior="guiding"),
-        *(kind for kind in (zo_fused.SubZero, zo_fused.HiZOO, zo_fused.ConMeZO, zo_fused.ZOMuon)),
-        *(kind for kind in (zo_fused.SparseMeZO, zo_fused.TeZO, zo_fused.LOREN)),
+        *(kind for kind in (zo_fused.SeeZO, zo_fused.HiZOO, zo_fused.ConMeZO, zo_fused.ZOMuon)),
+        *(kind for kind in (zo_fused.SparseMeZO, zo_fused.LOREN)),
+        lambda m: zo_fused.PGAP(m, total_steps=9),
+        lambda m: zo_fused.TeZO(m, moments="adam"),
         zo_fused.ForwardGrad,
     ]
     for make in refused:
         with pytest.raises(NotImplementedError, match=r"can't tune parameter .*, a DTensor"):
             make(model)
-    optimizer = zo_fused.MeZO(model)
-    with pytest.raises(NotImplementedError, match="parameters are sharded"):
-        optimizer.start_log(folder / "log.jsonl")
-    alone, log = net(), folder / f"log-{dist.get_rank()}.jsonl"
-    writes = zo_fused.MeZO(alone, lr=1e-2, parallel=None)
-    writes.start_log(log)
-    writes.step(lambda: loss_of(alone))
-    writes.close_log()
-    with pytest.raises(NotImplementedError, match="parameters are sharded"):
-        zo_fused.replay(model, log)
+    with pytest.raises(NotImplementedError, match="don't tell each other their losses"):
+        zo_fused.MeZO(model, parallel=None).start_log(folder / "log.jsonl")
     for name, value in get_model_state_dict(model).items():
         assert torch.equal(whole(value), whole(before[name]))
+    by_columns = tensor_parallel(net(), init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = METHODS["lozo-m"](by_columns)
+    with pytest.raises(NotImplementedError, match="cut along its columns"):
+        optimizer.step(lambda: loss_of(by_columns))
+    for make in (
+        lambda m: zo_fused.TeZO(m, momentum=0.9),
+        lambda m: zo_fused.SubZero(m, moments="adam"),
+    ):
+        with pytest.raises(NotImplementedError, match="do without momentum"):
+            make(model).step(lambda: loss_of(model))

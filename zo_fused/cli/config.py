@@ -16,7 +16,7 @@ from zo_fused.cli.parser import choice
 from zo_fused.task.errors import UserError, first_line, optional
 
 PRESETS = Path(__file__).parent / "presets"
-_LINE_ONLY = ("help", "config", "resume", "overwrite")  # of a command, not of a run
+_LINE_ONLY = ("help", "config", "overwrite")  # of a command, not of a run
 _ONE_OF = ("steps", "forwards")
 
 
@@ -85,7 +85,7 @@ def read(parser: argparse.ArgumentParser, path: Path) -> argparse.Namespace:
         raise UserError(f"can't read the config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"can't read the config {path}: not UTF-8 text") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f":{mark.line + 1}"
         raise UserError(

@@ -23,7 +23,13 @@ from zo_fused.cli.parser import (
     whole,
 )
 from zo_fused.step.interrupts import uninterrupted
-from zo_fused.task.errors import Interrupted, UserError, first_line, out_of_memory
+from zo_fused.task.errors import (
+    Interrupted,
+    UserError,
+    first_line,
+    of_the_system,
+    out_of_memory,
+)
 
 if TYPE_CHECKING:
     from zo_fused.task.lm_tasks import LmTask
@@ -85,8 +91,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument(
         "--resume",
-        action="store_true",
-        help="go on from the last checkpoint in the output directory",
+        nargs="?",
+        const=True,
+        choices=("auto",),
+        help="go on with the run in the output directory, from its log and its last checkpoint; "
+        "auto: begin it if it is not there, and do nothing if it is finished",
     )
     run.add_argument(
         "--overwrite", action="store_true", help="replace what the output directory holds"
@@ -300,7 +309,7 @@ def options(args: argparse.Namespace) -> Options:
         dtype=value("dtype"),
         device=value("device"),
         trust_remote_code=value("trust_remote_code"),
-        resume=args.resume,
+        resume="must" if args.resume is True else args.resume,
         overwrite=args.overwrite or (demo and args.output is None and not args.resume),
         title=f"{recipe.title} fine-tuning of {name}",
     )
@@ -376,18 +385,29 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     try:
         summary = finetune(chosen)
     except Interrupted as stop:
-        again = [word for word in argv if word not in ("--overwrite", "--resume")]
-        command = shlex.join(["zo-fused", *again, "--resume"])
-        raise Interrupted(f"{stop}; go on with `{command}`") from None
+        raise Interrupted(f"{stop}; {_again(argv, chosen)}", stop.number) from None
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
         raise UserError(
             f"there is not enough memory ({first_line(error)}); --micro-batch-size, --max-length, "
-            "--dtype bfloat16, fewer --queries or a smaller --rank take less"
+            "--dtype bfloat16, fewer --queries or a smaller --rank take less; with memory for it, "
+            + _again(argv, chosen)
         ) from error
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"{of_the_system(error)}; then {_again(argv, chosen)}") from error
     print(table(summary))
     what = "adapter" if args.peft else "model"
     files = "replay.jsonl, history.jsonl, curve.png and summary.json"
     print(f"the {what}, {files} are in {chosen.output}")
     return 0
+
+
+def _again(argv: list[str], chosen: Options) -> str:
+    """The command that goes on with a run, or begins it if it has not begun, in a sentence."""
+    words = list(argv)
+    if (chosen.output / "settings.json").exists() and chosen.resume is None:
+        words = [*(word for word in argv if word != "--overwrite"), "--resume"]
+    return f"go on with `{shlex.join(['zo-fused', *words])}`"

@@ -1,8 +1,8 @@
 """``zo-fused``: the commands, and how their errors are told.
 
 Exit codes: 0 done, 1 a comparison or check failed, 2 a mistake in what was asked (one sentence on
-stderr) or in the system (a full disk, a folder that can't be written), 130 interrupted, 141 nobody
-reads the output. Anything unexpected keeps its traceback.
+stderr) or in the system (a full disk, a folder that can't be written), 130 interrupted, 138 and 143
+ended by SIGUSR1 or SIGTERM, 141 nobody reads the output. Anything unexpected keeps its traceback.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from zo_fused import __version__
 from zo_fused.cli import compare, doctor, evaluate, finetune, init, log, plan, replay
 from zo_fused.cli.parser import Parser
-from zo_fused.task.errors import Interrupted, UserError, first_line
+from zo_fused.task.errors import Interrupted, UserError, of_the_system
 
 
 def make_parser(words: Sequence[str]) -> argparse.ArgumentParser:
@@ -70,8 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"zo-fused: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        print(f"zo-fused: interrupted: {stop}", file=sys.stderr)
-        return 130
+        name = signal.Signals(stop.number).name
+        what = "interrupted" if stop.number == signal.SIGINT else f"ended by {name}"
+        print(f"zo-fused: {what}: {stop}", file=sys.stderr)
+        return 128 + stop.number
     except KeyboardInterrupt:
         print("zo-fused: interrupted", file=sys.stderr)
         return 130
@@ -88,16 +91,8 @@ def _refused(error: OSError) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):  # of `| head`: in silence, as others do
         return 141
-    print(f"zo-fused: {_of_the_system(error)}", file=sys.stderr)
+    print(f"zo-fused: {of_the_system(error)}", file=sys.stderr)
     return 2
-
-
-def _of_the_system(error: OSError) -> str:
-    """What the system refused, and of which file."""
-    if error.strerror is None:
-        return first_line(error)
-    where = "" if error.filename is None else f"{error.filename}: "
-    return f"{where}{error.strerror}"
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Run:
 
 
 def run_all(runs: Sequence[Run], parallel: int = 1, threads: int | None = None) -> list[str]:
-    """Does the runs that are not finished, each from its last checkpoint if it has one.
+    """Does the runs that are not finished, each from where it was.
 
     Args:
         parallel: runs at a time.
@@ -45,7 +45,7 @@ def run_all(runs: Sequence[Run], parallel: int = 1, threads: int | None = None) 
         A sentence for every run that failed.
 
     Raises:
-        Interrupted: Ctrl-C; runs that were under way have saved a checkpoint.
+        Interrupted: Ctrl-C; runs that were under way have their steps in their logs.
     """
     waiting = [run for run in runs if not run.finished]
     tqdm = optional("tqdm").tqdm
@@ -71,15 +71,12 @@ def run_all(runs: Sequence[Run], parallel: int = 1, threads: int | None = None) 
             process.send_signal(signal.SIGINT)
         for process in running:
             process.wait()
-        raise Interrupted("finished runs are kept, the others saved a checkpoint") from None
+        raise Interrupted("finished runs are kept, and the steps of the others") from None
     return failures
 
 
 def _start(run: Run, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    from zo_fused.task.resuming import checkpoints
-
-    how = "--resume" if checkpoints(run.output) else "--overwrite"
-    words = (*run.words, f"--output={run.output}", how)
+    words = (*run.words, f"--output={run.output}", "--resume=auto")
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("a") as log:
         # a session of its own: Ctrl-C in the terminal would reach it, and then again from here

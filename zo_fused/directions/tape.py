@@ -106,6 +106,11 @@ class DenseRecorder(Recorder):
         for tape in self._tapes.values():
             tape.run()
 
+    def learn(
+        self, buckets: Sequence[Bucket], seed: int, step: int, grads: Sequence[float]
+    ) -> None:
+        self.direction.learn(buckets, seed, step, grads)
+
     def update_scale(self, bucket: Bucket) -> Vector | None:
         return self.direction.update_scale(bucket)
 

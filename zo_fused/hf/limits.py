@@ -34,10 +34,29 @@ def check_trainer(trainer: Any, read: Sequence[str] = ()) -> None:
             f"DataParallel would copy the weights to {args.n_gpu} GPUs in every forward pass: "
             "let one be visible (CUDA_VISIBLE_DEVICES=0)"
         )
-    for engine in ("deepspeed", "fsdp"):
-        if getattr(trainer, f"is_{engine}_enabled", False):
-            raise ValueError(f"weights that {engine} shards can't be perturbed: leave it out")
+    if getattr(trainer, "is_deepspeed_enabled", False):
+        raise ValueError(
+            "weights that DeepSpeed shards can't be perturbed: leave it out, or take FSDP2 "
+            "(docs/sharded.md)"
+        )
+    if getattr(trainer, "is_fsdp_enabled", False):
+        _check_fsdp(args, trainer.accelerator.state.fsdp_plugin)
     _check_class(type(trainer), read)
+
+
+def _check_fsdp(args: Any, plugin: Any) -> None:
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            'weights that FSDP1 shards can\'t be perturbed: fsdp_config={"fsdp_version": 2} '
+            "(docs/sharded.md)"
+        )
+    saves = args.save_strategy != "no" and not args.save_only_model
+    if saves and "FULL" in str(plugin.state_dict_type):
+        raise ValueError(
+            "torch can't load the full state of an optimizer that keeps no tensors, so checkpoints "
+            'must be sharded: fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"}, or '
+            'save_only_model=True, or save_strategy="no"'
+        )
 
 
 def _check_class(kind: type, read: Sequence[str]) -> None:

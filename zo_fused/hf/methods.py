@@ -59,12 +59,21 @@ def make_optimizer(trainer: Any, model: Any) -> ZerothOrderOptimizer:
     if "total_steps" in takes and trainer.state.max_steps > 0:
         options["total_steps"] = trainer.state.max_steps
     options |= own
-    if not options.get("weight_decay") or kind.quantized:  # scales are no biases
-        return kind(model, **options)
-    names = set(trainer.get_decay_parameter_names(model))
-    groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
-    for name, parameter in kind.found_in(model):
-        groups[name not in names]["params"].append((name, parameter))
-    if "module" in takes:
-        options.setdefault("module", model)
-    return kind([group for group in groups if group["params"]], **options)
+    optimizer = kind(model, **options)
+    if options.get("weight_decay") and not kind.quantized:  # scales are no biases
+        _spare(optimizer, set(trainer.get_decay_parameter_names(model)))
+    return optimizer
+
+
+def _spare(optimizer: ZerothOrderOptimizer, decaying: set[str]) -> None:
+    """Have parameters that are not among these names in a group without weight decay. The optimizer
+    has the module already, which it needs where parameters are sharded."""
+    (group,) = optimizer.param_groups
+    named = list(zip(group["param_names"], group["params"], strict=True))
+    kept = [(name, p) for name, p in named if name in decaying]
+    spared = [(name, p) for name, p in named if name not in decaying]
+    if not kept:
+        group["weight_decay"] = 0.0
+    elif spared:
+        group["param_names"], group["params"] = map(list, zip(*kept, strict=True))
+        optimizer.add_param_group({"params": spared, "weight_decay": 0.0})

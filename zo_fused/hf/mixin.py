@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import shutil
 from functools import partial
@@ -15,6 +16,7 @@ from torch import Tensor
 from zo_fused.hf.limits import check_trainer
 from zo_fused.hf.methods import make_optimizer, named
 from zo_fused.step.optimizer import ZerothOrderOptimizer
+from zo_fused.sweeps.shards import is_sharded
 
 logger = logging.getLogger("zo_fused")
 
@@ -143,7 +145,9 @@ class ZOMixin(_Trainer):
                 prepare, self.accelerator, evaluation_mode=True
             )
         prepared = super()._prepare_for_training(max_steps, data, checkpoint)
-        if self.args.should_save:
+        groups = self.zeroth_order_optimizer.param_groups
+        sharded = any(is_sharded(p) for group in groups for p in group["params"])
+        if self.args.should_save or sharded:  # then all make the fingerprint, and the first writes
             self._start_log(None if checkpoint is None else Path(checkpoint, REPLAY_LOG))
         return prepared
 
@@ -151,11 +155,15 @@ class ZOMixin(_Trainer):
         optimizer, path = self.zeroth_order_optimizer, Path(self.args.output_dir, REPLAY_LOG)
         optimizer.close_log()  # of another call of train
         if before is not None and before.exists():
-            shutil.copyfile(before, path)
+            if self.args.should_save:
+                _keep_aside(path, before.read_bytes())
+                shutil.copyfile(before, path)
             optimizer.start_log(path, resume=True)
         elif optimizer.step_count and optimizer.state:
             logger.warning("no replay log: it would lack the momentum of earlier steps")
         else:
+            if self.args.should_save:
+                _keep_aside(path, b"")
             optimizer.start_log(path)
 
     def _save_checkpoint(self, *args: Any, **others: Any) -> None:
@@ -166,3 +174,17 @@ class ZOMixin(_Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.zeroth_order_optimizer.weights.log.is_open:
             shutil.copyfile(Path(self.args.output_dir, REPLAY_LOG), Path(output_dir, REPLAY_LOG))
+
+
+def _keep_aside(log: Path, content: bytes) -> None:
+    """Gives a log another name, unless all its steps are in the content that takes its place: they
+    may be the only record of an earlier attempt, whose checkpoint was not whole, or of another run.
+    """
+    old = log.read_bytes() if log.exists() else b""
+    if old.count(b"\n") < 2 or content.startswith(old):  # the first line is a header
+        return
+    numbers = itertools.count(1)
+    names = (log.with_name(f"{log.stem}.{number}{log.suffix}") for number in numbers)
+    aside = next(path for path in names if not path.exists())
+    log.rename(aside)
+    logger.warning("%s has steps that the log of this run lacks; it is kept as %s", log, aside)

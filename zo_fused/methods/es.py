@@ -81,7 +81,7 @@ class ES(Population):
         deferred: bool = False,
     ) -> None:
         population, antithetic = (
-            whole("population", population, 1),
+            whole("population", population, 1, bits=32),
             switch("antithetic", antithetic),
         )
         choice("shaping", shaping, SHAPINGS)

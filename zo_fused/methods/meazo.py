@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Unpack
 
@@ -12,9 +13,19 @@ from zo_fused.checks import bounded
 from zo_fused.directions.dense import Dense
 from zo_fused.methods.table import Recipe, method
 from zo_fused.rules.sgd import SGD
+from zo_fused.step.buckets import Bucket
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.schedule import StepOptions
-from zo_fused.step.vectors import Vector, all_finite, where
+from zo_fused.step.vectors import Flag, Vector, all_finite, where
+
+
+class _Dense(Dense):
+    """Directions that stay as they are, whatever a log says that queries found."""
+
+    def learn(
+        self, buckets: Sequence[Bucket], seed: int, step: int, grads: Sequence[float]
+    ) -> None:
+        pass
 
 
 @method(Recipe("meazo", "MEAZO"))
@@ -25,7 +36,8 @@ class MEAZO(ZerothOrderOptimizer):
     v is of the mean of their g. t counts steps that were not skipped.
 
     Two forward passes, three sweeps (two with ``deferred``). State: v and t, two float64 (a pair
-    for each block), under ``state["meazo"]``. Replay logs have ``g / (sqrt(v') + zeta)``.
+    for each block), under ``state["meazo"]``. Replay logs have ``g / (sqrt(v') + zeta)``, and g
+    itself, of which v is made, so a step takes some 80 bytes.
 
     Args:
         params: ``model.named_parameters()``, ``model.parameters()``, param groups, or the module.
@@ -37,7 +49,7 @@ class MEAZO(ZerothOrderOptimizer):
             `ZerothOrderOptimizer`.
     """
 
-    state_beyond_log = True
+    _in_step = False  # whether `transform` has seen what `update` gets; in a replay it has not
 
     def __init__(
         self,
@@ -51,22 +63,38 @@ class MEAZO(ZerothOrderOptimizer):
         beta = bounded("beta", beta, "a number in [0, 1)", lambda x: 0 <= x < 1)
         zeta = bounded("zeta", zeta, "a number >= 0", lambda x: x >= 0)
         options = {"beta": beta, "zeta": zeta, "distribution": distribution}
-        super().__init__(params, Dense(distribution), SGD(), {"lr": lr}, options, **common)
+        super().__init__(params, _Dense(distribution), SGD(), {"lr": lr}, options, **common)
         self.beta, self.zeta = beta, zeta
 
     def transform(self, grads: Vector, plus: Sequence[Any], minus: Sequence[Any]) -> Vector:
         """``g / (sqrt(v') + zeta)``."""
         queries = self.schedule.queries
         mean = grads.view(-1, queries).mean(1)  # a row a block
-        kept = [self._kept(block, grads.device) for block in self._blocks()]
+        v, t = self._average(mean, all_finite(grads))
+        self._in_step = True
+        if self.weights.log.is_open and all(map(math.isfinite, found := mean.tolist())):
+            self.weights.log.probes = found
+        root = (v / (1 - self.beta**t)).sqrt()
+        return grads / (root + self.zeta).repeat_interleave(queries)
+
+    def update(self, grads: Vector) -> None:
+        found = None if self._in_step else self.weights.log.probes
+        self._in_step = False
+        if found is not None:
+            mean = torch.tensor(found, dtype=torch.float64, device=grads.device)
+            self._average(mean, all_finite(mean))
+        super().update(grads)
+
+    def _average(self, mean: Tensor, good: Flag) -> Tensor:
+        """v and t of a step's blocks, [2, blocks], after these projected gradients, if they are
+        good."""
+        kept = [self._kept(block, mean.device) for block in self._blocks()]
         v, t = torch.stack(kept, 1)
-        good = all_finite(grads)
         v = where(good, self.beta * v + (1 - self.beta) * mean**2, v)
         t = where(good, t + 1, t)
         for block, now in zip(kept, torch.stack([v, t], 1), strict=True):
             block.copy_(now)
-        root = (v / (1 - self.beta**t)).sqrt()
-        return grads / (root + self.zeta).repeat_interleave(queries)
+        return torch.stack([v, t])
 
     def _blocks(self) -> list[int]:
         """The blocks of this step; without blocks, one for all."""

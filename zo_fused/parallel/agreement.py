@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zo_fused.parallel.groups import Groups
+from zo_fused.sweeps.shards import cut_among, is_sharded, local
 
 _WORD = 8  # bytes
 
@@ -45,7 +47,12 @@ def check_agreement(
         )
     sums = torch.zeros(len(weights), dtype=torch.int64, device=device)
     for number, p in enumerate(weights.values()):
-        sums[number] = checksum(p)
+        parts = cut_among(p) if is_sharded(p) else ()
+        if math.prod(group.size() for group in parts) == groups.size > 1:
+            continue  # there is one copy of it
+        sums[number] = checksum(local(p))
+        for group in parts:
+            torch.distributed.all_reduce(sums[number], group=group)
     if different := _different(groups, sums, list(weights)):
         raise RuntimeError(
             f"the ranks have other weights: {len(different)} of {len(weights)} parameters differ, "

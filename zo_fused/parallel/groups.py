@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -16,6 +17,11 @@ from zo_fused.parallel.options import Parallel
 _MISSING = (
     "another rank did not take part in this step: it has died, hangs, or does something alone for "
     "longer than {:g} s (an evaluation, a save: see timeout of zo_fused.Parallel)"
+)
+# torch 2.13: a restarted world finds the addresses of the one before in the store.
+_STALE = (
+    "; after a restart by torchrun it may have looked for processes that are gone: set "
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started"
 )
 
 
@@ -43,6 +49,17 @@ class Groups:
         """Of this process among all of them."""
         return dist.get_rank()
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the first of all of them."""
+        return not any(dist.get_rank(group) for group in self.all)
+
+    def covers(self, group: Any) -> bool:
+        """Whether the losses of a step are means over all ranks of this group."""
+        ranks = set(dist.get_process_group_ranks(group))
+        members = [] if self.data is None else dist.get_process_group_ranks(self.data)
+        return ranks <= set(members)
+
     def share(self, count: int) -> range:
         """Which of so many losses this rank takes: neighbours, as the two signs of a z are; at
         least one, so that every rank's generators move on."""
@@ -59,6 +76,11 @@ class Groups:
     def max_(self, numbers: Tensor) -> None:
         """Each element becomes the largest of all ranks."""
         self._reduce(numbers, dist.ReduceOp.MAX)
+
+    def from_first(self, numbers: Tensor) -> None:
+        """Every rank gets the numbers of the first of all, by way of the first of its group."""
+        for group in self.all:
+            self._or_missing(partial(dist.broadcast, numbers, group=group, group_src=0))
 
     def share_generators(self, device: torch.device) -> None:
         """Ranks with the same batch get the same state of torch's global generators, that of the
@@ -120,4 +142,7 @@ def _group(world: Any, members: tuple[int, ...], timeout: float) -> Any:
             group_desc="zo_fused",
         )
     except RuntimeError as error:
-        raise RuntimeError(_MISSING.format(timeout)) from error
+        shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        hint = _STALE if shared and restarted else ""
+        raise RuntimeError(_MISSING.format(timeout) + hint) from error

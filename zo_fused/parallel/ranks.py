@@ -33,6 +33,7 @@ class Run(NamedTuple):
     flushes: int  # since the last update
     about: Callable[[], Mapping[str, Any]]
     weights: Callable[[], Mapping[str, Tensor]]
+    check: Callable[[Groups], None]  # of how ranks share a step; may raise, on all ranks
 
 
 class Ranks:
@@ -57,11 +58,6 @@ class Ranks:
         """The groups of the ranks; None: there are no others."""
         return groups_of(self._parallel)
 
-    def not_sharded(self) -> str:
-        """Why parameters may not be DTensors; empty if they may."""
-        shared = self._parallel is not None and self._parallel.query is not None
-        return "processes with parts of one model take the same loss: query=None" if shared else ""
-
     def weigh(self, weight: Any) -> None:
         """Losses of the coming step count so much: a number, or a tensor of one, on any device.
 
@@ -73,6 +69,10 @@ class Ranks:
             self._weight = weight.detach().reshape(()).double()  # the host doesn't wait
         else:
             self._weight = bounded("weight", weight, "a finite number >= 0", _not_negative)
+
+    def meet_anew(self) -> None:
+        """The next step compares everything, as the first does."""
+        self._checked = self._late = None
 
     def refuse_shared_queries(self, name: str, instead: str) -> None:
         """Raises:
@@ -182,6 +182,7 @@ class Ranks:
             )
 
     def _compare(self, groups: Groups, run: Run) -> None:
+        run.check(groups)
         check_agreement(groups, run.about(), run.weights(), run.device)
         groups.share_generators(run.device)
         self._checked = run.step

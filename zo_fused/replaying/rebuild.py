@@ -11,12 +11,18 @@ from torch import Tensor, nn
 
 from zo_fused.methods.table import arguments, methods
 from zo_fused.noise.streams import CONTRACT_VERSION, plain_name
+from zo_fused.parallel.groups import groups_of
+from zo_fused.parallel.options import Parallel
+from zo_fused.parallel.telling import on_all
 from zo_fused.step import log_lines
 from zo_fused.step.access import plain_tensors
 from zo_fused.step.fingerprint import fingerprint
+from zo_fused.step.log_bytes import read_by_first
 from zo_fused.step.log_writer import check_base
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.repeat import repeat
+from zo_fused.step.sharded import Resharding
+from zo_fused.sweeps.shards import is_sharded, local
 
 
 @plain_tensors
@@ -31,8 +37,9 @@ def replay(
     over the weights (`zo_fused.directions.tape`). If it is interrupted, the weights are of no use.
 
     Args:
-        model: the base model in the dtype of the run, or its tensors by name.
-        log: path of the log.
+        model: the base model in the dtype of the run, or its tensors by name. It may be sharded
+            (docs/sharded.md), whether it was in the run or not; all processes call this then.
+        log: path of the log; of a sharded model, the first process reads it.
         progress: show a tqdm bar.
 
     Returns:
@@ -42,7 +49,14 @@ def replay(
         FileNotFoundError: no such log.
         ValueError: the file is no log, or model and log don't fit.
     """
-    record = log_lines.read(log, CONTRACT_VERSION)
+    held = model.parameters() if isinstance(model, nn.Module) else model.values()
+    shard = next((local(p) for p in held if is_sharded(p)), None)
+    if isinstance(model, nn.Module):
+        Resharding(model).close()
+    groups = None if shard is None else groups_of(Parallel())
+    device = torch.device("cpu") if shard is None else shard.device
+    with read_by_first(groups, device, log) as file:
+        record = on_all(groups, device, lambda: log_lines.read(file, CONTRACT_VERSION))
     optimizer = _optimizer(model, record)
     events: Any = record.events
     if progress:
@@ -84,7 +98,10 @@ def _optimizer(
     defaults |= {"seed": header["seed"], "module": nn.Module()}
     factored = defaults.get("mode") == "factored"
     takes = arguments(method)
-    optimizer = method(groups, **{name: defaults[name] for name in takes if name in defaults})
+    try:
+        optimizer = method(groups, **{name: defaults[name] for name in takes if name in defaults})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{record.path}, line 1: {error}") from None
     now = optimizer.direction.options.get("transform", "portable")
     if header["transform"] != now:
         raise ValueError(
@@ -99,6 +116,7 @@ def _optimizer(
             group["param_names"] = [name for name, *_, of in table if of == number]
     if factored:
         optimizer.weights.beside.module = None  # nothing will be evaluated
+    optimizer.check_events(record.path, record.events)
     return optimizer
 
 

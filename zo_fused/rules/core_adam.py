@@ -31,6 +31,9 @@ class CoreAdam(Rule):
     takes: tuple[type[Direction], ...] = (LowRank,)
     not_capturable = "whether the moments begin again is for the host to say"
 
+    def not_sharded(self) -> str:
+        return ""
+
     def prepare(self, update: Update, direction: LowRank, state: dict[Any, Any]) -> None:
         self._moments(update, direction.factors(update.bucket), state)
         update.bucket.once("step", partial(steps_taken, update.bucket, state))
@@ -62,10 +65,13 @@ class CoreAdam(Rule):
         moments = self._moments(u, factors, state)
         (m, m_parts), (v, v_parts) = moments
         t = bucket.once("step", partial(steps_taken, bucket, state))
-        for row in entered(u, state, "core_window"):
-            for begun in (m_parts[row], v_parts[row], t[row]):
-                begun.zero_()
+        for owner in entered(u, state, "core_window"):
+            t[owner].zero_()
+            if (row := bucket.row_of(owner)) is not None:
+                m_parts[row].zero_()
+                v_parts[row].zero_()
         t += u.finite
+        t = bucket.spread(t)
         estimate = None
         for query, grad in enumerate(u.grads):
             part = spread(grad) * factors.of(u.seed, u.number, query).flat

@@ -36,6 +36,9 @@ class FactorMomentum(Rule):
     )  # in the state, of the shape of the coordinates; N first
     not_capturable = "whether the momentum moves to a new window is for the host to say"
 
+    def not_sharded(self) -> str:
+        return ""
+
     def prepare(self, update: Update, direction: LowRank, state: dict[Any, Any]) -> None:
         self.averages(update, direction.factors(update.bucket), state)
 
@@ -76,7 +79,8 @@ class FactorMomentum(Rule):
     ) -> None:
         """Where this step is the first of a window, N in the coordinates of that window."""
         u, factors = update, direction.factors(update.bucket)
-        rows = entered(u, state, "momentum_window")
+        found = map(u.bucket.row_of, entered(u, state, "momentum_window"))
+        rows = [row for row in found if row is not None]
         if rows and not direction.form.lift:
             old = factors.of(u.seed, u.number - 1).vs
             new = factors.of(u.seed, u.number).vs

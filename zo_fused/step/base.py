@@ -187,7 +187,7 @@ class Base(Chooses, torch.optim.Optimizer):
             if "param_names" in group:
                 group["param_names"] = [plain_name(name) for name in group["param_names"]]
             self.check_group(group)
-            self.weights.parameters.check(type(self), self.rule, self.ranks, self.direction)
+            self.weights.parameters.check(type(self), self.rule, self.direction)
         except BaseException:
             del self.param_groups[-1]
             raise
@@ -271,7 +271,8 @@ class Base(Chooses, torch.optim.Optimizer):
             self.state[name] = deepcopy(self.state[name])  # torch copies what is of parameters only
         for group in self.param_groups:  # a state of an earlier version has none
             group.update(block=group.get("block", 0), options=kind["options"])
-            group.setdefault("log", ())
+            for name in ("in_place", "log"):  # nor has one that DCP has made full, of what is empty
+                group[name] = tuple(group.get(name) or ())
         self.weights.parameters.forget()
 
 

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from zo_fused.checks import finite
-from zo_fused.noise.streams import CONTRACT_VERSION
-from zo_fused.step import log_lines
 from zo_fused.step.access import plain_tensors
 from zo_fused.step.base import Base
-from zo_fused.step.repeat import repeat
 from zo_fused.step.schedule import Position
 from zo_fused.step.vectors import Vector
-from zo_fused.sweeps.shards import is_sharded
 
 
 class BetweenSteps(Base):
     """Where a step takes its losses, and what may be done between two: perturbing by hand, theta
-    for evaluations, the replay log."""
-
-    state_beyond_log = False  # whether `transform` keeps something; logs have what it returns
+    for evaluations."""
 
     def positions(self) -> list[Position]:
         """Where a step takes its losses, in order."""
@@ -105,125 +97,6 @@ class BetweenSteps(Base):
     def train(self) -> None:
         """Nothing: the next step goes on from theta."""
 
-    # ---- the replay log -------------------------------------------------------------------------
-
-    @plain_tensors
-    def start_log(self, path: str | os.PathLike[str], resume: bool = False) -> None:
-        """Write a replay log from here on, a line a step (docs/replay.md).
-
-        Args:
-            path: file to write. It is replaced, unless
-            resume: the run goes on from a checkpoint at the present step: the log is continued, and
-                lines of later steps are dropped.
-
-        Raises:
-            ValueError: the log is of another run, or the optimizer already has momentum that a new
-                log would lack.
-            NotImplementedError: parameters are sharded.
-        """
-        self._refuse_shards()
-        weights = self.weights
-        if not resume or (weights.place.at and not weights.ahead):
-            self.flush()
-        self.close_log()
-        self.look()
-        if not resume and self.step_count > 0 and self.state:
-            raise ValueError(
-                "a replay log of this method must start with its first step; "
-                "pass resume=True to continue the log of this run"
-            )
-        positions = [] if weights.beside.paired else self.positions()
-        if positions and positions[0].sign == 0 and not self.schedule.deferred:
-            del positions[0]  # they are there
-        at_theta = not weights.away()
-        weights.log.open(path, resume, at_theta, self._about(), positions, weights.buckets)
-
-    def _refuse_shards(self) -> None:
-        if any(map(is_sharded, self._groups.params())):
-            raise NotImplementedError(
-                "parameters are sharded, and a process sees none of them whole, by which a log "
-                "recognises the weights that it starts from: save with "
-                "torch.distributed.checkpoint (docs/sharded.md)"
-            )
-
-    def _about(self) -> dict[str, Any]:
-        """The method, as a replay log has it."""
-        # of a method that names them otherwise, such as a population: readers count by them
-        queries = {"queries": n} if (n := self.schedule.queries) > 1 else {}
-        about = {
-            "transform": self.direction.options.get("transform", "portable"),
-            "method": type(self).__name__,
-            "options": self._options | queries,
-        }
-        home = type(self).__module__
-        if not home.startswith(("zo_fused.", "__main__")):
-            about["module"] = home  # to be imported before a replay
-        return about
-
-    @plain_tensors
-    def replay(
-        self, log: str | os.PathLike[str], until: int | None = None, progress: bool = False
-    ) -> int:
-        """Make the steps of a replay log that this optimizer has not made yet, without losses. It
-        is then as it was right after the last of them: weights (where the schedule rests), momentum
-        and moments. So a run goes on from its base weights and its log, and ends in the bits of one
-        that was never cut off; ``start_log(log, resume=True)`` continues the log.
-
-        What followed the last step in the log, such as an attempt that was not finished or `flush`
-        for an evaluation, is left out. Hyper-parameters of the groups stay as they are: set them,
-        or make a scheduler, as at that step. Ctrl-C comes between two steps; another call goes on.
-
-        Args:
-            log: path of the log, of this method with these options, seed and parameters.
-            until: the step to stop before, so `step_count` afterwards; None: the end of the log.
-            progress: show a tqdm bar.
-
-        Returns:
-            Number of steps that were made.
-
-        Raises:
-            FileNotFoundError: no such log.
-            ValueError: the file is no log or damaged (with the line), of another run, from another
-                base, or has other steps; nothing has moved.
-            RuntimeError: a log is being written.
-            NotImplementedError: the method's state is not all in the log, or parameters are
-                sharded.
-        """
-        if self.state_beyond_log:
-            raise NotImplementedError(
-                f"{type(self).__name__} has a state that replay logs lack: go on from a saved one "
-                "(zo_fused.replay gives the weights)"
-            )
-        if self.weights.log.is_open:
-            raise RuntimeError("a replay log is being written: close_log() first")
-        self._refuse_shards()
-        record, weights = log_lines.read(log, CONTRACT_VERSION), self.weights
-        if weights.place.at and not weights.ahead:
-            self.flush()
-        with self._access.going_away():
-            self._access.drop_pending()
-            events: Any = weights.log.unseen(record, self._about(), until)
-            if progress:
-                from tqdm import tqdm
-
-                events = tqdm(events, desc="replay", unit="step")
-            weights.look()
-            moving, begin = weights.log.positions(weights.buckets), self._groups.step
-            pause = self._access.interruptible(lambda: 0.0)
-            repeat(weights, self.rule, self.update, _with_pauses(events, pause), moving)
-        return self._groups.step - begin
-
     def update(self, grads: Vector) -> None:
         """See `ZerothOrderOptimizer`."""
         raise NotImplementedError
-
-    def close_log(self) -> None:
-        """Stop writing the replay log."""
-        self.weights.log.close()
-
-
-def _with_pauses(events: Iterable[Any], pause: Callable[[], Any]) -> Iterator[Any]:
-    """The events; between two, Ctrl-C gets through."""
-    for event in events:
-        pause()
-        yield event

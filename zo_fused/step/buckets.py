@@ -17,7 +17,7 @@ from zo_fused.noise.streams import parameter_id
 from zo_fused.recording import capturing
 from zo_fused.step.sharded import Rows
 from zo_fused.step.vectors import Vector, constant, filled
-from zo_fused.sweeps.arguments import not_dense, overlap
+from zo_fused.sweeps.arguments import not_dense, not_in_memory, overlap
 from zo_fused.sweeps.conversions import int64_tensor
 from zo_fused.sweeps.numbers import WEIGHT_DTYPES
 from zo_fused.sweeps.prepared import Prepared, prepare
@@ -38,6 +38,7 @@ class Bucket:
     params: list[Tensor] = field(default_factory=list)  # them, or what there is here of shards
     rows: Rows | None = None  # if there are shards
     owner_ids: list[int] = field(default_factory=list)
+    owner_groups: list[int] = field(default_factory=list)  # indices of their param groups
     group_of: list[int] = field(default_factory=list)  # index of the param group, a parameter
     in_use: list[int] = field(default_factory=list)  # these indices, each once
     id_list: list[int] = field(default_factory=list)
@@ -154,27 +155,39 @@ class Bucket:
         return self.once((name, key), lambda: self._prepare(name, made, self.ids, self.offsets))
 
     def fill(
-        self, outs: list[Tensor], rows: list[int], key: Any, columns: bool = False
+        self, outs: list[Tensor], rows: list[int], key: Any, along: str = "rows"
     ) -> Callable[..., None]:
         """Fills tensors with the normals of the parameters in these rows; called with a key each.
         Made once per key.
 
         Args:
-            columns: of shards: whether a tensor has a row for each column of its matrix; else for
-                each row.
+            along: of shards: "rows", whether a tensor has a row for each row of its matrix, or
+                "columns", for each column; "vectors": vectors have, and matrices are none.
         """
-        return self.once(("normal_", key), lambda: self._filling(outs, rows, columns))
+        return self.once(("normal_", key), lambda: self._filling(outs, rows, along))
 
-    def _filling(self, outs: list[Tensor], rows: list[int], columns: bool) -> Callable[..., None]:
+    def _filling(self, outs: list[Tensor], rows: list[int], along: str) -> Callable[..., None]:
         if self.rows is None:
             return self._prepare("normal_", [outs], self.ids[rows], self.offsets[rows])
-        parts, number, firsts = self.rows.of_matrices(outs, rows, columns)
+        parts, number, firsts = self.rows.of_matrices(outs, rows, along)
         sweep = self._prepare("normal_", [parts], self.ids[rows][number], int64_tensor(firsts))
         return lambda keys, **options: sweep(keys[number], **options)
+
+    def owner_of(self, row: int) -> Tensor:
+        """Whose part sweeps over matrices have in a row."""
+        return self.owners[row if self.rows is None else self.rows.row[row]]
 
     def like(self, tensors: list[Tensor]) -> list[Tensor]:
         """Tensors like the owners, as sweeps take them beside the parameters."""
         return tensors if self.rows is None else self.rows.like(tensors)
+
+    def row_of(self, owner: int) -> int | None:
+        """Where sweeps over matrices have an owner; None: nothing of it is here."""
+        if self.rows is None:
+            return owner
+        found = self.rows.row
+        rows = self.once("row of", lambda: {o: row for row, o in enumerate(found)})
+        return rows.get(owner)
 
     def spread(self, per_owner: Vector) -> Vector:
         """Numbers of the owners as a vector."""
@@ -185,7 +198,8 @@ class Bucket:
 
     def lay_out(self, labels: Sequence[str], matrices: bool) -> None:
         """The owners are known, and there is a group and an id for each: make the rows."""
-        self.in_use, self.owner_ids = sorted(set(self.group_of)), list(self.id_list)
+        self.owner_ids, self.owner_groups = list(self.id_list), list(self.group_of)
+        self.in_use = sorted(set(self.group_of))
         self.params, offsets = self.owners, [0] * len(self.owners)
         if any(map(is_sharded, self.owners)):
             self.rows = Rows(self.owners, labels, matrices)
@@ -299,7 +313,7 @@ def _refuse_unsupported(p: Tensor, label: str) -> None:
             f"zo_fused: {label} has dtype {p.dtype}; supported are float16, bfloat16 and float32. "
             "Set requires_grad=False on parameters that must not be tuned."
         )
-    if reason := not_dense(local(p)):
+    if reason := not_dense(local(p)) or not_in_memory(local(p)):
         raise ValueError(f"zo_fused: {label} {reason}")
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from zo_fused.parallel.groups import Groups
 from zo_fused.parallel.ranks import Run
 from zo_fused.step.buckets import labels
 from zo_fused.step.hyper import names_of
+from zo_fused.step.sharded import check_told
 from zo_fused.step.weights import Weights
-from zo_fused.sweeps.shards import is_sharded
 
 
 def run_of(weights: Weights) -> Run:
@@ -20,8 +21,20 @@ def run_of(weights: Weights) -> Run:
         weights.look()
     groups, device = weights.groups, weights.buckets[0].device
     return Run(
-        device, groups.step, groups.restores, partial(_about, weights), partial(_tuned, weights)
+        device,
+        groups.step,
+        groups.restores,
+        partial(_about, weights),
+        partial(_tuned, weights),
+        partial(_check, weights),
     )
+
+
+def _check(weights: Weights, groups: Groups) -> None:
+    """Where ranks share the queries of a step, those with parts of one copy of the weights must be
+    together in each."""
+    if groups.query is not None:
+        check_told(weights.groups.params(), groups)
 
 
 def _about(weights: Weights) -> dict[str, Any]:
@@ -52,7 +65,7 @@ def _plain(value: Any) -> Any:
 
 
 def _tuned(weights: Weights) -> dict[str, Tensor]:
-    """Those that move, by name. What is sharded is another part on every rank."""
+    """Those that move, by name."""
     names, params = labels(weights.groups.all), weights.groups.params()
     moving = weights.log.positions(weights.buckets)
-    return {names[i]: params[i] for i in moving if not is_sharded(params[i])}
+    return {names[i]: params[i] for i in moving}

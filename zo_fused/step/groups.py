@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -95,6 +95,12 @@ class Groups:
     def restores(self) -> int:
         """Perturbations that were taken back since then without an update."""
         return int(self.all[0]["restores"])
+
+    def take(self, logged: Sequence[dict[str, Any]]) -> None:
+        """Set hyper-parameters to those that a log has of each group."""
+        names = self.defaults.keys() - set(COUNTERS)
+        for group, values in zip(self.all, logged, strict=True):
+            group.update({name: value for name, value in values.items() if name in names})
 
     def count(self, **counters: Any) -> None:
         """Set counters."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,9 +16,11 @@ from zo_fused.step.buckets import Bucket
 from zo_fused.step.direction import Direction
 from zo_fused.step.fingerprint import fingerprint
 from zo_fused.step.groups import COUNTERS, Groups
+from zo_fused.step.log_bytes import bytes_of_steps
 from zo_fused.step.log_lines import Event, Log, events_after
 from zo_fused.step.log_writer import Writer, check_base, check_checksum, check_same_run
 from zo_fused.step.schedule import Position
+from zo_fused.sweeps.shards import is_sharded
 
 
 class StepLog:
@@ -46,6 +50,7 @@ class StepLog:
         about: dict[str, Any],
         positions: Sequence[Position],
         buckets: Sequence[Bucket],
+        writes: bool = True,
     ) -> None:
         """Start a log, or go on with one.
 
@@ -53,6 +58,8 @@ class StepLog:
             about: method, its options, the transform.
             at_theta: whether the weights are.
             positions: of an ordinary step, which begins at theta, or one step ahead.
+            writes: whether it is this process that does. Where weights are sharded, the others are
+                needed for their fingerprint.
         """
         groups = self._groups
         header = {
@@ -61,13 +68,17 @@ class StepLog:
             "path": [position.to_json() for position in positions],
             **self._settings(buckets),
         }
+        base = self._known_base() if at_theta else None
+        if not resume:
+            groups.count(restores=0)
+        if not writes:
+            return
         if resume:
             now = groups.step, groups.restores
-            base = self._base if at_theta else None
             self._writer = Writer.resume(file, header, *now, self._saved(), base)
         else:
-            groups.count(restores=0)
-            self._writer = Writer.create(file, {**header, "base": self._base()})
+            assert base is not None
+            self._writer = Writer.create(file, {**header, "base": base()})
 
     def about(self, about: dict[str, Any]) -> dict[str, Any]:
         """What the logs of a run have in common."""
@@ -80,25 +91,48 @@ class StepLog:
             "parameters": parameters,
         }
 
-    def unseen(self, log: Log, about: dict[str, Any], until: int | None) -> list[Event]:
+    def unseen(
+        self, log: Log, about: dict[str, Any], until: int | None, whole: bool = False
+    ) -> list[Event]:
         """The events of a log of this run that the weights, which are at theta, have not seen.
 
         Args:
             about: method, its options, the transform.
-            until: steps that they shall have seen; None: all.
+            until, whole: as `events_after`.
 
         Raises:
             ValueError: it is not of this run, or not of these steps.
         """
         groups = self._groups
         check_same_run(log.path, log.header, self.about(about))
-        events, checksum = events_after(log, groups.step, groups.restores, until)
+        base = self._known_base()
+        events, checksum = events_after(log, groups.step, groups.restores, until, whole)
         saved = self._saved()
         if saved is not None:
             check_checksum(log.path, groups.step, checksum, saved)
         elif checksum == log.checksum_of_header:
-            check_base(log.path, log.header, self._base())
+            check_base(log.path, log.header, base())
         return events
+
+    def to_send(self, file: str | os.PathLike[str] | None) -> bytes:
+        """What others need to come to where these weights are, or will be when they have seen the
+        log of a file; empty: the run begins.
+
+        Raises:
+            FileNotFoundError: the weights have made steps, and there is no log of them.
+            ValueError: the file is no log or damaged; or it is not said which log.
+        """
+        if self._writer is not None:
+            if file is not None:
+                raise ValueError("a replay log is being written: join() sends it, without a path")
+            return self._writer.read()
+        if file is None:
+            raise ValueError("join() needs the path of the run's replay log on the first rank")
+        if not (log := bytes_of_steps(Path(file), CONTRACT_VERSION)) and self._groups.step:
+            raise FileNotFoundError(
+                f"{file} is no log of the {self._groups.step} steps that the optimizer has made"
+            )
+        return log
 
     def _saved(self) -> int | None:
         """The checksum that the log had when the present state was saved; None: it is not known."""
@@ -106,8 +140,13 @@ class StepLog:
         same = (step, restores) == (self._groups.step, self._groups.restores)
         return checksum if same else None
 
-    def _base(self) -> str:
-        return fingerprint(self._groups.params())
+    def _known_base(self) -> Callable[[], str]:
+        """What gives the fingerprint of the weights at hand. Where they are sharded, all processes
+        make it, and not only those that look at it."""
+        params = self._groups.params()
+        if any(map(is_sharded, params)):
+            return partial(str, fingerprint(params))
+        return partial(fingerprint, params)
 
     def save(self) -> tuple[int, ...]:
         """All lines are on the disk when this returns. What a saved state has of the log, so that

@@ -339,7 +339,9 @@ def is_seen(event: Event, step: int, restores: int) -> bool:
     return event.step < step or (event.step == step and event.restored and restores > 0)
 
 
-def events_after(log: Log, step: int, restores: int, until: int | None) -> tuple[list[Event], int]:
+def events_after(
+    log: Log, step: int, restores: int, until: int | None, whole: bool = False
+) -> tuple[list[Event], int]:
     """The events of a log that weights have not seen, and its checksum up to there. Restores behind
     the last step are left out: they are of a step that never came, or of an evaluation that the
     program will make again.
@@ -348,6 +350,7 @@ def events_after(log: Log, step: int, restores: int, until: int | None) -> tuple
         step: steps that the weights have seen.
         restores: restores since the last of them, which they have seen as well.
         until: steps that they shall have seen; None: all.
+        whole: with the restores behind the last step.
 
     Raises:
         ValueError: the log is of other steps.
@@ -365,6 +368,6 @@ def events_after(log: Log, step: int, restores: int, until: int | None) -> tuple
         if is_seen(event, step, restores):
             restores -= event.step == step
             checksum = event.checksum
-        elif event.step < end:
+        elif event.step < end or whole:
             todo.append(event)
     return todo, checksum

@@ -34,6 +34,9 @@ class Writer:
         self._settings = settings
         self._usual_path = usual_path
         self._size = path.stat().st_size  # a cheap sign of whether it is still the same file
+        self._refused: OSError | None = (
+            None  # by the system: no line may follow one that is missing
+        )
         self._synced = -SYNC_SECONDS  # the next line is
         self.checksum = checksum  # of the lines so far
 
@@ -135,8 +138,10 @@ class Writer:
         self._settings = settings
 
     def _write(self, value: Any) -> None:
+        if self._refused is not None:
+            raise self._refused
         text, checksum = line_of(value, self.checksum)
-        size, self._size = self._size, -1  # no line may follow one that is not there
+        size, self._size = self._size, -1  # until it is written, which Ctrl-C may prevent
         now = time.monotonic()
         due = now - self._synced >= SYNC_SECONDS
         try:
@@ -147,17 +152,23 @@ class Writer:
                     os.fsync(file)
             finally:
                 os.close(file)
+            if not whole:  # the disk is full, another run's file lies there, or it was edited
+                raise OSError(
+                    f"{self._path}: a line of the replay log could not be written whole, or "
+                    "something else wrote there"
+                )
         except OSError as error:
-            error.filename = str(self._path)
+            if error.errno is not None:
+                error.filename = str(self._path)
+            self._refused = error
             raise
-        if not whole:  # the disk is full, another run's file lies there, or it was edited
-            raise OSError(
-                f"{self._path}: a line of the replay log could not be written whole, or something "
-                "else wrote there"
-            )
         self._size, self.checksum = size + len(text), checksum
         if due:
             self._synced = now
+
+    def read(self) -> bytes:
+        """All lines so far."""
+        return self._path.read_bytes()
 
     def sync(self) -> None:
         """All lines so far are on the disk when this returns."""

@@ -7,12 +7,14 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from zo_fused.step.access import Access, plain_tensors
-from zo_fused.step.estimates import Estimate
+from zo_fused.step.estimates import Estimate, transformed
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.schedule import Position
 from zo_fused.step.timing import Timer
+from zo_fused.step.vectors import vector
 from zo_fused.step.weights import Weights
 
 Found = Callable[[Mapping[Position, Any]], Estimate]
@@ -205,6 +207,63 @@ class Population(ZerothOrderOptimizer):
         except GeneratorExit:
             generation.stop()
             raise
+
+    @plain_tensors
+    def tell(self, rewards: Sequence[Any]) -> Tensor:
+        """The step of a population that was evaluated elsewhere, where each member is
+        ``theta + sign * eps * z`` of its query (`positions`), exactly. Nothing is visited here, and
+        no mean over ranks is taken: tell all of them the same.
+
+        Args:
+            rewards: of all members, in order: numbers. None: it did not come. The step is then that
+                of the others, as if they were the population; of antithetic ones, of whole pairs.
+
+        Returns:
+            Their mean reward, float32 tensor [].
+
+        Raises:
+            TypeError, ValueError: it is not one number a member, or of no member (pair) it is one.
+        """
+        with self._access.a_step():
+            self._access.drop_pending()
+            self.weights.look()
+            positions = self.positions()
+            if len(rewards) != len(positions):
+                raise ValueError(f"there are {len(positions)} members, but {len(rewards)} rewards")
+            of_members = zip(positions, rewards, strict=True)
+            missing = {at.query for at, reward in of_members if reward is None}
+            came = sorted({at.query for at in positions} - missing)
+            if not came:
+                raise ValueError("no reward has come, so there is no step to make")
+            found = self.difference(
+                {
+                    at: self._evaluation.scalar(reward)
+                    for at, reward in zip(positions, rewards, strict=True)
+                    if at.query not in missing
+                }
+            )
+            grads = torch.zeros(self.weights.queries(), device=self.weights.buckets[0].device)
+            grads[came] = transformed(self._transform, found) * (len(grads) / len(came))
+            with self._timer("update"):
+                self.update(grads)
+            return found.loss
+
+    @plain_tensors
+    def follow(self, grads: Sequence[float]) -> None:
+        """A step that `tell` made in another process, of the same weights.
+
+        Args:
+            grads: `projected_grad` there, a number a query.
+
+        Raises:
+            ValueError: there are not as many.
+        """
+        with self._access.a_step():
+            self._access.drop_pending()
+            self.weights.look()
+            if len(grads) != (queries := self.weights.queries()):
+                raise ValueError(f"a step has {queries} projected gradients, not {len(grads)}")
+            self.update(vector(grads, self.weights.buckets[0].device).float())
 
     @plain_tensors
     def _begin(self) -> Generation:

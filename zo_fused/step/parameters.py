@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zo_fused.noise.streams import plain_name
 from zo_fused.step.buckets import (
     Bucket,
     labels,
@@ -37,6 +39,10 @@ class Chooses:
     def found_in(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
         """Of a module, by name."""
         return module.named_parameters()
+
+
+def _no_layers(*values: Any) -> bool:
+    return not any(isinstance(value, nn.Module) for value in values)
 
 
 def _places(module: nn.Module | None) -> tuple[list[Any], ...]:
@@ -83,40 +89,68 @@ class Parameters:
         self._signature: tuple[Any, ...] | None = None
         self._versioned: list[Tensor] = []  # those whose changes autograd can be told
         self._module = module
+        self._of: tuple[type[Chooses], tuple[HasReason, ...]] = (Chooses, ())  # who checked last
         self._places = _places(module)
         self._resharding = Resharding(module)
 
-    def check_module(self) -> None:
+    def check_module(self, state: Collection[Any]) -> None:
         """The module may hold another parameter now, or another layer, which the forward pass then
-        uses."""
+        uses.
+
+        Args:
+            state: of the optimizer.
+        """
         self._resharding.close()
         tables, names, held = self._places
         now = list(map(dict.get, tables, names, held))  # in loops of C
         if not all(map(operator.is_, now, held)):
-            for name, one, other in zip(names, held, now, strict=True):
-                layer = isinstance(one, nn.Module) or isinstance(other, nn.Module)
-                if one is not other and not layer:
-                    raise RuntimeError(
-                        f"the module holds another parameter {name!r} than when the optimizer was "
-                        "made (load_state_dict(assign=True), or an assignment?): make the optimizer"
-                        " anew"
-                    )
-            self._check_layers()
+            pairs = zip(names, held, now, strict=True)
+            other = next((name for name, a, b in pairs if a is not b and _no_layers(a, b)), None)
+            if other is None:
+                self._check_layers()
+            elif not self._follows(state):
+                raise RuntimeError(
+                    f"the module holds another parameter {other!r} than when the optimizer was made"
+                    " (load_state_dict(assign=True), or an assignment?): make the optimizer anew"
+                )
+            self._held_anew()
         for check in self.checks:
             check()
 
     def _check_layers(self) -> None:
         """Layers were replaced: by such as wrap them, or their parameters are out of use."""
         assert self._module is not None
-        places = _places(self._module)
-        lost = set(map(id, self._places[2])) - set(map(id, places[2]))
+        lost = set(map(id, self._places[2])) - set(map(id, _places(self._module)[2]))
         for label, p in zip(labels(self._groups.all), self._groups.params(), strict=True):
             if id(p) in lost and self._moves(p):
                 raise RuntimeError(
                     f"the module has no parameter {label} any more: its layer was replaced after "
                     "the optimizer was made; make the optimizer anew"
                 )
-        self._places = places
+
+    def _follows(self, state: Collection[Any]) -> bool:
+        """Whether the groups were given the parameters that the module holds now, as accelerate
+        does when it has sharded a model (FSDP2).
+
+        Raises:
+            RuntimeError: a state is of those before.
+        """
+        assert self._module is not None
+        now = {plain_name(n): p for n, p in self._module.named_parameters(remove_duplicate=False)}
+        names = chain.from_iterable(group.get("param_names", ()) for group in self._groups.all)
+        params = self._groups.params()
+        found = list(map(now.get, names))
+        if len(found) != len(params) or not all(map(operator.is_, found, params)):
+            return False
+        if any(isinstance(key, Tensor) for key in state):
+            raise RuntimeError(
+                "the optimizer has a state of parameters that were replaced since (by accelerate's "
+                "prepare?): prepare model and optimizer before the first step"
+            )
+        return True
+
+    def _held_anew(self) -> None:
+        self._places = _places(self._module)
         self._resharding = Resharding(self._module)
         self._resharding.close()
 
@@ -125,6 +159,7 @@ class Parameters:
         ValueError: two parameters share a name.
         NotImplementedError, ValueError: see `zo_fused.step.sharded.check_sharded`.
         """
+        self._of = method, parts
         parameter_ids(self._groups.all)
         params, names = self._groups.params(), labels(self._groups.all)
         check_sharded(method.__name__, params, names, self._module, *parts)
@@ -136,7 +171,8 @@ class Parameters:
 
     def renew(self, direction: Direction) -> None:
         """Make the buckets."""
-        self.check(Chooses)  # which may have come by pickle, without module
+        method, parts = self._of
+        self.check(method, *parts)  # which may have come by pickle, without module, or be others
         in_place = None
         while in_place is None or in_place != self._in_place(direction):
             in_place = self._in_place(direction)

@@ -37,8 +37,7 @@ def repeat(
         for event in events:
             # None has buckets made as they will be made afterwards, so that these can stay
             parameters.trainable = None if event.trainable == moving else set(event.trainable)
-            for group, values in zip(groups.all, event.groups, strict=True):
-                group.update({name: value for name, value in values.items() if name in hyper})
+            groups.take(event.groups)
             _repeat(weights, update, event)
     finally:
         if recorder is not None:

@@ -50,7 +50,7 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("deferred", "one_sided"):
             object.__setattr__(self, name, switch(name, getattr(self, name)))  # it is frozen
-        object.__setattr__(self, "queries", whole("queries", self.queries, 1))
+        object.__setattr__(self, "queries", whole("queries", self.queries, 1, bits=32))
         if self.block_order is not None:
             choice("block_order", self.block_order, BLOCK_ORDERS)
         if self.deferred and self.block_order is not None:

@@ -7,9 +7,21 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from zo_fused.sweeps.shards import Cut, Shard, is_sharded, local, of_runs, shard_of, whole_of
+from zo_fused.parallel.groups import Groups
+from zo_fused.sweeps.shards import (
+    Cut,
+    Run,
+    Shard,
+    cut_among,
+    is_sharded,
+    local,
+    of_runs,
+    shard_of,
+    whole_of,
+)
 
 
 class Rows:
@@ -68,13 +80,50 @@ class Rows:
                     'low-rank updates with rounding="stochastic" can\'t be: rounding="nearest"'
                 )
 
+    def sides(self, row: int) -> tuple[list[Run], list[Run]]:
+        """The rows and the columns of a matrix that are here, among those of the whole one."""
+        place, shape = self.places[row], self.params[row].shape
+        return place.rows(shape), place.columns(shape)
+
     def of_matrices(
-        self, factors: Sequence[Tensor], rows: Sequence[int], columns: bool
+        self, factors: Sequence[Tensor], rows: Sequence[int], along: str
     ) -> tuple[list[Tensor], list[int], list[int]]:
-        """Factors of the matrices in these rows as `zo_fused.sweeps.shards.of_runs` has them."""
-        pairs = [(self.places[row], self.params[row].shape) for row in rows]
-        runs = [place.columns(size) if columns else place.rows(size) for place, size in pairs]
+        """Factors of the matrices in these rows as `zo_fused.sweeps.shards.of_runs` has them.
+
+        Args:
+            along: as in `Bucket.fill`.
+        """
+        runs = [self.sides(row)[along == "columns"] for row in rows]
+        if along == "vectors":
+            for i, (row, factor) in enumerate(zip(rows, factors, strict=True)):
+                if self.params[row].dim() > 1:
+                    runs[i] = [Run(0, 0, len(factor))]
         return of_runs(factors, runs)
+
+
+def rows_like(p: Any, part: Tensor) -> Tensor:
+    """A matrix with a row for each of a DTensor, placed as that is.
+
+    Args:
+        p: a DTensor.
+        part: the rows that are here.
+
+    Raises:
+        NotImplementedError: it was cut along another dimension.
+    """
+    from torch.distributed.tensor import DTensor
+
+    if any(getattr(placement, "dim", 0) for placement in p.placements):
+        raise NotImplementedError(
+            f"a parameter of shape {tuple(p.shape)} is cut along its columns, and what a low-rank "
+            "method keeps between steps is for whole rows: shard it along its first dimension, as "
+            "FSDP2 does, or do without momentum"
+        )
+    shape = torch.Size((p.shape[0], part.shape[1]))
+    stride = (part.shape[1], 1)
+    return DTensor.from_local(
+        part, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride
+    )
 
 
 class HasReason(Protocol):
@@ -102,19 +151,43 @@ def check_sharded(
     if label is None:
         return
     for part in parts:
-        kind = type(part)
-        reason = (
-            part.not_sharded() if "not_sharded" in vars(kind) else f"{kind.__name__} needs it whole"
-        )
+        kind, reason = type(part), part.not_sharded()
+        if not reason and "not_sharded" not in vars(kind):
+            reason = f"{kind.__name__} needs it whole"
         if reason:
             raise NotImplementedError(
                 f"{method} can't tune parameter {label}, a DTensor, like this: {reason}. "
                 "docs/sharded.md says what can be done with sharded parameters; MeZO can"
             )
-    if module is None:
+    label = next(
+        (name for p, name in zip(params, labels, strict=True) if is_sharded(p) and p.requires_grad),
+        None,
+    )
+    if (
+        module is None and label is not None
+    ):  # in a replay nothing requires gradients, or is looked at
         raise ValueError(
             f"parameter {label} is a DTensor: give the optimizer the whole module, as in "
             "MeZO(model, ..), so that it can see to it that forward passes use what it has changed"
+        )
+
+
+def check_told(params: Sequence[Tensor], groups: Groups | None) -> None:
+    """All processes that have parts of a parameter must tell each other their losses.
+
+    Args:
+        groups: of the ranks that do; None: there are no others.
+
+    Raises:
+        NotImplementedError: not all of them do.
+    """
+    among = {group for p in params if is_sharded(p) for group in cut_among(p) if group.size() > 1}
+    told = groups is not None and all(map(groups.covers, among))
+    if among and not told:
+        raise NotImplementedError(
+            "parameters are sharded among processes that don't tell each other their losses: "
+            'parallel="auto" has all do, zo_fused.Parallel(data=mesh["shard"], query=mesh["query"])'
+            " those of a mesh (docs/sharded.md)"
         )
 
 

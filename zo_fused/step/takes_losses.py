@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from zo_fused.step.between_steps import BetweenSteps
 from zo_fused.step.evaluation import Closure
+from zo_fused.step.logged import Logged
 from zo_fused.step.schedule import Position
 from zo_fused.step.vectors import as_float64
 from zo_fused.step.weights import Place
 
 
-class TakesLosses(BetweenSteps):
+class TakesLosses(Logged):
     """Losses where a method wants them; where ranks take a step together, means over the ranks."""
 
     def losses_at(

@@ -97,7 +97,7 @@ class Weights:
         """Look at the groups before a step: what requires gradients, and where it lies."""
         self.groups.check_changes()
         self.beside.attach([])  # after a loss at theta it still is
-        self.parameters.check_module()
+        self.parameters.check_module(self.direction.state)
         if self.parameters.changed(self.direction):
             self.flush()  # over the parameters and in the windows that it began with
             self.tell_autograd()

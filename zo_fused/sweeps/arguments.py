@@ -97,6 +97,20 @@ def not_dense(tensor: Tensor) -> str:
     )
 
 
+def not_in_memory(tensor: Tensor) -> str:
+    """Why a tensor's numbers are not those that lie in its memory; or nothing."""
+    if tensor.is_neg():
+        return "is a view that negates what lies in memory; take .resolve_neg() of it"
+    last = tensor.storage_offset() + tensor.numel()  # of what `not_dense` has nothing against
+    short = tensor.untyped_storage().nbytes() < last * tensor.element_size()
+    if tensor.numel() and (short or not tensor.data_ptr()):
+        return (
+            f"has no memory of its own: it was freed, or a {type(tensor).__name__} is made of "
+            "other tensors; give it some, or leave it out"
+        )
+    return ""
+
+
 def overlap(written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> tuple[int, int] | None:
     """Two dense tensors that share memory, one of them written, by their positions in both lists
     together; None if there are none."""
@@ -118,12 +132,17 @@ def overlap(written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> tuple[int
 
 
 def check_apart(name: str, lists: Lists) -> None:
-    """What a sweep writes shares no memory with other tensors of it.
+    """Tensors are in memory, and what a sweep writes shares none with others of it.
 
     Raises:
-        ValueError: two do.
+        ValueError: one isn't, or two do.
     """
     signature = SWEEPS[name]
+    for label, tensors in zip(signature.lists, lists, strict=True):
+        if not all(map(torch.Tensor.data_ptr, tensors)) or any(map(torch.Tensor.is_neg, tensors)):
+            for i, tensor in enumerate(tensors):
+                if reason := not_in_memory(tensor):
+                    raise ValueError(f"zo_fused: {label}[{i}] {reason}")
     written, read = lists[: signature.written], lists[signature.written :]
     pair = overlap(list(chain.from_iterable(written)), list(chain.from_iterable(read)))
     if pair is not None:

@@ -40,7 +40,7 @@ def int64_tensor(
     return on_device(torch.tensor(signed, dtype=torch.int64, device="cpu"), device)
 
 
-def listed(params: Sequence[Tensor]) -> tuple[list[Tensor], torch.device]:
+def listed(params: Sequence[Tensor], name: str = "params") -> tuple[list[Tensor], torch.device]:
     """The tensors of a call and their device.
 
     Raises:
@@ -48,14 +48,14 @@ def listed(params: Sequence[Tensor]) -> tuple[list[Tensor], torch.device]:
         ValueError: one is on the meta device.
     """
     if isinstance(params, Tensor):
-        raise TypeError("zo_fused: params must be a list of tensors, got one: write [p]")
+        raise TypeError(f"zo_fused: {name} must be a list of tensors, got one: write [p]")
     tensors = list(params)
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"zo_fused: params[{i}] must be a tensor, got {type(tensor).__name__}")
+            raise TypeError(f"zo_fused: {name}[{i}] must be a tensor, got {type(tensor).__name__}")
         if tensor.device.type == "meta":
             raise ValueError(
-                f"zo_fused: params[{i}] is on the meta device: it has no data to change"
+                f"zo_fused: {name}[{i}] is on the meta device: it has no data to change"
             )
     return tensors, tensors[0].device if tensors else torch.device("cpu")
 
@@ -71,10 +71,13 @@ def table_of(
     """
     shape = forms[-1]
     if isinstance(value, np.ndarray):
-        value = torch.from_numpy(np.ascontiguousarray(value, dtype=np.float64))
+        if value.dtype.kind not in "fiu":  # text would become numbers, too
+            raise TypeError(f"zo_fused: {name} must be real numbers, got an array of {value.dtype}")
+        value = torch.from_numpy(np.array(value, dtype=np.float64, order="C"))
     if isinstance(value, Tensor):
-        if value.is_complex() or value.dtype == torch.bool:
-            raise TypeError(f"zo_fused: {name} must be real numbers, got {value.dtype}")
+        if value.is_complex() or value.dtype == torch.bool or value.is_meta:
+            what = "the meta device" if value.is_meta else f"{value.dtype}"
+            raise TypeError(f"zo_fused: {name} must be real numbers, got a tensor of {what}")
         numbers = value.to(dtype=torch.float32, device=device)
         known = value.device.type == "cpu" and not torch.compiler.is_compiling()
         if known and not torch.isfinite(value.float()).all():
@@ -145,6 +148,6 @@ def keys_of(keys: Sequence[int] | Tensor, device: torch.device) -> Tensor:
 
 
 def rounding_of(rounding_key: int | Tensor | None, device: torch.device) -> Tensor | None:
-    if rounding_key is None or isinstance(rounding_key, Tensor):
+    if rounding_key is None or (isinstance(rounding_key, Tensor) and rounding_key.dim()):
         return rounding_key
-    return int64_tensor([rounding_key], device, "rounding_key")
+    return int64_tensor([rounding_key], device, "rounding_key")  # type: ignore[list-item]

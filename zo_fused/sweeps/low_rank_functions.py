@@ -41,7 +41,7 @@ def factors(
     made = []
     for side, (name, factor) in enumerate({"u": u, "v": v}.items()):
         if isinstance(factor, Sequence):
-            made.append(list(factor))
+            made.append(listed(factor, name)[0])
             continue
         key_row = int64_tensor([factor], device, name).expand(len(params)).contiguous()
         if rank is None:

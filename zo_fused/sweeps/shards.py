@@ -126,6 +126,14 @@ def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     return list(map(local, tensors))
 
 
+def cut_among(tensor: Any) -> tuple[Any, ...]:
+    """The process groups whose processes have different parts of a DTensor, one a dimension of its
+    mesh."""
+    placements = enumerate(tensor.placements)
+    cut = [dim for dim, placement in placements if not placement.is_replicate()]
+    return tuple(tensor.device_mesh.get_group(dim) for dim in cut)
+
+
 def shard_of(tensor: Any, label: str) -> Shard:
     """Where the local part of a DTensor lies.
 

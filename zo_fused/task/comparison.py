@@ -46,8 +46,10 @@ def read_outcome(method: str, seed: int, directory: Path) -> Outcome:
     """
     try:
         summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"can't read the run in {directory}: {first_line(error)}") from error
+    if not isinstance(summary, dict):
+        raise UserError(f"can't read the run in {directory}: its summary.json is no JSON object")
     return Outcome(method, seed, summary, read_history(directory / "history.jsonl"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from typing import Any
 
@@ -49,4 +50,20 @@ def optional(name: str, install: str = "zo-fused[hf]") -> Any:
 
 
 class Interrupted(Exception):
-    """Ctrl-C stopped a run after its state was saved; the text says where."""
+    """A signal stopped a run; the text says where.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, text: str, number: int = signal.SIGINT) -> None:
+        super().__init__(text)
+        self.number = number
+
+
+def of_the_system(error: OSError) -> str:
+    """What the system refused, and of which file."""
+    if error.strerror is None:
+        return first_line(error)
+    where = "" if error.filename is None else f"{error.filename}: "
+    return f"{where}{error.strerror}"

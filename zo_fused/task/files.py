@@ -1,4 +1,4 @@
-"""Writing files so that a killed process never leaves half of one."""
+"""Writing files so that a killed process, or a machine without power, never leaves half of one."""
 
 from __future__ import annotations
 
@@ -37,11 +37,29 @@ def _refusal(error: BaseException) -> int | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file by one with this text, at once."""
+    """Replaces a file by one with this text, at once; it is on the disk when this returns."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """What is in a file, or which names a folder has, is on the disk when this returns."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def sync_all(folder: Path) -> None:
+    """A folder with all that is in it is on the disk when this returns."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -9,8 +9,11 @@ A number that is not finite is null. The projected gradients of several directio
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,13 @@ def spent(entries: list[Entry]) -> dict[int, int]:
     return sums
 
 
+def _is_finite(entry: Entry) -> bool:
+    """Of a training step."""
+    grads = entry["projected_grad"]
+    values = grads if isinstance(grads, list) else [grads]
+    return all(value is not None and math.isfinite(value) for value in values)
+
+
 class History:
     """Entries in memory and in the file, which is flushed after every line.
 
@@ -101,16 +111,39 @@ class History:
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, **entry: Any) -> None:
-        """Appends an entry."""
+        """Appends an entry.
+
+        Raises:
+            OSError: it can't be written, or the file was removed or replaced.
+        """
         self.entries.append(entry)
         with writing(self._path):
             self._file.write(to_json(entry) + "\n")
             self._file.flush()
+            if os.fstat(self._file.fileno()).st_nlink == 0:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._path))
+
+    def sync(self) -> None:
+        """All lines so far are on the disk when this returns."""
+        with writing(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes the file; the entries stay."""
+        """Closes the file, with all lines on the disk; the entries stay."""
+        self.sync()
         with writing(self._path):
             self._file.close()
+
+    @property
+    def last_step(self) -> int:
+        """Training steps so far."""
+        return next((e["step"] for e in reversed(self.entries) if "loss" in e), 0)
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Training steps up to the last one that had a projected gradient which was not finite."""
+        steps = (entry for entry in reversed(self.entries) if "loss" in entry)
+        return sum(1 for _ in takewhile(lambda entry: not _is_finite(entry), steps))
 
     def accuracies(self, split: str, measure: str = "accuracy") -> list[tuple[int, float]]:
         """(step, accuracy) of a split's evaluations, or another measure: "f1"."""

@@ -15,6 +15,7 @@ import torch
 
 import zo_fused
 from zo_fused.task.errors import UserError, first_line, optional
+from zo_fused.task.files import sync, sync_all
 
 DTYPES = ("float32", "float16", "bfloat16")
 QUANTIZERS = {"int8": "Int8WeightOnlyConfig"}  # of torchao.quantization: a scale a row
@@ -257,7 +258,7 @@ def _only_errors() -> Iterator[None]:
 def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
     """Writes a directory of a model, or of an adapter, and its tokenizer.
 
-    Each file appears under its name only once it is complete.
+    Each file appears under its name only once it is complete, and on the disk.
     """
     temporary = directory / "saving.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -270,6 +271,7 @@ def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
     with _progress_bars(False):  # the loop has its own
         model.save_pretrained(temporary, **options)
     tokenizer.save_pretrained(temporary)
+    sync_all(temporary)
     mode = (temporary / "tokenizer_config.json").stat().st_mode
     for entry in temporary.iterdir():
         target = directory / entry.name
@@ -279,3 +281,4 @@ def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
             entry.chmod(mode)
         os.replace(entry, target)
     temporary.rmdir()
+    sync(directory)

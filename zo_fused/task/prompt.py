@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zo_fused.task.errors import UserError
+from zo_fused.task.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from zo_fused.task.data import Example
@@ -173,8 +173,8 @@ class Task:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"can't read the task file {path}: {error.strerror}") from error
-        except ValueError as error:
-            raise UserError(f"the task file {path} is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"the task file {path} is not JSON: {first_line(error)}") from error
         if not isinstance(content, dict):
             raise UserError(f"the task file {path} is not a JSON object")
         template, verbalizer = content.get("template"), content.get("verbalizer")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import signal
+import sys
+import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,8 +27,8 @@ from zo_fused.task.adapters import base_model, load_adapted
 from zo_fused.task.console import in_words
 from zo_fused.task.data import SPLITS, Example, read_examples
 from zo_fused.task.encoding import Encoded, Encoder, maximum_length
-from zo_fused.task.errors import UserError, first_line, optional, warn
-from zo_fused.task.files import to_json, write_text, writing
+from zo_fused.task.errors import Interrupted, UserError, first_line, optional, warn
+from zo_fused.task.files import sync, to_json, write_text, writing
 from zo_fused.task.generating import GenerationScorer
 from zo_fused.task.generation import SCORES
 from zo_fused.task.lm_tasks import LmTask
@@ -45,12 +48,22 @@ from zo_fused.task.plan import Plan, told
 from zo_fused.task.prompt import Task
 from zo_fused.task.report import draw, peak_memory, place, sizes, summarize
 from zo_fused.task.resuming import (
+    HISTORY,
+    LOG,
+    SETTINGS,
+    SUMMARY,
+    Past,
     check_settings,
-    checkpoints,
-    load_checkpoint,
+    find_past,
+    has_begun,
+    holds_others,
+    is_finished,
+    read_object,
     remove_checkpoints,
+    write_settings,
 )
 from zo_fused.task.scoring import Scorer
+from zo_fused.task.signals import Signals
 from zo_fused.task.splits import Draw, drawn
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -59,7 +72,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "factored": {"mode": "factored"},
     "paired": {"mode": "factored", "paired": True},
 }
-_OWN_FILES = ("summary.json", "history.jsonl", "replay.jsonl", "curve.png")
+_OWN_FILES = (SETTINGS, SUMMARY, HISTORY, LOG, "curve.png")  # in the order of their removal
 
 
 @dataclass(frozen=True)
@@ -81,45 +94,56 @@ class Options:
     dtype: str = "float32"
     device: str = "auto"
     trust_remote_code: bool = False
-    resume: bool = False
+    resume: str | None = None  # "must" go on with a run; "auto": start it, go on, or it is done
     overwrite: bool = False
     title: str = ""  # of the picture
 
 
-def find_checkpoint(output: Path, resume: bool, overwrite: bool) -> Path | None:
-    """The checkpoint to resume from, or None for a new run.
+def claim(options: Options, held: ExitStack) -> str:
+    """Locks the output directory, made where it is missing, and says what is to be done there:
+    "begin", "go on", or nothing, as the run is "finished".
 
     Raises:
-        UserError: the directory is in use, or there is nothing to resume.
+        UserError: another process is at work there, it holds something else, or there is nothing
+            to resume.
     """
+    output, must = options.output, options.resume == "must"
     if output.exists() and not output.is_dir():
         raise UserError(f"the output {output} is a file, not a directory")
-    finished, saved = (output / "summary.json").exists(), checkpoints(output)
-    if resume:
-        if saved:
-            return saved[-1]
-        state = "the run there is finished" if finished else "there is no checkpoint"
-        raise UserError(f"nothing to resume in {output}: {state}")
-    if output.exists() and any(output.iterdir()) and not overwrite:
-        if finished:
-            raise UserError(f"{output} holds a finished run; add --overwrite to replace it")
-        if saved:
-            raise UserError(
-                f"{output} holds an interrupted run; add --resume to go on with it, "
-                "or --overwrite to start again"
-            )
-        raise UserError(f"{output} is not empty; add --overwrite to write there all the same")
+    if must and not output.exists():
+        raise UserError(f"nothing to resume: there is no directory {output}")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"can't make the directory {output}: {error.strerror}") from error
     if not os.access(output, os.W_OK | os.X_OK):
         raise UserError(f"the directory {output} can't be written")
-    return None
+    held.enter_context(locked(output))
+    if options.overwrite:
+        return "begin"
+    if is_finished(output):
+        if options.resume == "auto":
+            return "finished"
+        if must:
+            raise UserError(f"nothing to resume in {output}: the run there is finished")
+        raise UserError(f"{output} holds a finished run; add --overwrite to replace it")
+    if has_begun(output):
+        if options.resume is None:
+            raise UserError(
+                f"{output} holds an interrupted run; add --resume to go on with it, "
+                "or --overwrite to start again"
+            )
+        return "go on"
+    if must:
+        raise UserError(f"nothing to resume in {output}: no run has begun there")
+    if holds_others(output):
+        raise UserError(f"{output} is not empty; add --overwrite to write there all the same")
+    return "begin"
 
 
 def clear(output: Path) -> None:
-    """Deletes what an earlier run left, but for its model, which will be replaced."""
+    """Deletes what an earlier run left, but for its model, which will be replaced. First of all
+    what tells it from no run."""
     for name in _OWN_FILES:
         (output / name).unlink(missing_ok=True)
     remove_checkpoints(output)
@@ -133,13 +157,19 @@ def finetune(options: Options) -> dict[str, Any]:
 
     Raises:
         UserError: something the user can put right, as early as it can be known.
-        Interrupted: see `Finetuning.run`.
+        Interrupted: Ctrl-C, SIGTERM or SIGUSR1 (a step is finished first, but for Ctrl-C); the same
+            options with ``resume="auto"`` go on, and end in the bits of a run that never stopped.
     """
     with ExitStack() as held:
-        return _finetune(options, held)
+        try:
+            return _finetune(options, held)
+        except KeyboardInterrupt as stop:
+            number = getattr(stop, "number", signal.SIGINT)
+            raise Interrupted("no step was under way, and none is lost", number) from None
 
 
 def _finetune(options: Options, held: ExitStack) -> dict[str, Any]:
+    signals = held.enter_context(Signals())
     for package in ("transformers", "accelerate", "matplotlib.figure"):
         optional(package)
     with uninterrupted():
@@ -153,14 +183,17 @@ def _finetune(options: Options, held: ExitStack) -> dict[str, Any]:
             f"there are {processes} processes, and this command runs in one; "
             "zo_fused.hf.ZOTrainer takes several"
         )
+    if options.resume == "auto" and is_finished(options.output):
+        with locked(options.output):
+            return _finished(options)
     examples = _examples(options)
     _check_labels(options.task, examples)
     _check_template(options)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
-    checkpoint = find_checkpoint(options.output, options.resume, options.overwrite)
-    held.enter_context(locked(options.output))
+    todo = claim(options, held)
     print(place(device, options.dtype), flush=True)
-    model = _model(options, checkpoint, device)
+    past = find_past(options.output) if todo == "go on" else None
+    model = _model(options, None if past is None else past.checkpoint, device)
     make_encoder = MaskEncoder if options.task.masked else Encoder
     max_length = _max_length(options, model, tokenizer)
     encoder = make_encoder(options.task, tokenizer, max_length)
@@ -175,20 +208,18 @@ def _finetune(options: Options, held: ExitStack) -> dict[str, Any]:
         plan = options.plan
         optimizer = make(plan.steps)
     settings = _settings(options, encoder, data["train"])
-    if checkpoint is None:
-        clear(options.output)
+    if todo == "go on":
+        check_settings(read_object(options.output / SETTINGS), settings)
     else:
-        state, started_with = load_checkpoint(checkpoint)
-        check_settings(started_with, settings)
-        try:
-            optimizer.load_state_dict(state)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"can't resume from {checkpoint}: {first_line(error)}") from error
-    first_step = optimizer.step_count
-    optimizer.timings = {}
+        clear(options.output)
+        write_settings(options.output, settings)
     scorer = _scorer(model, tokenizer, encoder)
     for encoded in data.values():
         scorer.check(encoded)
+    if past is not None:  # after the last forward pass of those: what looks at weights moves them
+        catch_up(optimizer, past, options.output)
+    first_step = optimizer.step_count
+    optimizer.timings = {}
     try:
         run = Finetuning(
             model,
@@ -198,16 +229,12 @@ def _finetune(options: Options, held: ExitStack) -> dict[str, Any]:
             data,
             options.plan,
             options.output,
-            settings,
-            checkpoint,
+            resumed=past is not None,
             paired=options.hyper["schedule"] == "paired",
+            signals=signals,
         )
-    except FileNotFoundError as error:
-        if checkpoint is None:
-            raise
-        raise UserError(f"can't resume: {error.filename} is missing") from error
     except ValueError as error:  # the replay log is not this run's
-        raise UserError(first_line(error)) from error
+        raise UserError(f"can't resume: {first_line(error)}") from error
     needed = expected_memory(options, model, data["train"])
     print(told(options.plan, optimizer, _title(options), options.hyper["schedule"], needed))
     try:
@@ -236,9 +263,62 @@ def _finetune(options: Options, held: ExitStack) -> dict[str, Any]:
     with writing(options.output):
         save_model(model, tokenizer, options.output)
         draw(history, options.title, options.output / "curve.png")
-    write_text(options.output / "summary.json", to_json(summary, indent=2) + "\n")
-    remove_checkpoints(options.output)
+        sync(options.output / "curve.png")
+    write_text(options.output / SUMMARY, to_json(summary, indent=2) + "\n")
+    tidy(options.output)
     return summary
+
+
+def tidy(output: Path) -> None:
+    """Deletes what only a run that is not finished needs."""
+    remove_checkpoints(output)
+    (output / SETTINGS).unlink(missing_ok=True)
+
+
+def _finished(options: Options) -> dict[str, Any]:
+    """The summary of a run that has come to its end.
+
+    Raises:
+        UserError: it can't be read, or is of another run than these options are.
+    """
+    output = options.output
+    summary = read_object(output / SUMMARY)
+    saved, now = summary.get("settings", {}), _settings(options)
+    if options.forwards is not None:  # of which the number of steps is a consequence
+        del now["steps"]
+    for name, value in now.items():
+        if saved.get(name) != value:
+            raise UserError(
+                f"{output} holds a finished run with {name.replace('_', ' ')} {saved.get(name)!r}, "
+                f"not {value!r}; add --overwrite in place of --resume auto to replace it"
+            )
+    tidy(output)
+    print(f"the run in {output} is finished")
+    return summary
+
+
+def catch_up(optimizer: Any, past: Past, output: Path) -> None:
+    """Takes a fresh optimizer, whose weights are those of `past`, to where its run goes on.
+
+    Raises:
+        UserError: state or log are not of this run.
+    """
+    start = time.perf_counter()
+    try:
+        if past.state is not None:
+            optimizer.load_state_dict(past.state)
+        for group in optimizer.param_groups:  # as a scheduler leaves them that begins with the run
+            group.setdefault("initial_lr", group["lr"])
+        first = optimizer.step_count
+        if not optimizer.state_beyond_log:  # else the steps are made anew
+            optimizer.replay(output / LOG, until=past.step, progress=sys.stderr.isatty())
+    except (KeyError, TypeError, ValueError) as error:
+        source = output if past.checkpoint is None else past.checkpoint
+        raise UserError(f"can't resume from {source}: {first_line(error)}") from error
+    step, seconds = optimizer.step_count, time.perf_counter() - start
+    where = "the base weights" if past.checkpoint is None else past.checkpoint.name
+    replayed = f" and {step - first} steps of {LOG}, in {seconds:.2g} s" if step > first else ""
+    print(f"going on after step {step}: {where}{replayed}", flush=True)
 
 
 def _check_template(options: Options) -> None:
@@ -482,18 +562,26 @@ def _sizes(optimizer: Any) -> dict[str, int]:
     }
 
 
-def _settings(options: Options, encoder: Encoder, train: list[Encoded]) -> dict[str, Any]:
-    """What decides the tuned weights; a resumed run must have the same."""
+def _settings(
+    options: Options, encoder: Encoder | None = None, train: Sequence[Encoded] = ()
+) -> dict[str, Any]:
+    """What decides the tuned weights; a resumed run must have the same.
+
+    Args:
+        encoder, train: the training data; without them, all else.
+    """
     plan = asdict(options.plan)
     del plan["eval_steps"]
     local = os.path.isdir(options.model)
-    content = repr([encoder.answers, train])
-    return {
+    settings = {
         "model": os.path.abspath(options.model) if local else options.model,
         "method": options.method,
         **options.hyper,
         **plan,
         "dtype": options.dtype,
         "peft": options.peft,
-        "training_data": hashlib.sha256(content.encode()).hexdigest()[:16],
     }
+    if encoder is not None:
+        content = repr([encoder.answers, train])
+        settings["training_data"] = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return settings

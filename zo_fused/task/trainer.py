@@ -1,11 +1,11 @@
 """The trainer of a fine-tuning run: `zo_fused.hf.ZOTrainer`, with a scorer's loss and evaluation, a
-history, and what happens on Ctrl-C.
+history, and what happens when it is stopped.
 """
 
 from __future__ import annotations
 
-import math
 import shutil
+import signal
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +21,14 @@ from zo_fused.hf.trainer import ZOTrainer
 from zo_fused.task.console import Console, duration
 from zo_fused.task.encoding import Encoded
 from zo_fused.task.errors import Interrupted, UserError
-from zo_fused.task.files import to_json, write_text, writing
+from zo_fused.task.files import writing
 from zo_fused.task.history import History
 from zo_fused.task.models import save_model
 from zo_fused.task.order import batch_indices
 from zo_fused.task.plan import Plan, make_scheduler
-from zo_fused.task.resuming import SETTINGS, remove_checkpoints
+from zo_fused.task.resuming import HISTORY, LOG, complete
 from zo_fused.task.scoring import Batch, Scorer
+from zo_fused.task.signals import Signals
 
 STEPS_TO_TELL = 10  # after which the time to the end is told
 SKIPPED_IN_A_ROW = 20  # then the run has diverged, or the dtype overflows
@@ -39,12 +40,12 @@ class Finetuning(ZOTrainer):
     The model is used in eval mode, without dropout, as in MeZO.
 
     Args:
-        optimizer: over the model's named parameters, fresh or with a checkpoint's state.
+        optimizer: over the model's named parameters, fresh or as the run left it.
         data: encoded examples of "train" and perhaps of "dev" and "test".
         output: the run's directory; `replay.jsonl`, `history.jsonl` and checkpoints are written.
-        settings: what a resumed run must have in common with this one; stored in checkpoints.
-        checkpoint: the run goes on from it; model and optimizer have its state already.
+        resumed: whether the run goes on, at the optimizer's step, with the history and log there.
         paired: whether the optimizer evaluates the loss of both signs at once.
+        signals: that ask for the end.
 
     Raises:
         ValueError: the replay log to resume is not this run's.
@@ -61,16 +62,15 @@ class Finetuning(ZOTrainer):
         data: Mapping[str, Sequence[Encoded]],
         plan: Plan,
         output: Path,
-        settings: Mapping[str, Any] | None = None,
-        checkpoint: Path | None = None,
+        resumed: bool = False,
         paired: bool = False,
+        signals: Signals | None = None,
     ) -> None:
         self.words = tokenizer  # Trainer would fit the model's configuration to one of its own
         self.scorer, self.data, self.plan, self.directory = scorer, data, plan, output
-        self.settings = dict(settings or {})
-        self.checkpoint = checkpoint
+        self.signals = signals or Signals()
         self.forwards_per_loss = 2 if paired else 1
-        self.losses = self.skipped_in_a_row = 0
+        self.losses = 0
         self.saving_to = output
         self.seconds: list[float] = []  # of the first steps
         self.evaluating: dict[str, float] = {}  # seconds that a split takes
@@ -102,47 +102,54 @@ class Finetuning(ZOTrainer):
             model.config.use_cache = use_cache
         self.remove_callback(transformers.PrinterCallback)
         self.add_callback(_Flow(self))
-        optimizer.start_log(output / "replay.jsonl", resume=checkpoint is not None)
-        step = None if checkpoint is None else optimizer.step_count
-        self.history = History(output / "history.jsonl", step)
+        # a log without a history could not be told from one whose history was removed
+        self.history = History(output / HISTORY, optimizer.step_count if resumed else None)
+        try:
+            optimizer.start_log(output / LOG, resume=resumed)
+        except BaseException:
+            self.history.close()
+            raise
 
     def run(self) -> History:
-        """Trains to the plan's last step.
+        """Trains to the plan's last step. Whatever ends it earlier, log and history have all steps
+        that were made, and the run goes on from them.
 
         Raises:
-            Interrupted: Ctrl-C; the weights were restored and a checkpoint saved.
-            BrokenPipeError: nobody reads what is printed; a checkpoint was saved.
+            Interrupted: Ctrl-C, or another signal that asks for the end.
             UserError: `SKIPPED_IN_A_ROW` steps in a row were skipped.
         """
         optimizer = self.zeroth_order_optimizer
         self.console = Console(self.plan.steps, optimizer.step_count)
         try:
+            self._check_skipped()
             with self.console:
-                self.train(None if self.checkpoint is None else str(self.checkpoint))
+                if optimizer.step_count < self.plan.steps:
+                    self.train()
                 self.evaluate("dev")
                 self.evaluate("test")
                 optimizer.flush()  # also where there was nothing to evaluate on
-        except KeyboardInterrupt:
-            self._save_checkpoint(self.model)
-            step = optimizer.step_count
-            path = self.directory / f"checkpoint-{step}"
-            raise Interrupted(f"step {step} is saved in {path}") from None
-        except BrokenPipeError:
-            self._save_checkpoint(self.model)
-            raise
+        except KeyboardInterrupt as stop:
+            number = getattr(stop, "number", signal.SIGINT)
+            done = f"{optimizer.step_count} of {self.plan.steps} steps are done and in the log"
+            raise Interrupted(done, number) from None
         finally:
             optimizer.close_log()
             self.history.close()
         return self.history
 
+    def _init_training_state(self, *args: Any, **others: Any) -> Any:
+        begins = super()._init_training_state(*args, **others)
+        self.state.global_step = self.zeroth_order_optimizer.step_count
+        return begins
+
     # ---- a step ---------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """A batch for each step of the plan: the whole run is one epoch."""
+        """A batch for each step of the plan that is left: the whole run is one epoch."""
         train = self.data["train"]
         return DataLoader(
             train,  # type: ignore[arg-type]  # a sequence will do
-            batch_sampler=_Order(len(train), self.plan),
+            batch_sampler=_Order(len(train), self.plan, self.zeroth_order_optimizer.step_count),
             collate_fn=self._batches,
         )
 
@@ -152,6 +159,7 @@ class Finetuning(ZOTrainer):
         return {"batches": [self.scorer.batch(part, self.plan.loss) for part in parts]}
 
     def get_batch_samples(self, *args: Any, **others: Any) -> Any:
+        self.signals.in_step = True
         self.started, self.losses = time.perf_counter(), 0
         return super().get_batch_samples(*args, **others)
 
@@ -182,13 +190,7 @@ class Finetuning(ZOTrainer):
             forwards=self.losses * self.forwards_per_loss,
             seconds=round(time.perf_counter() - self.started, 6),
         )
-        finite = all(map(math.isfinite, grads))
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row >= SKIPPED_IN_A_ROW:
-            raise UserError(
-                f"stopped at step {step}: {SKIPPED_IN_A_ROW} steps in a row were skipped, as "
-                f"{optimizer.why_skipped}; lower the learning rate, or use bfloat16 or float32"
-            )
+        self._check_skipped()
         accuracies = self.history.accuracies("dev")
         dev = f", dev {accuracies[-1][1]:.3f}" if accuracies else ""
         self.console.step(f"loss {loss:.3f}, |g| {max(map(abs, grads)):.3g}{dev}")
@@ -196,6 +198,19 @@ class Finetuning(ZOTrainer):
             self.seconds.append(time.perf_counter() - self.started)
             if len(self.seconds) == STEPS_TO_TELL and step < self.plan.steps:
                 self._tell_time(step)
+        self.signals.in_step = False
+        self.signals.check()
+
+    def _check_skipped(self) -> None:
+        """Raises:
+        UserError: `SKIPPED_IN_A_ROW` steps in a row were skipped, also before a new start.
+        """
+        step, optimizer = self.history.last_step, self.zeroth_order_optimizer
+        if self.history.skipped_in_a_row >= SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"stopped at step {step}: {SKIPPED_IN_A_ROW} steps in a row were skipped, as "
+                f"{optimizer.why_skipped}; lower the learning rate, or use bfloat16 or float32"
+            )
 
     def _tell_time(self, step: int) -> None:
         """How long the rest takes, if it goes on like this; a first step is slower than others."""
@@ -211,14 +226,15 @@ class Finetuning(ZOTrainer):
         return self.zeroth_order_optimizer.step_count % self.plan.eval_steps == 0
 
     def evaluate(self, split: str = "dev", **_: Any) -> dict[str, float]:  # type: ignore[override]
-        """Accuracy and loss on a split that is there, unless the history has this step's."""
+        """Accuracy and loss on a split that is there, unless the history has this step's. The
+        weights are at theta afterwards in any case: a sweep more or less would be another run."""
         optimizer = self.zeroth_order_optimizer
         step = optimizer.step_count
+        optimizer.flush()
         if not self.data.get(split) or step in dict(self.history.accuracies(split)):
             return {}
         start = time.perf_counter()
-        with optimizer.unperturbed():
-            accuracy, loss, f1 = self.scorer.evaluate(self.data[split], self.plan.batch_size)
+        accuracy, loss, f1 = self.scorer.evaluate(self.data[split], self.plan.batch_size)
         self.evaluating[split] = time.perf_counter() - start
         found = {f"{split}_accuracy": accuracy, f"{split}_loss": loss}
         found |= {} if f1 is None else {f"{split}_f1": f1}
@@ -233,37 +249,21 @@ class Finetuning(ZOTrainer):
         save_model(self.model, self.words, Path(output_dir))
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
-        """Saves the run after the optimizer's last step and drops older checkpoints.
-
-        A checkpoint appears complete or not at all. One of that step that is already there is kept:
-        its weights are as exact or, after an interrupted step, more exact.
-        """
-        optimizer = self.zeroth_order_optimizer
-        optimizer.flush()
-        # Ctrl-C may have come before Trainer counted the step
-        self.state.global_step = step = optimizer.step_count
-        self.state.train_batch_size = self.plan.batch_size
-        final = self.directory / f"checkpoint-{step}"
-        if not final.exists():
-            self.saving_to = self.directory / f"{final.name}.tmp"
-            shutil.rmtree(self.saving_to, ignore_errors=True)
-            with writing(self.saving_to):
-                super()._save_checkpoint(model, trial)
-                write_text(self.saving_to / final.name / SETTINGS, to_json(self.settings))
-                (self.saving_to / final.name).replace(final)
-        remove_checkpoints(self.directory, keep=final)
+        """Saves the run after the optimizer's last step and drops older checkpoints. A checkpoint
+        appears complete or not at all."""
+        final = self.directory / f"checkpoint-{self.state.global_step}"
+        self.saving_to = self.directory / f"{final.name}.tmp"
+        shutil.rmtree(self.saving_to, ignore_errors=True)
+        self.history.sync()
+        with writing(self.saving_to):
+            super()._save_checkpoint(model, trial)
+        complete(self.saving_to / final.name, final)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.saving_to)
 
     def _start_log(self, before: Path | None) -> None:
         """It is open."""
-
-    def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:
-        """The model was made from it."""
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """They were made from it."""
 
     def _move_model_to_device(self, *_: Any) -> None:
         """It is where it was asked for, which need not be the first GPU."""
@@ -289,16 +289,16 @@ class _Flow(transformers.TrainerCallback):
 
 
 class _Order:
-    """The batches of a run: numbers of examples."""
+    """The batches of a run from a step on: numbers of examples."""
 
-    def __init__(self, size: int, plan: Plan) -> None:
-        self.size, self.plan = size, plan
+    def __init__(self, size: int, plan: Plan, first: int) -> None:
+        self.size, self.plan, self.first = size, plan, first
 
     def __len__(self) -> int:
-        return self.plan.steps
+        return self.plan.steps  # of the run, as Trainer counts them
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.plan.steps):
+        for step in range(self.first, self.plan.steps):
             yield batch_indices(self.size, self.plan.batch_size, self.plan.seed, step)
 
 
