@@ -41,10 +41,12 @@ test: $(INSTALLED)
 test-all: test
 	$(BIN)/pytest -q -n auto --dist loadfile -m slow
 
-# What needs lm_eval, which `make setup` does not install: some of its packages have no wheels.
+# What needs packages that `make setup` does not install: lm_eval, as some of its own have no
+# wheels, and trackio, which brings a web server.
 test-tasks: $(INSTALLED)
-	$(PIP) install -q -c $(VENV)/constraints.txt lm_eval
+	$(PIP) install -q -c $(VENV)/constraints.txt lm_eval trackio
 	$(BIN)/pytest -q tests/task/test_lm_tasks.py tests/task/test_evaluating.py
+	$(BIN)/pytest -q tests/hf/test_features.py -k trackio
 
 # A cluster of two workers on this machine, with Ray, which `make setup` does not install (0.3 GB).
 test-ray: $(INSTALLED)
@@ -56,6 +58,16 @@ PLUGINS := axolotl==0.19.0 ms-swift==4.6.0
 test-plugins: $(INSTALLED)
 	tools/set_up_plugins.sh $(BIN)/uv $(BIN)/python $(PLUGINS)
 	$(BIN)/pytest -q tests/integrations/test_plugins.py
+
+# The readers of files, so many seconds each. atheris has wheels for Linux.
+FUZZ := 3
+fuzz: $(INSTALLED)
+	$(PIP) install -q -c $(VENV)/constraints.txt --only-binary :all: atheris
+	$(BIN)/python tests/fuzzing/fuzz.py $(FUZZ)
+
+# The C++ extension with AddressSanitizer and UBSan, which takes GCC some minutes to compile.
+sanitize: $(INSTALLED)
+	$(BIN)/python tools/sanitize.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

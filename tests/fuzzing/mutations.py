@@ -38,21 +38,21 @@ INSERTED = [
 ]
 
 
-def mutated(value: Any, rng: random.Random) -> Any:
-    """JSON with something in it that is something else."""
+def mutated(value: Any, rng: random.Random, others: list[Any] = VALUES) -> Any:
+    """JSON, or what is made alike, with something in it that is something else."""
     many = isinstance(value, list | dict) and bool(value)
     if not many or rng.random() < 0.2:
-        return rng.choice(VALUES)
+        return rng.choice(others)
     keys = list(value) if isinstance(value, dict) else range(len(value))
     key, copy, what = rng.choice(keys), value.copy(), rng.random()
     if what < 0.1:
         del copy[key]
     elif what < 0.2 and isinstance(copy, list):
-        copy.insert(key, rng.choice([copy[key], *VALUES]))
+        copy.insert(key, rng.choice([copy[key], *others]))
     elif what < 0.3 and isinstance(copy, dict):
-        copy[rng.choice([*map(str, VALUES), *copy])] = rng.choice(VALUES)
+        copy[rng.choice([*map(str, VALUES), *copy])] = rng.choice(others)
     else:
-        copy[key] = mutated(copy[key], rng)
+        copy[key] = mutated(copy[key], rng, others)
     return copy
 
 

@@ -220,7 +220,7 @@ def states() -> list[bytes]:
 def read_state(path: Path) -> object:
     """With the checksums that belong to it."""
     (path.parent / resuming._SUMS).unlink(missing_ok=True)
-    (path.parent / resuming._SUMS).write_text(resuming._sums(path.parent))
+    (path.parent / resuming._SUMS).write_text(resuming.sums(path.parent))
     return resuming._state(path.parent)
 
 

@@ -378,6 +378,19 @@ def test_reports_to_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert found == pytest.approx(told)
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of its database
+def test_reports_to_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "board"))  # read when it is imported
+    storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+    made = trainer(tmp_path, "mezo", report_to="trackio", project="zo", run_name="a run")
+    made.train()
+    logs = storage.get_logs("zo", "a run")
+    for name in ("loss", "grad_norm", "learning_rate"):
+        found = [entry[f"train/{name}"] for entry in logs if f"train/{name}" in entry]
+        told = [entry[name] for entry in made.state.log_history[:6]]
+        assert found == pytest.approx(told)
+
+
 QUANTIZED = {
     "torchao": lambda: {"quant_type": _of("torchao.quantization").Int8WeightOnlyConfig()},
     "bitsandbytes": lambda: {"load_in_8bit": bool(_of("bitsandbytes"))},
@@ -419,19 +432,3 @@ def test_adapters_over_a_quantized_base(package: str, tmp_path: Path) -> None:
     assert not equal(fresh, runs[0])
     zo_fused.replay(replayed, tmp_path / "resumed/replay.jsonl")
     assert equal({n: p for n, p in replayed.named_parameters() if "lora" in n}, runs[0])
-
-
-@pytest.mark.filterwarnings("ignore")  # of trackio, about its own
-def test_reports_to_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is installed (no extra has it: it wants older packages than the project's)."""
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    pytest.importorskip("trackio")
-    from trackio.sqlite_storage import SQLiteStorage
-
-    options = {"project": "zo", "run_name": "six", "trackio_static_space_id": False}
-    made = trainer(tmp_path, "mezo", report_to="trackio", **options)
-    made.train()
-    rows = SQLiteStorage.get_logs("zo", "six")
-    for name in ("loss", "grad_norm"):
-        found = [row[f"train/{name}"] for row in rows if f"train/{name}" in row]
-        assert found == pytest.approx([entry[name] for entry in made.state.log_history[:6]])

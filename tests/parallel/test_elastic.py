@@ -53,7 +53,7 @@ def run(folder: Path, *words: object) -> str:
 
 
 def wait_until(condition: Callable[[], object]) -> None:
-    for _ in range(1200):
+    for _ in range(2400):
         if condition():
             return
         time.sleep(0.1)

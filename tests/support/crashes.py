@@ -25,8 +25,8 @@ from typing import Any
 
 # Of `sys.addaudithook`. Other events than these leave the disk as it is.
 _RENAMES = {"os.rename", "os.link", "os.symlink"}
-_CHANGES = {"os.mkdir", "os.truncate", "os.chmod", *_RENAMES}
 _REMOVES = {"os.remove", "os.rmdir"}
+_CHANGES = {"os.mkdir", "os.truncate", "os.chmod", *_RENAMES, *_REMOVES}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _CODE_OF_DEATH = 128 + signal.SIGKILL
 
@@ -71,10 +71,10 @@ class Events:
             path, _, flags = arguments
             if flags & _WRITES and not isinstance(path, int) and self._inside(path):
                 self._happens()
-        elif event in _REMOVES and self._inside(*arguments):
-            self._happens()
-        elif event in _CHANGES and self._inside(arguments[1 if event in _RENAMES else 0]):
-            self._happens()
+        elif event in _CHANGES:
+            where = arguments if event in _REMOVES else arguments[event in _RENAMES :][:1]
+            if self._inside(*where):
+                self._happens()
 
     def _synced(self, file: int) -> None:
         if self._inside(file):

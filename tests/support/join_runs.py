@@ -22,7 +22,7 @@ TORN = b"[[4,0.1"
 # Every kind of state and of log; that all methods can be replayed, tests/replaying shows.
 NAMES = (
     *("MeZO", "MeZO-M", "MeZO, queries, deferred", "ZOAdam, deferred", "HiZOO"),
-    *("LOZO, factored", "LOZO-M, deferred", "LOZO of activations", "PGAP", "ES"),
+    *("LOZO, factored", "LOZO-M, deferred", "LOZO of activations", "PGAP", "MEAZO", "ES"),
 )
 
 

@@ -218,8 +218,8 @@ def prepared_too_late() -> None:
 @check
 def methods_that_need_whole_weights() -> None:
     made, model = accelerator(), trainers.model()
-    model, optimizer = made.prepare(model, zo_fused.SubZero(model))
-    with pytest.raises(NotImplementedError, match="SubZero can't tune parameter"):
+    model, optimizer = made.prepare(model, zo_fused.HiZOO(model))
+    with pytest.raises(NotImplementedError, match="HiZOO can't tune parameter"):
         optimizer.optimizer.step(lambda: loss_of(model))
 
 

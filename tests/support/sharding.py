@@ -217,6 +217,10 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "es": lambda m: zo_fused.ES(m, lr=1e-2, eps=1e-2, population=4),
     "blocks": lambda m: zo_fused.MeZO(m, lr=1e-2, eps=1e-2, momentum=0.9, block_order="sequential"),
     "lozo": lambda m: zo_fused.LOZO(m, lr=1e-2, eps=1e-2, rank=2, interval=2),
+    "subzero": lambda m: zo_fused.SubZero(
+        m, lr=1e-2, eps=1e-2, rank=48, interval=2, mode="inplace"
+    ),
+    "tezo": lambda m: zo_fused.TeZO(m, lr=1e-2, eps=1e-2, rank=3, interval=2, deferred=True),
     "lozo-m": lambda m: zo_fused.LOZO(m, lr=1e-2, eps=1e-2, rank=2, interval=2, momentum=0.9),
     "lozo-adam": lambda m: zo_fused.LOZO(
         m, lr=1e-2, eps=1e-2, rank=2, interval=3, moments="adam", deferred=True
@@ -273,10 +277,12 @@ class Table(nn.Module):
 def runs_of_any_placement_equal_one_process(folder: Path) -> None:
     cases = [(mesh, places) for mesh, places, shape in placements() if len(shape) == 2]
     seen = list(dict.fromkeys(cases))  # in the same order everywhere
-    for name in ("mezo-deferred", "adam", "lozo"):
+    for name in ("mezo-deferred", "adam", "lozo", "subzero", "tezo", "lozo-m"):
         alone = Table(None, ())
         train(alone, METHODS[name], alone, 3)
         for mesh, places in seen:
+            if name == "lozo-m" and any(getattr(place, "dim", 0) for place in places):
+                continue
             model = Table(mesh, places)
             train(model, METHODS[name], model, 3)
             check_equal(model, alone)
@@ -643,8 +649,10 @@ def what_cannot_be_is_refused(folder: Path) -> None:
     refused: list[Callable[[Any], Any]] = [
         lambda m: zo_fused.LOZO(m, mode="factored"),
         lambda m: zo_fused.MeZO(m, prior="guiding"),
-        *(kind for kind in (zo_fused.SubZero, zo_fused.HiZOO, zo_fused.ConMeZO, zo_fused.ZOMuon)),
-        *(kind for kind in (zo_fused.SparseMeZO, zo_fused.TeZO, zo_fused.LOREN)),
+        *(kind for kind in (zo_fused.SeeZO, zo_fused.HiZOO, zo_fused.ConMeZO, zo_fused.ZOMuon)),
+        *(kind for kind in (zo_fused.SparseMeZO, zo_fused.LOREN)),
+        lambda m: zo_fused.PGAP(m, total_steps=9),
+        lambda m: zo_fused.TeZO(m, moments="adam"),
         zo_fused.ForwardGrad,
     ]
     for make in refused:
@@ -658,3 +666,9 @@ def what_cannot_be_is_refused(folder: Path) -> None:
     optimizer = METHODS["lozo-m"](by_columns)
     with pytest.raises(NotImplementedError, match="cut along its columns"):
         optimizer.step(lambda: loss_of(by_columns))
+    for make in (
+        lambda m: zo_fused.TeZO(m, momentum=0.9),
+        lambda m: zo_fused.SubZero(m, moments="adam"),
+    ):
+        with pytest.raises(NotImplementedError, match="do without momentum"):
+            make(model).step(lambda: loss_of(model))

@@ -30,6 +30,9 @@ class Diagonal(LowRank):
     def form(self) -> Form:
         return DIAGONAL
 
+    def not_sharded(self) -> str:
+        return ""
+
     def basis(self, p: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         return left * (1 / math.sqrt(left.shape[1])) if self.scale else left, right
 

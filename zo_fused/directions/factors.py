@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +23,7 @@ from zo_fused.noise.keys import DeviceStep, Step, Stream, on_device, on_host, st
 from zo_fused.noise.streams import Purpose
 from zo_fused.step.buckets import Bucket
 from zo_fused.step.vectors import Vector, float32
+from zo_fused.sweeps import operators
 from zo_fused.sweeps.arguments import matrix_shape
 from zo_fused.sweeps.conversions import int64_tensor
 
@@ -82,9 +84,9 @@ class Factors:
         self._some: dict[int, Tensor] | None = None  # of which matrices some rows move
         self._fresh = fresh
         self._options = options
-        self._form, self._basis, self._right = form, basis, right
+        self.form, self._basis, self._right = form, basis, right
         self._forgotten = 0
-        sizes = [self._size(*pair) for pair in zip(bucket.params, bucket.group_of, strict=True)]
+        sizes = [self._size(row, p) for row, p in enumerate(bucket.params)]
         self.u_shapes = [(m, rank) for m, _, rank in sizes]
         self.v_shapes = [(n, rank) for _, n, rank in sizes]
         self.shapes = [
@@ -109,18 +111,19 @@ class Factors:
         """The rows of U and V of a matrix."""
         return matrix_shape(p)
 
-    def _size(self, p: Tensor, group: int) -> tuple[int, int, int]:
-        """m, n and the rank of a parameter."""
+    def _size(self, row: int, p: Tensor) -> tuple[int, int, int]:
+        """m, n and the rank of a parameter, or of the part of it that is here."""
         if p.dim() < 2:
             return p.numel(), 1, 1
         m, n = self.sides(p)
-        rank: int = self._bucket.fixed[group]["rank"]
-        return m, n, min(rank, m, n) if self._form.clipped else rank
+        rank: int = self._bucket.fixed[self._bucket.group_of[row]]["rank"]
+        whole = self.sides(self._bucket.owner_of(row))
+        return m, n, min(rank, *whole) if self.form.clipped else rank
 
     def _slot(self, number: int) -> StepFactors:
         flat, parts = self.buffer(self.shapes)
         v, vs = self.buffer(self.v_shapes)
-        with_q = self._matrices if self._form.lift else []
+        with_q = self._matrices if self.form.lift else []
         qs = self.buffer([self.u_shapes[i] for i in with_q])[1]
         return StepFactors(flat, v.fill_(1.0), parts, vs, number, qs)  # the ones of vectors stay
 
@@ -161,10 +164,11 @@ class Factors:
         return (seed, self._forgotten, *(step // interval for interval in self._intervals))
 
     def _draw(self, slot: StepFactors, seed: int, step: Step, query: int) -> None:
-        purposes = self._form.purpose, Purpose.DENSE
+        purposes = self.form.purpose, Purpose.DENSE
         streams = [Stream(purpose, step, query=query) for purpose in purposes]
         keys = stream_keys(seed, streams, self._bucket.device)[self._is_vector]
-        fill = self._bucket.fill(slot.parts, self._all, ("coordinates", slot.number))
+        along = "rows" if self.form.lift is None else "vectors"  # cores are of whole matrices
+        fill = self._bucket.fill(slot.parts, self._all, ("coordinates", slot.number), along)
         fill(keys, **self._options)
         if self._some is None:
             found = {i: self._rows(self._bucket.params[i]) for i in self._matrices}
@@ -177,18 +181,26 @@ class Factors:
 
     def _draw_v(self, slot: StepFactors, seed: int, step: Step, query: int, windows: Any) -> None:
         vs = [slot.vs[i] for i in self._matrices]
+        other = self._slots[1 - slot.number]
+        if slot.qs and other.windows == windows:
+            torch._foreach_copy_(slot.qs + vs, other.qs + [other.vs[i] for i in self._matrices])
+            return
+        if slot.qs and self._bucket.rows is not None:
+            for i, q in zip(self._matrices, slot.qs, strict=True):
+                interval = self._intervals[self._bucket.group_of[i]]
+                two = (Stream(of, step, interval) for of in (Purpose.LEFT, self.form.right))
+                keys = [stream_keys(seed, [stream], q.device) for stream in two]
+                outs = (q, slot.vs[i])
+                part_of_bases(self._bucket, i, outs, keys, self._basis, self._options)
+            return
         of_query = query if self._fresh else 0
-        self._draw_for_window(vs, slot.number, seed, step, self._form.right, of_query)
+        self._draw_for_window(vs, slot.number, seed, step, self.form.right, of_query)
         self.shape_window(vs)
         if self._right is not None:
             assert isinstance(step, int)
             for i, v in zip(self._matrices, vs, strict=True):
                 self._right(self._bucket.params[i], v, step)
         if not slot.qs:
-            return
-        other = self._slots[1 - slot.number]
-        if other.windows == windows:
-            torch._foreach_copy_(slot.qs + vs, other.qs + [other.vs[i] for i in self._matrices])
             return
         self._draw_for_window(slot.qs, slot.number, seed, step, Purpose.LEFT)
         for i, q, v in zip(self._matrices, slot.qs, vs, strict=True):
@@ -217,8 +229,8 @@ class Factors:
     ) -> None:
         streams = [Stream(purpose, step, interval, query) for interval in self._intervals]
         keys = stream_keys(seed, streams, self._bucket.device)[self._group_of_matrix]
-        columns = purpose is self._form.right
-        fill = self._bucket.fill(outs, self._matrices, (purpose, number), columns)
+        along = "columns" if purpose is self.form.right else "rows"
+        fill = self._bucket.fill(outs, self._matrices, (purpose, number), along)
         fill(keys, **self._options)
 
     def add(self, number: int, coeffs: Vector, factor: Tensor, first: bool) -> Flat:
@@ -237,31 +249,21 @@ class Factors:
     def lifted(self, coordinates: Flat, step: StepFactors, number: int = 0) -> Flat:
         """U of coordinates, with the Q of a step, in buffer 0 or 1; or the coordinates, if they
         are U."""
-        lift, (_, parts) = self._form.lift, coordinates
+        lift, (_, parts) = self.form.lift, coordinates
         if lift is None:
             return coordinates
         made, us = self._bucket.once(("lifted", number), lambda: self.buffer(self.u_shapes))
         if self._vectors:
             for_vectors = [us[i] for i in self._vectors], [parts[i] for i in self._vectors]
             torch._foreach_copy_(*for_vectors)
-        for rows in self._bucket.once("batches", self._batches):
+        limit = self.together[0 if on_host(self._bucket.device) else 1]
+        shapes = [self.u_shapes[i] for i in self._matrices]
+        for rows in self._bucket.once("batches", partial(batches, shapes, limit)):
             q = torch.stack([step.qs[row] for row in rows])
             core = torch.stack([parts[self._matrices[row]] for row in rows])
             outs = [us[self._matrices[row]] for row in rows]
             torch._foreach_copy_(outs, list(lift(q, core).unbind()))
         return made, us
-
-    def _batches(self) -> list[list[int]]:
-        """Numbers of matrices of one shape, to be lifted at once: on a GPU many, which costs few
-        kernels; on the host as few as stay in its caches."""
-        limit = self.together[0 if on_host(self._bucket.device) else 1]
-        alike: dict[tuple[int, int], list[list[int]]] = {}
-        for row, i in enumerate(self._matrices):
-            (m, rank), batches = self.u_shapes[i], alike.setdefault(self.u_shapes[i], [[]])
-            if batches[-1] and (len(batches[-1]) + 1) * m * rank > limit:
-                batches.append([])
-            batches[-1].append(row)
-        return [batch for batches in alike.values() for batch in batches]
 
     def joined(self, parts: Sequence[Pair]) -> Pair:
         """Products ``U V^T`` as one, whose rank is the sum of theirs, in memory that the next call
@@ -295,6 +297,41 @@ class Factors:
             return us, vs, parts
 
         return self._bucket.once(("wide", count), make)
+
+
+def batches(shapes: Sequence[tuple[int, int]], limit: int) -> list[list[int]]:
+    """Numbers of matrices of one shape, of no more elements than that or one matrix, to be lifted
+    at once: on a GPU many, which costs few kernels; on the host as few as stay in its caches."""
+    alike: dict[tuple[int, int], list[list[int]]] = {}
+    for number, (m, rank) in enumerate(shapes):
+        found = alike.setdefault((m, rank), [[]])
+        if found[-1] and (len(found[-1]) + 1) * m * rank > limit:
+            found.append([])
+        found[-1].append(number)
+    return [batch for found in alike.values() for batch in found]
+
+
+def part_of_bases(
+    bucket: Bucket,
+    row: int,
+    outs: tuple[Tensor, Tensor],
+    keys: Sequence[Tensor],
+    basis: Basis,
+    options: Mapping[str, Any],
+) -> None:
+    """Q and V of a whole matrix, and of both the rows that are here.
+
+    Args:
+        row: of the matrix in the bucket.
+        keys: of the streams of Q and of V.
+    """
+    assert bucket.rows is not None
+    whole, first, rank = bucket.owner_of(row), int64_tensor([0]), outs[0].shape[1]
+    pair = [torch.empty(n, rank, device=bucket.device) for n in matrix_shape(whole)]
+    for made, key in zip(pair, keys, strict=True):
+        operators.normal_([made], bucket.ids[row : row + 1], first, key, **options)
+    for out, made, runs in zip(outs, basis(whole, *pair), bucket.rows.sides(row), strict=True):
+        torch.cat([made[run.start : run.start + run.length] for run in runs], out=out)
 
 
 def parts_of(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:

@@ -129,7 +129,7 @@ class LowRank(Direction):
 
     def sweep(self, sweep: Sweep) -> None:
         rest = self.after_probes(sweep)
-        if rest is None:
+        if rest is None or not rest.bucket.params:  # nothing of its parameters is here
             return
         bucket, seed, terms, decay, rounding = rest
         if rounding is not None and bucket.rows is not None:

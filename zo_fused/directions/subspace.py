@@ -34,6 +34,9 @@ class Subspace(LowRank):
     def not_capturable(self, deferred: bool) -> str:
         return "the host makes the factors of a window orthonormal"
 
+    def not_sharded(self) -> str:
+        return ""
+
     def basis(self, p: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         m, n = matrix_shape(p)
         s = math.sqrt(m * n) / left.shape[1] if self.scale else 1.0

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from zo_fused.checks import choice, switch
+from zo_fused.sweeps.shards import is_sharded
 
 MODES = ("inplace", "factored")
 MANY = 32  # columns from which a sweep is no longer bound by memory (docs/performance.md)
@@ -17,12 +18,15 @@ def mode_of(
     mode: str | None, rank: int, params: Any, module: nn.Module | None, common: Mapping[str, Any]
 ) -> str:
     """The mode that a method takes if none is given: "factored" for `MANY` columns or more, where
-    the model is known and the schedule has no sweeps within a window, else "inplace"."""
+    the model is known and not sharded, and the schedule has no sweeps within a window, else
+    "inplace"."""
     if mode is not None:
         return mode
-    known = module is not None or isinstance(params, nn.Module)
+    model = params if isinstance(params, nn.Module) else module
     free = not (common.get("deferred") or common.get("block_order"))
-    return "factored" if known and free and rank >= MANY else "inplace"
+    if model is None or not free or any(map(is_sharded, model.parameters())):
+        return "inplace"
+    return "factored" if rank >= MANY else "inplace"
 
 
 def evaluated_module(

@@ -22,6 +22,9 @@ from zo_fused.step.vectors import Flag, Vector, all_finite, where
 class _Dense(Dense):
     """Directions that stay as they are, whatever a log says that queries found."""
 
+    def not_sharded(self) -> str:
+        return ""
+
     def learn(
         self, buckets: Sequence[Bucket], seed: int, step: int, grads: Sequence[float]
     ) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from zo_fused.directions.dense import Dense
 from zo_fused.step.direction import Term
@@ -46,10 +47,11 @@ class AdamOfHistory(Rule):
             if not state[p]:
                 continue
             known = state[p].get("projected_grads", row[:0])
-            if known.shape != row.shape:
+            if not isinstance(known, Tensor) or known.shape != row.shape:
+                other = len(known) if isinstance(known, Tensor) and known.dim() else None
                 raise ValueError(
                     f"the state is not of history={self.history}: it was saved by another method, "
-                    f"or with history={len(known)}"
+                    f"or with history={other}"
                 )
             # steps without this parameter: it was frozen
             missed = update.number - 1 - int(state[p]["step"])

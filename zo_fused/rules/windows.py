@@ -40,6 +40,11 @@ def gathered(
         for name, (_, parts) in zip(names, made, strict=True):
             part = empty if row is None else parts[row]
             if is_sharded(p):
+                if factors.form.lift is not None:
+                    raise NotImplementedError(
+                        "what is kept in the coordinates of a basis is no part of a sharded "
+                        "parameter: do without momentum and moments"
+                    )
                 columns = bucket.fixed[g]["rank"] if p.dim() >= 2 else 1
                 part = rows_like(p, part if part.numel() else part.expand(0, columns))
             if name in state[p]:

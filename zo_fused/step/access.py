@@ -112,13 +112,14 @@ class Access:
             self._weights.flush()
 
     def interruptible(self, closure: Closure) -> Closure:
-        """A closure in which Ctrl-C gets through, and autocast casts the weights anew."""
+        """A closure in which Ctrl-C gets through, and autocast casts the weights anew. If it
+        switches gradients on, they are off again for the next."""
         held = self._held
         assert held is not None
 
         def evaluate() -> Loss:
             torch.clear_autocast_cache()
-            with held.released():
+            with held.released(), torch.no_grad():
                 return closure()
 
         return evaluate

@@ -24,7 +24,7 @@ from zo_fused.step.evaluation import Evaluation
 from zo_fused.step.groups import COUNTERS, Groups, described
 from zo_fused.step.guard import Guard
 from zo_fused.step.hyper import check_group, hyper
-from zo_fused.step.optimizer_state import check_saved, in_order
+from zo_fused.step.optimizer_state import check_form, check_saved, in_order
 from zo_fused.step.parameters import Chooses, Parameters
 from zo_fused.step.report import Report
 from zo_fused.step.rule import Rule
@@ -246,11 +246,13 @@ class Base(Chooses, torch.optim.Optimizer):
         Where parameters have names, each gets the state of its name, whatever the order.
 
         Raises:
-            ValueError: the state is of another method or of other options of it, of other
-                parameters, or was written under another version of the noise contract.
+            ValueError: this is no state, or a damaged one; it is of another method or of other
+                options of it, of other parameters, or was written under another version of the
+                noise contract.
         """
         self.flush()
         self._access.pending = None
+        check_form(state_dict)
         kind = _kind(self, self.rule, self.direction, self._options)
         for group in state_dict["param_groups"]:
             check_saved(group, **kind)

@@ -155,23 +155,27 @@ class Bucket:
         return self.once((name, key), lambda: self._prepare(name, made, self.ids, self.offsets))
 
     def fill(
-        self, outs: list[Tensor], rows: list[int], key: Any, columns: bool = False
+        self, outs: list[Tensor], rows: list[int], key: Any, along: str = "rows"
     ) -> Callable[..., None]:
         """Fills tensors with the normals of the parameters in these rows; called with a key each.
         Made once per key.
 
         Args:
-            columns: of shards: whether a tensor has a row for each column of its matrix; else for
-                each row.
+            along: of shards: "rows", whether a tensor has a row for each row of its matrix, or
+                "columns", for each column; "vectors": vectors have, and matrices are none.
         """
-        return self.once(("normal_", key), lambda: self._filling(outs, rows, columns))
+        return self.once(("normal_", key), lambda: self._filling(outs, rows, along))
 
-    def _filling(self, outs: list[Tensor], rows: list[int], columns: bool) -> Callable[..., None]:
+    def _filling(self, outs: list[Tensor], rows: list[int], along: str) -> Callable[..., None]:
         if self.rows is None:
             return self._prepare("normal_", [outs], self.ids[rows], self.offsets[rows])
-        parts, number, firsts = self.rows.of_matrices(outs, rows, columns)
+        parts, number, firsts = self.rows.of_matrices(outs, rows, along)
         sweep = self._prepare("normal_", [parts], self.ids[rows][number], int64_tensor(firsts))
         return lambda keys, **options: sweep(keys[number], **options)
+
+    def owner_of(self, row: int) -> Tensor:
+        """Whose part sweeps over matrices have in a row."""
+        return self.owners[row if self.rows is None else self.rows.row[row]]
 
     def like(self, tensors: list[Tensor]) -> list[Tensor]:
         """Tensors like the owners, as sweeps take them beside the parameters."""

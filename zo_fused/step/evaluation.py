@@ -81,6 +81,7 @@ class Evaluation:
             return weights.beside.both(weights.perturbations(query), closure).unbind()
 
         rows = self.at_theta(queries, 2, both)
+        weights.groups.hold_eps()  # the closure may have changed it, and no sweep will meet that
         signs = (1.0, -1.0)
         return {Position(s, q): rows[q][i] for q in range(queries) for i, s in enumerate(signs)}
 

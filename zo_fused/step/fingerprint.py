@@ -31,11 +31,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zo_fused.sweeps.shards import Run, Shard, cut_among, is_sharded, local, shard_of
 
-_BLOCK = 1 << 16  # words
+_BLOCK_BITS = 16
+_BLOCK = 1 << _BLOCK_BITS  # words
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 _PIECE = 128 * 4 * _BLOCK  # bytes at a time: a GPU then has 64 MiB of products
-_ELEMENTS = 1 << 20  # at a time, where each has a place of its own
+_ELEMENTS = (1 << 16, 1 << 22)  # at a time on a CPU and elsewhere, where each has its own place
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
@@ -139,13 +140,14 @@ def _sum_of_runs(tensor: Tensor, runs: Sequence[Run], whole: int) -> Tensor:
     factors = torch.tensor(signed, dtype=torch.int64, device=device)
     weights, mask = _weights(device), (1 << 8 * size) - 1
     total = torch.zeros((), dtype=torch.int64, device=device)
-    height = max(1, _ELEMENTS // rows.shape[1])
+    height = max(1, _ELEMENTS[device.type != "cpu"] // rows.shape[1])
     for part, begin in zip(rows.split(height), starts.split(height), strict=True):
-        index = begin[:, None] + along
-        values, place = part.long(), index % per
-        values = torch.where(place == per - 1, values, values & mask) << place * (8 * size)
-        word = index // per
-        total += (values * weights[word % _BLOCK] * factors[word // _BLOCK]).sum()
+        index, values = begin[:, None] + along, part.long()
+        if per > 1:
+            place = index & per - 1
+            values = torch.where(place == per - 1, values, values & mask) << place * (8 * size)
+            index >>= per // 2  # 2 or 4 of them: 1 or 2 bits
+        total += (values * weights[index & _BLOCK - 1] * factors[index >> _BLOCK_BITS]).sum()
     return total
 
 

@@ -56,8 +56,8 @@ _HYPER: dict[str, Callable[[str, Any], Any]] = {
     "betas": _betas,
     "adam_eps": _POSITIVE,
     "hessian_smooth": _FRACTION,
-    "rank": partial(whole, low=1),
-    "interval": partial(whole, low=1),
+    "rank": partial(whole, low=1, bits=31),
+    "interval": partial(whole, low=1, bits=63),
     "block": whole,
     "rounding": partial(choice, choices=ROUNDINGS),
 }

@@ -2,12 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from zo_fused.checks import whole
+from torch import Tensor
+
+from zo_fused.checks import bounded, whole
 from zo_fused.noise.streams import CONTRACT_VERSION, plain_name
+from zo_fused.sweeps.shards import local
 
 Group = dict[str, Any]
+
+
+def check_form(state: Any) -> None:
+    """A state must be made as those of optimizers are, with numbers that are finite.
+
+    Raises:
+        ValueError: it is not.
+    """
+    groups = state.get("param_groups") if isinstance(state, Mapping) else None
+    kept = state.get("state") if isinstance(state, Mapping) else None
+    if not (isinstance(groups, list) and isinstance(kept, Mapping)):
+        raise ValueError("this is no state of an optimizer: it has no param_groups or no state")
+    seen: list[Any] = []
+    for number, group in enumerate(groups):
+        params = group.get("params") if isinstance(group, dict) else None
+        if not isinstance(params, list):
+            raise ValueError(f"the state's group {number} has no list of params")
+        seen += params
+        names = group.get("param_names")
+        texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if names is not None and not (texts and len(names) == len(params)):
+            raise ValueError(f"the state's group {number} has not a name for each parameter")
+    if not all(type(index) in (int, str) for index in seen) or len(set(seen)) < len(seen):
+        raise ValueError("the state's params are not numbers or names, each once")
+    for index, values in kept.items():
+        if index in seen:
+            _check_values(f"the state of parameter {index}", values)
+
+
+def _check_values(what: str, values: Any) -> None:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{what} is no dictionary")
+    for name, value in values.items():
+        if (
+            isinstance(value, Tensor) and name != "projected_grads"
+        ):  # where NaN says: there was none
+            here = local(value)
+            if not (here.is_meta or bool(here.isfinite().all())):
+                raise ValueError(f"{what} has {name} that is not finite")
+    try:
+        bounded("step", values.get("step", 0), "in [0, 2**63)", lambda t: 0 <= t < 2**63)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"in {what}, {error}") from None
 
 
 def check_saved(group: Group, method: str, options: str) -> None:
@@ -23,6 +70,9 @@ def check_saved(group: Group, method: str, options: str) -> None:
         )
     for name in ("seed", "step", "restores"):
         whole(f"{name} of the state", group.get(name), 0, bits=64)
+    for name in ("in_place", "log"):
+        if not isinstance(group.get(name, ()), list | tuple):
+            raise ValueError(f"{name} of the state is no list")
     if group.get("method", method) != method:  # earlier versions: not said
         raise ValueError(f"the state is of {group['method']}, this optimizer is {method}")
     if group.get("options", options) != options:

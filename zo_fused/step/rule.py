@@ -74,6 +74,8 @@ def check_state(name: str, kept: Tensor, shape: Sequence[int], p: Tensor) -> Non
     Raises:
         ValueError: it is not: the state is of another model, or the parameter has changed.
     """
+    if not isinstance(kept, Tensor):
+        raise ValueError(f"the state has {name} that is no tensor, but {type(kept).__name__}")
     if is_sharded(p) and list(shape) == list(p.shape):
         mine, its = (getattr(tensor, "placements", "whole") for tensor in (p, kept))
         if mine != its:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zo_fused.parallel.groups import Groups
 from zo_fused.sweeps.shards import (
     Cut,
+    Run,
     Shard,
     cut_among,
     is_sharded,
@@ -79,12 +80,24 @@ class Rows:
                     'low-rank updates with rounding="stochastic" can\'t be: rounding="nearest"'
                 )
 
+    def sides(self, row: int) -> tuple[list[Run], list[Run]]:
+        """The rows and the columns of a matrix that are here, among those of the whole one."""
+        place, shape = self.places[row], self.params[row].shape
+        return place.rows(shape), place.columns(shape)
+
     def of_matrices(
-        self, factors: Sequence[Tensor], rows: Sequence[int], columns: bool
+        self, factors: Sequence[Tensor], rows: Sequence[int], along: str
     ) -> tuple[list[Tensor], list[int], list[int]]:
-        """Factors of the matrices in these rows as `zo_fused.sweeps.shards.of_runs` has them."""
-        pairs = [(self.places[row], self.params[row].shape) for row in rows]
-        runs = [place.columns(size) if columns else place.rows(size) for place, size in pairs]
+        """Factors of the matrices in these rows as `zo_fused.sweeps.shards.of_runs` has them.
+
+        Args:
+            along: as in `Bucket.fill`.
+        """
+        runs = [self.sides(row)[along == "columns"] for row in rows]
+        if along == "vectors":
+            for i, (row, factor) in enumerate(zip(rows, factors, strict=True)):
+                if self.params[row].dim() > 1:
+                    runs[i] = [Run(0, 0, len(factor))]
         return of_runs(factors, runs)
 
 
@@ -138,10 +151,9 @@ def check_sharded(
     if label is None:
         return
     for part in parts:
-        kind = type(part)
-        reason = (
-            part.not_sharded() if "not_sharded" in vars(kind) else f"{kind.__name__} needs it whole"
-        )
+        kind, reason = type(part), part.not_sharded()
+        if not reason and "not_sharded" not in vars(kind):
+            reason = f"{kind.__name__} needs it whole"
         if reason:
             raise NotImplementedError(
                 f"{method} can't tune parameter {label}, a DTensor, like this: {reason}. "

@@ -147,6 +147,12 @@ class Factored(LowRank, Beside):
         self.__dict__.update(state)
         self._reset()
 
+    def not_sharded(self) -> str:
+        return (
+            'mode="factored" keeps a part of weights beside parameters, and the forward passes of '
+            'FSDP2 have others: mode="inplace"'
+        )
+
     def _beside(self, bucket: Bucket) -> Kept:
         return bucket.once("beside", lambda: Kept(bucket, self.factors(bucket)))
 
