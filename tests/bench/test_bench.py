@@ -36,6 +36,7 @@ def test_outcome_of_known_moves() -> None:
     assert found.error == pytest.approx(1 / math.sqrt(1000), rel=0.1)
 
 
+@pytest.mark.slow
 def test_small_updates_run_and_keep_what_was_asked_in_float32(tmp_path: Path) -> None:
     out = tmp_path / "table.md"
     command = [
@@ -80,6 +81,7 @@ def test_tables_of_machine_code() -> None:
     assert any(line.startswith("| dense | 0.40 issue |") for line in lines)
 
 
+@pytest.mark.slow
 def test_make_bench_tabulates_every_sweep_and_step(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     makefile = (ROOT / "Makefile").read_text()
@@ -106,6 +108,7 @@ def test_make_bench_tabulates_every_sweep_and_step(tmp_path: Path) -> None:
         assert float(row["speed-up"]) == pytest.approx(fastest / float(row["ms"]), rel=0.02)
 
 
+@pytest.mark.slow
 def test_findings_train_and_tabulate() -> None:
     pytest.importorskip("transformers")
     names = [run.method for run in findings.alignment(4) + findings.queries(4, [1, 2])]

@@ -87,6 +87,7 @@ def test_script_runs_every_stage(tmp_path: Path) -> None:
     assert "| a |" in done.stdout
 
 
+@pytest.mark.slow
 def test_what_the_script_runs_loads_where_nothing_is_installed(tmp_path: Path) -> None:
     """Neither this package nor what only its own environment has."""
     pytest.importorskip("triton")

@@ -115,6 +115,7 @@ def test_page_has_machine_goals_and_tables(results: Path) -> None:
     assert len(widths - {0}) == 1
 
 
+@pytest.mark.slow
 @native
 def test_a_run_out_of_time_keeps_what_it_had(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -208,6 +209,7 @@ def bench_of_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> measure.Ben
     return bench
 
 
+@pytest.mark.slow
 @native
 @pytest.mark.filterwarnings("ignore:CUDA is not available")  # says the profiler
 @torch.no_grad()

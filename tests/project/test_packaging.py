@@ -65,6 +65,7 @@ def test_every_public_name_loads() -> None:
         _ = zo_fused.SGD
 
 
+@pytest.mark.slow
 def test_type_checkers_see_the_public_names(tmp_path: Path) -> None:
     """Names load lazily, but a user's editor knows their signatures."""
     api = pytest.importorskip("mypy.api")

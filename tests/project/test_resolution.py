@@ -69,21 +69,16 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> None:
         pytest.skip(f"the package index can't be reached: {reason}")
 
 
-@pytest.fixture(scope="module")
-def resolutions(index: None) -> dict[tuple[str, str], tuple[int, str, str]]:
-    """Exit status, packages and messages. All at once: mostly they wait for the network."""
-    constraints = ROOT / "constraints.txt"
-    started = {which: resolve(constraints, *which) for which in COMBINATIONS}
-    ended = {which: resolution.communicate() for which, resolution in started.items()}
-    return {which: (started[which].returncode, *output) for which, output in ended.items()}
-
-
-@pytest.mark.parametrize("which", COMBINATIONS, ids="-".join)
-def test_set_up_resolves(
-    which: tuple[str, str], resolutions: dict[tuple[str, str], tuple[int, str, str]]
-) -> None:
+@pytest.mark.parametrize(
+    "which",
+    [COMBINATIONS[0], *(pytest.param(w, marks=pytest.mark.slow) for w in COMBINATIONS[1:])],
+    ids="-".join,
+)
+def test_set_up_resolves(which: tuple[str, str], index: None) -> None:
     """And every version is pinned, but those that torch's own pins decide."""
-    status, packages, conflict = resolutions[which]
+    resolution = resolve(ROOT / "constraints.txt", *which)
+    packages, conflict = resolution.communicate()
+    status = resolution.returncode
     if status == 2 and "Failed to fetch" in conflict:
         pytest.skip(f"the package index failed: {conflict}")
     assert status == 0, conflict

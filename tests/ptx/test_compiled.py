@@ -58,11 +58,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Report]:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", COMPILERS)
-@pytest.mark.parametrize(
-    "target",
-    ["sm_90", *(pytest.param(target, marks=pytest.mark.slow) for target in ("sm_80", "sm_100"))],
-)
+@pytest.mark.parametrize("target", ["sm_90", "sm_80", "sm_100"])
 def test_kernels_of_each_kind(run: Callable[..., Report], compiler: str, target: str) -> None:
     found = run(compiler, target, [("", name) for name in SLICE])
     assert not found.wrong

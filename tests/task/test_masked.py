@@ -193,11 +193,16 @@ def arguments(base, data, output, *more):
     ("kind", "more"),
     [
         ("roberta", ("--method", "lozo", "--interval", "2")),
-        ("roberta", ("--method", "mezo", "--loss", "accuracy")),
-        ("roberta", ("--peft", "lora", "--method", "mezo")),
         ("bert", ("--method", "lozo", "--schedule", "paired")),
-        ("bert", ("--method", "forward-grad", "--loss", "lm")),
-        ("bert", ("--method", "mezo-m", "--dtype", "bfloat16", "--no-template")),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("roberta", ("--method", "mezo", "--loss", "accuracy")),
+                ("roberta", ("--peft", "lora", "--method", "mezo")),
+                ("bert", ("--method", "forward-grad", "--loss", "lm")),
+                ("bert", ("--method", "mezo-m", "--dtype", "bfloat16", "--no-template")),
+            )
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
