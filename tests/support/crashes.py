@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -24,7 +25,8 @@ from typing import Any
 
 # Of `sys.addaudithook`. Other events than these leave the disk as it is.
 _RENAMES = {"os.rename", "os.link", "os.symlink"}
-_CHANGES = {"os.mkdir", "os.rmdir", "os.remove", "os.truncate", "os.chmod", *_RENAMES}
+_REMOVES = {"os.remove", "os.rmdir"}
+_CHANGES = {"os.mkdir", "os.truncate", "os.chmod", *_RENAMES, *_REMOVES}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _CODE_OF_DEATH = 128 + signal.SIGKILL
 
@@ -51,9 +53,12 @@ class Events:
             os.fsync = self._synced  # type: ignore[assignment]
         self._wrap_history()
 
-    def _inside(self, path: Any) -> bool:
+    def _inside(self, path: Any, of: int = -1) -> bool:
+        """`of`: the open folder that it is in, as `shutil.rmtree` has it."""
         if isinstance(path, int):
             path = os.readlink(f"/proc/self/fd/{path}")
+        if of >= 0:
+            path = os.path.join(os.readlink(f"/proc/self/fd/{of}"), path)
         return Path(os.path.abspath(os.fsdecode(path))).is_relative_to(self._folder)
 
     def _happens(self) -> None:
@@ -66,8 +71,10 @@ class Events:
             path, _, flags = arguments
             if flags & _WRITES and not isinstance(path, int) and self._inside(path):
                 self._happens()
-        elif event in _CHANGES and self._inside(arguments[1 if event in _RENAMES else 0]):
-            self._happens()
+        elif event in _CHANGES:
+            where = arguments if event in _REMOVES else arguments[event in _RENAMES :][:1]
+            if self._inside(*where):
+                self._happens()
 
     def _synced(self, file: int) -> None:
         if self._inside(file):
@@ -159,8 +166,6 @@ class Server:
                 Path(f"{output}.count").write_text(f"{events.count}")
         finally:
             if code == 1:
-                import traceback
-
                 traceback.print_exc()
                 sys.stderr.flush()
             os._exit(code)
@@ -177,8 +182,8 @@ class Server:
         try:
             assert code == 0, f"exit code {code}: {self.told(output)}"
             assert_same_run(self.whole, output)
-        except Exception as error:
-            return f"{error}"
+        except Exception:
+            return traceback.format_exc(limit=-1)
         shutil.rmtree(output)
         return ""
 
