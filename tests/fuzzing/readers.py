@@ -132,6 +132,9 @@ def replay_records(path: Path) -> object:
     before = copy.deepcopy(base.state_dict())
     try:
         return zo_fused.replay(base, log)
+    except RuntimeError as error:
+        assert "can't allocate memory" in str(error)  # noqa: PT017 - as large as it says
+        return None
     except ValueError:
         for name, value in base.state_dict().items():
             assert torch.equal(value, before[name]), "refused, and weights have moved"

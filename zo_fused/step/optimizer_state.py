@@ -63,7 +63,10 @@ def check_saved(group: Group, method: str, options: str) -> None:
     Raises:
         ValueError: it is not.
     """
-    if group.get("contract") != CONTRACT_VERSION:
+    for name in ("method", "options"):  # earlier versions have none
+        if not isinstance(group.get(name, ""), str):
+            raise ValueError(f"{name} of the state is no text")
+    if type(group.get("contract")) is not int or group["contract"] != CONTRACT_VERSION:
         raise ValueError(
             f"the state was saved with noise contract {group.get('contract')}, "
             f"this zo_fused has {CONTRACT_VERSION}"
