@@ -7,6 +7,7 @@ tests read it again.
 
 from __future__ import annotations
 
+import logging
 import random
 import subprocess
 import sys
@@ -28,6 +29,7 @@ def fuzz(name: str, seconds: str) -> None:
     with atheris.instrument_imports(include=INSTRUMENTED):
         from fuzzing.readers import FOUND, READERS
 
+    logging.getLogger("zo_fused").setLevel(logging.ERROR)  # of the package: steps that are skipped
     reader, corpus = READERS[name], ROOT / "build/fuzz" / name
     corpus.mkdir(parents=True, exist_ok=True)
     seeds = reader.seeds()

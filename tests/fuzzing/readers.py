@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import logging
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -230,6 +229,3 @@ def read_state(path: Path) -> object:
 @reader("settings", "settings.json", UserError, lambda: [b'{"lr": 1e-3, "seed": 1}'])
 def read_settings(path: Path) -> object:
     return resuming.read_object(path)
-
-
-logging.getLogger("zo_fused").setLevel(logging.ERROR)  # skipped steps

@@ -180,6 +180,8 @@ class Factors:
             self.shape_cores([slot.parts[i] for i in self._matrices], seed, step, query)
 
     def _draw_v(self, slot: StepFactors, seed: int, step: Step, query: int, windows: Any) -> None:
+        if not self._matrices:
+            return
         vs = [slot.vs[i] for i in self._matrices]
         other = self._slots[1 - slot.number]
         if slot.qs and other.windows == windows:
