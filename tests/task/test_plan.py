@@ -47,15 +47,16 @@ def measured(model, method, settings, batch, length):
     return sum(t.numel() * t.element_size() for t in tensors), live.now, live.peak
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [
-        ("opt", torch.float32),
-        pytest.param("llama", torch.bfloat16, marks=pytest.mark.slow),
-        pytest.param("mixtral", torch.float32, marks=pytest.mark.slow),
-    ],
-)
-@pytest.mark.parametrize("case", plan.cases(), ids=lambda case: case[0])
+def methods_of_models():
+    """Every method with one model, and in turn with others: bf16, or experts."""
+    others = itertools.cycle([("llama", torch.bfloat16), ("mixtral", torch.float32)])
+    for case in plan.cases():
+        yield pytest.param("opt", torch.float32, case, id=f"{case[0]}-opt")
+        other, dtype = next(others)
+        yield pytest.param(other, dtype, case, id=f"{case[0]}-{other}", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("kind", "dtype", "case"), list(methods_of_models()))
 def test_state_and_what_is_kept_beside_the_weights(kind, dtype, case):
     """Tied weights and vectors; grouped heads in 16 bits; experts in three dimensions."""
     _, method, more = case
