@@ -144,7 +144,7 @@ class Factors:
         now = (seed, step, query)
         if slot.step != now:
             windows = now if self._fresh else self.windows(seed, step)
-            if slot.windows != windows:
+            if slot.windows != windows and self._matrices:
                 self._draw_v(slot, seed, step, query, windows)
             self._draw(slot, seed, step, query)
             slot.step, slot.windows = now, windows
@@ -180,8 +180,6 @@ class Factors:
             self.shape_cores([slot.parts[i] for i in self._matrices], seed, step, query)
 
     def _draw_v(self, slot: StepFactors, seed: int, step: Step, query: int, windows: Any) -> None:
-        if not self._matrices:
-            return
         vs = [slot.vs[i] for i in self._matrices]
         other = self._slots[1 - slot.number]
         if slot.qs and other.windows == windows:
