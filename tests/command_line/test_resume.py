@@ -232,6 +232,12 @@ def test_auto_begins_goes_on_and_is_done(arguments, tmp_path, monkeypatch, capsy
     assert_same_run(whole, out)
     left = {path: path.read_bytes() for path in out.iterdir()}
     capsys.readouterr()
+    looks = iter([False])  # another process comes to the end of the run after the first look
+    with monkeypatch.context() as patch:
+        patch.setattr(a_run, "is_finished", lambda run: next(looks, True))
+        assert main(words) == 0
+    assert f"the run in {out} is finished\n" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in out.iterdir()} == left
     for _ in range(2):  # the second time as if killed before the last files were deleted
         assert main(words) == 0
         printed = capsys.readouterr().out

@@ -407,7 +407,9 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
 
 def _again(argv: list[str], chosen: Options) -> str:
     """The command that goes on with a run, or begins it if it has not begun, in a sentence."""
+    from zo_fused.task.resuming import has_begun
+
     words = list(argv)
-    if (chosen.output / "settings.json").exists() and chosen.resume is None:
+    if has_begun(chosen.output) and chosen.resume is None:
         words = [*(word for word in argv if word != "--overwrite"), "--resume"]
     return f"go on with `{shlex.join(['zo-fused', *words])}`"

@@ -9,7 +9,6 @@ from _signal import getsignal, signal  # type: ignore[import-not-found,unused-ig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from signal import SIGINT
-from types import TracebackType
 from typing import Any
 
 
@@ -28,12 +27,7 @@ class uninterrupted:
             signal(SIGINT, lambda *args: self._pending.append(args))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._handler is not None:
             signal(SIGINT, self._handler)
             if self._pending:
@@ -43,7 +37,7 @@ class uninterrupted:
     def released(self) -> Iterator[None]:
         """A block in the block in which Ctrl-C gets through, also one that came before."""
         try:
-            self.__exit__(None, None, None)
+            self.__exit__()
             yield
         finally:
             self.__enter__()

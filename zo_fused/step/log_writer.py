@@ -34,9 +34,8 @@ class Writer:
         self._settings = settings
         self._usual_path = usual_path
         self._size = path.stat().st_size  # a cheap sign of whether it is still the same file
-        self._refused: OSError | None = (
-            None  # by the system: no line may follow one that is missing
-        )
+        # by the system: no line may follow one that is missing
+        self._refused: OSError | None = None
         self._synced = -SYNC_SECONDS  # the next line is
         self.checksum = checksum  # of the lines so far
 

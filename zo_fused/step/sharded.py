@@ -159,13 +159,9 @@ def check_sharded(
                 f"{method} can't tune parameter {label}, a DTensor, like this: {reason}. "
                 "docs/sharded.md says what can be done with sharded parameters; MeZO can"
             )
-    label = next(
-        (name for p, name in zip(params, labels, strict=True) if is_sharded(p) and p.requires_grad),
-        None,
-    )
-    if (
-        module is None and label is not None
-    ):  # in a replay nothing requires gradients, or is looked at
+    moving = (n for p, n in zip(params, labels, strict=True) if is_sharded(p) and p.requires_grad)
+    label = next(moving, None)  # none in a replay, where the module is not looked at
+    if module is None and label is not None:
         raise ValueError(
             f"parameter {label} is a DTensor: give the optimizer the whole module, as in "
             "MeZO(model, ..), so that it can see to it that forward passes use what it has changed"

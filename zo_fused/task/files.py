@@ -1,4 +1,5 @@
-"""Writing files so that a killed process, or a machine without power, never leaves half of one."""
+"""Files of a run: JSON that is read, and writing so that a process that is killed, or a machine
+that loses power, never leaves half of one."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from zo_fused.task.errors import first_line
 
 
 @contextmanager
@@ -44,6 +47,22 @@ def write_text(path: Path, text: str) -> None:
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it holds something else: "not JSON (..)", "not a JSON object".
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({first_line(error)})") from error
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return found
 
 
 def sync(path: Path) -> None:

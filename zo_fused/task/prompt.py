@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zo_fused.task.errors import UserError, first_line
+from zo_fused.task.errors import UserError
+from zo_fused.task.files import json_object
 
 if TYPE_CHECKING:
     from zo_fused.task.data import Example
@@ -170,13 +170,11 @@ class Task:
             UserError: the file can't be read, or is no task.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json_object(Path(path))
         except OSError as error:
             raise UserError(f"can't read the task file {path}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"the task file {path} is not JSON: {first_line(error)}") from error
-        if not isinstance(content, dict):
-            raise UserError(f"the task file {path} is not a JSON object")
+        except ValueError as error:
+            raise UserError(f"the task file {path} is {error}") from error
         template, verbalizer = content.get("template"), content.get("verbalizer")
         if not isinstance(template, str):
             raise UserError(f"the task file {path} has no string named 'template'")

@@ -9,7 +9,6 @@ checksums of its files in it.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ import torch
 from zo_fused.noise.streams import CONTRACT_VERSION
 from zo_fused.step import log_lines
 from zo_fused.task.errors import UserError, first_line, warn
-from zo_fused.task.files import sync, sync_all, to_json, write_text, writing
+from zo_fused.task.files import json_object, sync, sync_all, to_json, write_text, writing
 from zo_fused.task.history import read_history
 
 SETTINGS = "settings.json"
@@ -88,14 +87,11 @@ def read_object(path: Path) -> dict[str, Any]:
         UserError: it can't be read.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return json_object(path)
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"can't read {path}: not JSON ({first_line(error)})") from error
-    if not isinstance(found, dict):
-        raise UserError(f"can't read {path}: not a JSON object")
-    return found
+    except ValueError as error:
+        raise UserError(f"can't read {path}: {error}") from error
 
 
 def check_settings(saved: dict[str, Any], now: dict[str, Any]) -> None:

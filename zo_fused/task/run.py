@@ -191,6 +191,8 @@ def _finetune(options: Options, held: ExitStack) -> dict[str, Any]:
     _check_template(options)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     todo = claim(options, held)
+    if todo == "finished":  # by another process, since the look above
+        return _finished(options)
     print(place(device, options.dtype), flush=True)
     past = find_past(options.output) if todo == "go on" else None
     model = _model(options, None if past is None else past.checkpoint, device)
