@@ -85,6 +85,8 @@ class Factors:
         self._fresh = fresh
         self._options = options
         self.form, self._basis, self._right = form, basis, right
+        # beside its shard, a process keeps what is added to the whole matrix
+        self._whole = bucket.beside and bucket.rows is not None
         self._forgotten = 0
         sizes = [self._size(row, p) for row, p in enumerate(bucket.params)]
         self.u_shapes = [(m, rank) for m, _, rank in sizes]
@@ -115,9 +117,9 @@ class Factors:
         """m, n and the rank of a parameter, or of the part of it that is here."""
         if p.dim() < 2:
             return p.numel(), 1, 1
-        m, n = self.sides(p)
         rank: int = self._bucket.fixed[self._bucket.group_of[row]]["rank"]
         whole = self.sides(self._bucket.owner_of(row))
+        m, n = whole if self._whole else self.sides(p)
         return m, n, min(rank, *whole) if self.form.clipped else rank
 
     def _slot(self, number: int) -> StepFactors:
@@ -168,6 +170,7 @@ class Factors:
         streams = [Stream(purpose, step, query=query) for purpose in purposes]
         keys = stream_keys(seed, streams, self._bucket.device)[self._is_vector]
         along = "rows" if self.form.lift is None else "vectors"  # cores are of whole matrices
+        along = "whole" if self._whole else along
         fill = self._bucket.fill(slot.parts, self._all, ("coordinates", slot.number), along)
         fill(keys, **self._options)
         if self._some is None:
@@ -185,7 +188,7 @@ class Factors:
         if slot.qs and other.windows == windows:
             torch._foreach_copy_(slot.qs + vs, other.qs + [other.vs[i] for i in self._matrices])
             return
-        if slot.qs and self._bucket.rows is not None:
+        if slot.qs and self._bucket.rows is not None and not self._whole:
             for i, q in zip(self._matrices, slot.qs, strict=True):
                 interval = self._intervals[self._bucket.group_of[i]]
                 two = (Stream(of, step, interval) for of in (Purpose.LEFT, self.form.right))
@@ -230,6 +233,7 @@ class Factors:
         streams = [Stream(purpose, step, interval, query) for interval in self._intervals]
         keys = stream_keys(seed, streams, self._bucket.device)[self._group_of_matrix]
         along = "columns" if purpose is self.form.right else "rows"
+        along = "whole" if self._whole else along
         fill = self._bucket.fill(outs, self._matrices, (purpose, number), along)
         fill(keys, **self._options)
 
