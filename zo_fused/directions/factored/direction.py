@@ -191,12 +191,14 @@ class Factored(LowRank, Beside):
         if self.module is None:
             return []
         paths = self._side_paths(buckets)
-        found = [(paths.params[i], reason) for i, reason in paths.left_out.items()]
+        reasons = dict(paths.left_out)
+        first = 0
         for bucket in buckets:
-            rows = bucket.rows if bucket.beside else None
-            for row in rows.cut_along_columns() if rows is not None else ():
-                found.append((bucket.owner_of(row), "is cut along its columns"))
-        return found
+            if bucket.beside and bucket.rows is not None:
+                for row in bucket.rows.cut_along_columns():
+                    reasons.setdefault(first + row, "is cut along its columns")
+            first += len(bucket.params) if bucket.beside else 0
+        return [(paths.params[i], reason) for i, reason in reasons.items()]
 
     def attach(self, buckets: Sequence[Bucket]) -> None:
         if buckets is self._attached_to:  # from one sign to the other

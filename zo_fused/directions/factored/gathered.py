@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,21 @@ class Beside(NamedTuple):
     scale: Tensor | None
 
 
+@cache
+def _asked(kind: type) -> type:
+    """A class of DTensors whose methods raise `UsedOtherwise`: those that are no functions of
+    torch, so that no mode sees them."""
+
+    def of(name: str) -> Any:
+        def asked(self: Tensor, *args: Any, **kwargs: Any) -> None:
+            raise UsedOtherwise(self, name)
+
+        return asked
+
+    names = ("full_tensor", "to_local", "redistribute")
+    return type(kind.__name__, (kind,), {name: of(name) for name in names})
+
+
 class Gathered:
     """Puts stand-ins where FSDP2 has put gathered weights; it puts the shards back itself.
 
@@ -41,6 +57,7 @@ class Gathered:
     def __init__(self, module: nn.Module, places: Places, params: Sequence[Tensor]) -> None:
         self.left_out: dict[int, str] = {}
         self.raw: dict[int, Tensor] = {}
+        self._shards = [p for p in params if p in places]
         self._beside: dict[int, Beside] = {}
         self._made: dict[int, SideWeight] = {}
         wrapped = wrapped_by_fsdp(module)
@@ -75,6 +92,18 @@ class Gathered:
                 for table, name, _ in places:
                     if isinstance(held := table.get(name), SideWeight):
                         table[name] = held.raw
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While open, whoever asks a shard itself for its weights is told."""
+        kinds = [(p, type(p)) for p in self._shards]
+        for p, kind in kinds:
+            p.__class__ = _asked(kind)
+        try:
+            yield
+        finally:
+            for p, kind in kinds:
+                p.__class__ = kind
 
     def _enter(self, module: nn.Module, _: Any) -> None:
         """After the hook of FSDP2."""

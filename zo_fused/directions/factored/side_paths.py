@@ -99,7 +99,7 @@ class SidePaths:
         whole = [self.params[i] for i in self._weights]
         shards = [beside.param for beside in self._shards.values()]
         watch = _Watch([*whole, *shards], self._gathered.raw)
-        with torch.compiler.set_stance("force_eager"), watch:
+        with torch.compiler.set_stance("force_eager"), self._gathered.watching(), watch:
             yield
 
     def both(
