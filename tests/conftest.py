@@ -26,7 +26,7 @@ if not GPU:
 
 from support.backends import ON_THE_CPU  # noqa: E402
 from support.methods import CASES, Case  # noqa: E402
-from support.thinning import for_later, in_part, left_out  # noqa: E402
+from support.thinning import for_later, left_out  # noqa: E402
 
 # A run started in the background inherits an ignored SIGINT, and the tests of Ctrl-C need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -44,11 +44,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--require-gpu",
         action="store_true",
         help="fail tests marked `gpu`, instead of skipping them, where there is no GPU",
-    )
-    parser.addoption(
-        "--part",
-        metavar="K/N",
-        help="of the slow tests only the K-th of N parts; K may be any whole number",
     )
 
 
@@ -70,10 +65,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if (function := item.function) in seen:  # type: ignore[attr-defined]
                 later.append(item)
             seen.add(function)
-    if part := config.getoption("--part"):
-        number, count = map(int, part.split("/"))
-        slow = (item for item in items if item.get_closest_marker("slow"))
-        later += [item for item in slow if not in_part(item, number, count)]
     if later:
         config.hook.pytest_deselected(items=later)
         dropped = set(later)

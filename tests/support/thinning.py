@@ -45,11 +45,6 @@ def for_later(items: Iterable[pytest.Item]) -> set[pytest.Item]:
     }
 
 
-def in_part(item: pytest.Item, number: int, count: int) -> bool:
-    """Whether a test belongs to this part of so many, all with what its function has."""
-    return _crc(f"{item.path.name} {item.originalname}") % count == number % count  # type: ignore[attr-defined]
-
-
 def _is_first(case: Case) -> bool:
     return _FIRST[case.optimizer] == case.name
 
