@@ -15,7 +15,8 @@ from zo_fused.step import fingerprint
 
 OF_FOUR = [
     *("fsdp_over_tensor_parallel", "load_in_another_world", "copies_share_queries"),
-    *("logs_of_copies", "copies_that_cannot_share"),
+    *("logs_of_copies", "copies_that_cannot_share", "copies_equal_one_process"),
+    *("copies_are_saved_and_logged", "copies_that_differ"),
 ]
 OF_TWO = [name for name in sharding.CHECKS if name not in OF_FOUR]
 AGAIN = [

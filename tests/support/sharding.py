@@ -354,6 +354,32 @@ def weights_gathered_between_steps(folder: Path) -> None:
 
 
 @check
+def fsdp_remembers_no_forward_passes(folder: Path) -> None:
+    """Until a backward pass it would: a list that grows, and a pass that was broken off."""
+    model = wrapped(net())
+    optimizer = METHODS["mezo"](model)
+
+    def remembered() -> tuple[int, bool]:
+        state = model._get_fsdp_state()  # type: ignore[operator]
+        passes = len(state._comm_ctx.post_forward_order)
+        return passes, state._state_ctx.iter_forward_root is not None
+
+    def broken_off(*_: Any) -> None:
+        raise ArithmeticError
+
+    for _ in range(3):
+        optimizer.step(lambda: loss_of(model))
+    assert remembered() == (2 * 3, False)  # of one step
+    hook = model.blocks[1].register_forward_pre_hook(broken_off)  # type: ignore[index,union-attr]
+    with pytest.raises(ArithmeticError):
+        optimizer.step(lambda: loss_of(model))
+    hook.remove()
+    assert remembered()[1]
+    optimizer.look()
+    assert remembered() == (0, False)
+
+
+@check
 def deferred_weights_are_at_theta_for_whoever_looks(folder: Path) -> None:
     looks: dict[str, Callable[[nn.Module], Any]] = {
         "forward": lambda m: loss_of(m),
@@ -466,7 +492,7 @@ def save_with_dcp(folder: Path) -> None:
         dcp.save(state, checkpoint_id=folder / f"checkpoint-{name}")
 
 
-def load_with_dcp(folder: Path, name: str, model: nn.Module) -> Any:
+def load_with_dcp(folder: Path, name: str, model: nn.Module, saved: str = "checkpoint") -> Any:
     """The optimizer of that run, after three steps, and its model."""
     optimizer = METHODS[name](model)
     optimizer.param_groups[0]["lr"] = 1.0
@@ -474,7 +500,7 @@ def load_with_dcp(folder: Path, name: str, model: nn.Module) -> Any:
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer),
     }
-    dcp.load(state, checkpoint_id=folder / f"checkpoint-{name}")
+    dcp.load(state, checkpoint_id=folder / f"{saved}-{name}")
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     assert optimizer.param_groups[0]["lr"] == 1e-2
@@ -550,6 +576,55 @@ def copies_that_cannot_share(folder: Path) -> None:
             local(model.head.weight)[:1] += 1e-3  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match="ranks have other weights: 1 of"):
         optimizer.step(lambda: loss_of(model))
+
+
+# ---- copies that have batches of their own (HSDP) -----------------------------------------------
+
+
+def copies() -> nn.Module:
+    """Two, each on two processes, by FSDP2 itself."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    return wrapped(net(), mesh)
+
+
+@check
+def copies_equal_one_process(folder: Path) -> None:
+    for make in METHODS.values():
+        alone, model = net(), copies()
+        train(alone, make, lambda alone=alone: loss_of(alone), 4)
+        train(model, make, lambda model=model: mean(loss_of(model)), 4)
+        check_equal(model, alone)
+
+
+@check
+def copies_are_saved_and_logged(folder: Path) -> None:
+    for name in SAVED:
+        alone, model, log = net(), copies(), folder / f"hsdp-{name}.jsonl"
+        optimizer = logged(model, METHODS[name], log, lambda m=model: loss_of(m), 3)
+        state = {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, optimizer),
+        }
+        dcp.save(state, checkpoint_id=folder / f"hsdp-checkpoint-{name}")
+        train(alone, METHODS[name], lambda m=alone: loss_of(m), 5)
+        for again in (copies(), wrapped(net())):  # also where there is one copy
+            optimizer = load_with_dcp(folder, name, again, "hsdp-checkpoint")
+            for _ in range(2):
+                optimizer.step(lambda m=again: loss_of(m))
+            check_equal(again, alone)
+        replayed = copies()
+        zo_fused.replay(replayed, log)
+        check_all_equal(replayed, model)
+
+
+@check
+def copies_that_differ(folder: Path) -> None:
+    model = copies()
+    with torch.no_grad():
+        if dist.get_rank() == 3:
+            local(model.head.weight)[:1] += 1e-3
+    with pytest.raises(RuntimeError, match="ranks have other weights: 1 of"):
+        zo_fused.MeZO(model).step(lambda: loss_of(model))
 
 
 # ---- logs ---------------------------------------------------------------------------------------

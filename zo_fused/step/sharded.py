@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -203,11 +204,24 @@ class Resharding:
         kind = getattr(fsdp, "FSDPModule", ())
         modules = () if module is None else module.modules()
         self._wrapped: list[Any] = [part for part in modules if isinstance(part, kind)]
+        inner = {id(m) for part in self._wrapped for m in part.modules() if m is not part}
+        self._roots = [part for part in self._wrapped if id(part) not in inner]
+        self._ran: list[Any] = []  # roots of which forward passes have begun
         self._hooks: list[Any] = []
 
     def close(self) -> None:
         """Free gathered weights, now and after every forward pass from here on. To be called when
-        no forward pass is under way."""
+        no forward pass is under way.
+
+        What FSDP2 remembers of forward passes goes, too. It waits for a backward pass: of each one
+        the list would grow, and after one that an error broke off the next one's copies (on a GPU,
+        in streams of their own) would not wait for what a sweep writes.
+        """
+        ran, self._ran = self._ran, []
+        for module in ran:
+            if hasattr(module, "reset_iter_state"):  # from PyTorch 2.13 on
+                with suppress(RuntimeError):  # the root of the forward passes is another one
+                    module.reset_iter_state()
         for module in self._wrapped:
             module.reshard()
             module.set_reshard_after_forward(True, recurse=False)
@@ -222,4 +236,8 @@ class Resharding:
             if (method := asked()) is not None:
                 method()
 
-        self._hooks = [m.register_forward_pre_hook(hook_of, prepend=True) for m in self._wrapped]
+        def began(module: nn.Module, _: Any) -> None:
+            self._ran = [*(m for m in self._ran if m is not module), module]
+
+        self._hooks = [m.register_forward_pre_hook(began) for m in self._roots]
+        self._hooks += [m.register_forward_pre_hook(hook_of, prepend=True) for m in self._wrapped]
