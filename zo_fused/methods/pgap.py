@@ -108,6 +108,7 @@ class PGAP(ZerothOrderOptimizer):
             direction = BesideAligned(
                 evaluated, delta=ends, total_steps=total_steps, align=align, scale=scale
             )
+        self._of_vectors = {"lr": vector_lr, "eps": vector_eps}
         probes_one_sided = switch("probes_one_sided", probes_one_sided)
         plus = [Position(1.0, probe, True) for probe in range(probes)]
         self._of_window = [Position(0.0), *plus]
@@ -125,7 +126,7 @@ class PGAP(ZerothOrderOptimizer):
             "mode": mode,
         }
         super().__init__(
-            vectors_apart(params, lr=vector_lr, eps=vector_eps),
+            params,
             direction,
             SGD(),
             {"lr": lr, "rank": rank, "interval": interval},
@@ -138,6 +139,9 @@ class PGAP(ZerothOrderOptimizer):
             one_sided=one_sided,
             queries=queries,
         )
+
+    def in_groups(self, params: Any) -> Any:
+        return vectors_apart(params, **self._of_vectors)
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
@@ -153,6 +157,7 @@ class PGAP(ZerothOrderOptimizer):
 
     def probes(self) -> list[Position]:
         """At a window's start, and until they have found something."""
+        self.weights.groups.check_changes()
         learnt: dict[str, Any] | None = self.state.get(LEARNT)
         interval = self.param_groups[0]["interval"]
         if learnt is not None and learnt["step"] // interval == self.step_count // interval:

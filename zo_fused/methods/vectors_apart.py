@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def vectors_apart(params: Any, **own: Any) -> Any:
@@ -13,13 +13,13 @@ def vectors_apart(params: Any, **own: Any) -> Any:
     groups that were split come out the same.
 
     Args:
-        params: the module, its named_parameters() or parameters(), or param groups.
+        params: a module's named_parameters() or parameters(), or param groups.
         own: such as ``lr=1e-7``.
     """
     own = {name: value for name, value in own.items() if value is not None}
     if not own:
         return params
-    listed = list(params.named_parameters() if isinstance(params, nn.Module) else params)
+    listed = list(params)
     groups = listed if listed and isinstance(listed[0], dict) else [{"params": listed}]
     made = []
     for group in groups:

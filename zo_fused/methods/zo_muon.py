@@ -95,11 +95,12 @@ class ZOMuon(ZerothOrderOptimizer):
                 "a block would miss the steps at which its momentum moves to a new P: no momentum, "
                 "or simultaneous blocks"
             )
+        self._vector_lr = vector_lr
         defaults: dict[str, Any] = {"lr": lr, "rank": rank, "interval": interval}
         if momentum:
             defaults["momentum"] = momentum
         super().__init__(
-            vectors_apart(params, lr=vector_lr),
+            params,
             LeftBasis() if evaluated is None else BesideLeftBasis(evaluated),
             Muon(bool(momentum), sign),
             defaults,
@@ -114,3 +115,6 @@ class ZOMuon(ZerothOrderOptimizer):
             one_sided=one_sided,
             block_order=block_order,
         )
+
+    def in_groups(self, params: Any) -> Any:
+        return vectors_apart(params, lr=self._vector_lr)

@@ -94,8 +94,12 @@ class Base(Chooses, torch.optim.Optimizer):
         defaults = {"block": 0, **{name: hyper(name, value) for name, value in defaults.items()}}
         defaults |= counters
         self._assemble(defaults, module, direction, rule, schedule, recorded, parallel)
-        super().__init__(params, defaults)
+        super().__init__(self.in_groups(params), defaults)
         self._not_of_method = {"_not_of_method", *vars(self)} - of_method
+
+    def in_groups(self, params: Any) -> Any:
+        """What the optimizer was given, of a module by name, in groups of the method's own."""
+        return params
 
     def _assemble(
         self,

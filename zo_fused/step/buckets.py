@@ -257,6 +257,7 @@ def signature(
         addresses,
         list(map(moves, params)),
         [group[name] for group in param_groups for name in names],
+        [tuple(group.get("param_names") or ()) for group in param_groups],
     )
 
 

@@ -102,10 +102,11 @@ class Parameters:
         """
         self._resharding.close()
         tables, names, held = self._places
-        now = list(map(dict.get, tables, names, held))  # in loops of C
+        now = list(map(dict.get, tables, names))  # in loops of C
         if not all(map(operator.is_, now, held)):
             pairs = zip(names, held, now, strict=True)
-            other = next((name for name, a, b in pairs if a is not b and _no_layers(a, b)), None)
+            others = ((name, a, b) for name, a, b in pairs if b is not a and b is not None)
+            other = next((name for name, a, b in others if _no_layers(a, b)), None)
             if other is None:
                 self._check_layers()
             elif not self._follows(state):
@@ -118,14 +119,16 @@ class Parameters:
             check()
 
     def _check_layers(self) -> None:
-        """Layers were replaced: by such as wrap them, or their parameters are out of use."""
+        """Layers were replaced or removed, or parameters were: the module may have what was in them
+        elsewhere now, or it is out of use."""
         assert self._module is not None
         lost = set(map(id, self._places[2])) - set(map(id, _places(self._module)[2]))
         for label, p in zip(labels(self._groups.all), self._groups.params(), strict=True):
             if id(p) in lost and self._moves(p):
                 raise RuntimeError(
-                    f"the module has no parameter {label} any more: its layer was replaced after "
-                    "the optimizer was made; make the optimizer anew"
+                    f"the module has no parameter {label} any more: its layer was replaced or "
+                    "removed, or got a parametrization, after the optimizer was made; make the "
+                    "optimizer anew"
                 )
 
     def _follows(self, state: Collection[Any]) -> bool:
@@ -160,9 +163,37 @@ class Parameters:
         NotImplementedError, ValueError: see `zo_fused.step.sharded.check_sharded`.
         """
         self._of = method, parts
+        self._check_names()
         parameter_ids(self._groups.all)
         params, names = self._groups.params(), labels(self._groups.all)
         check_sharded(method.__name__, params, names, self._module, *parts)
+
+    def _check_names(self) -> None:
+        """Names tell parameters apart in noise, logs and states, so they must be the module's.
+
+        Raises:
+            ValueError: there are not as many names as parameters, or under a name the groups have
+                another parameter than the module.
+        """
+        for group in self._groups.all:
+            count, named = len(group["params"]), len(group.get("param_names") or group["params"])
+            if count != named:
+                raise ValueError(
+                    f"a param group has {count} params and {named} param_names: add what is new by "
+                    "add_param_group, and freeze what is not to move (requires_grad_(False))"
+                )
+        if self._module is None:
+            return
+        held = {plain_name(n): p for n, p in self._module.named_parameters(remove_duplicate=False)}
+        for group in self._groups.all:
+            names = group.get("param_names") or ()
+            for name, p in zip(names, group["params"] if names else (), strict=True):
+                if held.get(plain_name(name), p) is not p:
+                    raise ValueError(
+                        f"the param groups have another parameter {name!r} than the module: params "
+                        "and param_names were changed, or one without the other; make the optimizer"
+                        " anew"
+                    )
 
     def changed(self, direction: Direction) -> bool:
         """Whether the buckets must be made anew: what requires gradients, or where it lies, is not

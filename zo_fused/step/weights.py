@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -261,6 +262,13 @@ class Weights:
             updates = [u for b in self.buckets if (u := self._of(b, none, False, every=True))]
         for u in updates:
             u.bucket.once("state", partial(rule.prepare, u, self.direction, state))
+            now = list(map(state.get, u.bucket.owners))
+            kept: list[Any] = u.bucket.once("state entries", now.copy)
+            if not all(map(operator.is_, now, kept)):
+                raise RuntimeError(
+                    "the optimizer's state was cleared, or replaced for a parameter, between steps:"
+                    " load_state_dict() takes another state, and a new optimizer has none"
+                )
 
     def _apply(self, rule: Rule, updates: list[Update], state: dict[Any, Any]) -> None:
         """Restore, update and the next perturbation, in one sweep of every bucket."""
