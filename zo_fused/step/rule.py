@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,21 @@ def check_state(name: str, kept: Tensor, shape: Sequence[int], p: Tensor) -> Non
         raise ValueError(
             f"the state has {name} of shape {list(kept.shape)} for a parameter of shape "
             f"{list(p.shape)}, which needs {list(shape)}"
+        )
+
+
+def check_entries(bucket: Bucket, state: dict[Any, Any]) -> None:
+    """What a bucket's sweeps take from the state must be what the state has.
+
+    Raises:
+        RuntimeError: it was removed or replaced.
+    """
+    now = list(map(state.get, bucket.owners)) if state else []
+    kept: list[Any] = bucket.once("state entries", now.copy)
+    if kept and not (now and all(map(operator.is_, now, kept))):
+        raise RuntimeError(
+            "the optimizer's state was cleared, or replaced for a parameter, between steps: "
+            "load_state_dict() takes another state, and a new optimizer has none"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from zo_fused.step.direction import Beside, Direction, Sweep, Term
 from zo_fused.step.groups import Groups
 from zo_fused.step.log import StepLog
 from zo_fused.step.parameters import Parameters
-from zo_fused.step.rule import Rule, Update
+from zo_fused.step.rule import Rule, Update, check_entries
 from zo_fused.step.schedule import Position, Schedule
 from zo_fused.step.vectors import Flag, Vector, flag_on, judged, vector
 
@@ -262,13 +261,7 @@ class Weights:
             updates = [u for b in self.buckets if (u := self._of(b, none, False, every=True))]
         for u in updates:
             u.bucket.once("state", partial(rule.prepare, u, self.direction, state))
-            now = list(map(state.get, u.bucket.owners))
-            kept: list[Any] = u.bucket.once("state entries", now.copy)
-            if not all(map(operator.is_, now, kept)):
-                raise RuntimeError(
-                    "the optimizer's state was cleared, or replaced for a parameter, between steps:"
-                    " load_state_dict() takes another state, and a new optimizer has none"
-                )
+            check_entries(u.bucket, state)
 
     def _apply(self, rule: Rule, updates: list[Update], state: dict[Any, Any]) -> None:
         """Restore, update and the next perturbation, in one sweep of every bucket."""
