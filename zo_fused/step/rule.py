@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,9 +96,11 @@ def check_entries(bucket: Bucket, state: dict[Any, Any]) -> None:
     Raises:
         RuntimeError: it was removed or replaced.
     """
-    now = list(map(state.get, bucket.owners)) if state else []
-    kept: list[Any] = bucket.once("state entries", now.copy)
-    if kept and not (now and all(map(operator.is_, now, kept))):
+    made: list[Any] = bucket.once(
+        "state entries", lambda: [state[p] for p in bucket.owners if p in state]
+    )
+    ids: set[int] = bucket.once("ids of state entries", lambda: set(map(id, made)))
+    if not ids.issubset(map(id, state.values())):  # in loops of C
         raise RuntimeError(
             "the optimizer's state was cleared, or replaced for a parameter, between steps: "
             "load_state_dict() takes another state, and a new optimizer has none"
