@@ -23,7 +23,7 @@ from zo_fused.step.direction import Direction
 from zo_fused.step.evaluation import Evaluation
 from zo_fused.step.groups import COUNTERS, Groups, described
 from zo_fused.step.guard import Guard
-from zo_fused.step.hyper import check_group, hyper
+from zo_fused.step.hyper import check_group, hyper, names_of
 from zo_fused.step.optimizer_state import check_form, check_saved, in_order
 from zo_fused.step.parameters import Chooses, Parameters
 from zo_fused.step.report import Report
@@ -252,10 +252,10 @@ class Base(Chooses, torch.optim.Optimizer):
         """
         self.flush()
         self._access.pending = None
-        check_form(state_dict)
+        check_form(state_dict, self.rule.together, self.direction.together)
         kind = _kind(self, self.rule, self.direction, self._options)
-        for group in state_dict["param_groups"]:
-            check_saved(group, **kind)
+        for number, group in enumerate(state_dict["param_groups"]):
+            check_saved(number, group, names_of(self.defaults), **kind)
         loaded: dict[str, Any] = {}
         # Registered last, so it sees what the user's own hooks made of the state.
         hook = self.register_load_state_dict_pre_hook(lambda _, state: loaded.update(state))

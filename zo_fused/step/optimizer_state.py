@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +14,11 @@ from zo_fused.sweeps.shards import local
 Group = dict[str, Any]
 
 
-def check_form(state: Any) -> None:
+def check_form(state: Any, *together: Sequence[str]) -> None:
     """A state must be made as those of optimizers are, with numbers that are finite.
+
+    Args:
+        together: names of what a parameter has all of, or nothing.
 
     Raises:
         ValueError: it is not.
@@ -38,7 +41,12 @@ def check_form(state: Any) -> None:
         raise ValueError("the state's params are not numbers or names, each once")
     for index, values in kept.items():
         if index in seen:
-            _check_values(f"the state of parameter {index}", values)
+            what = f"the state of parameter {index}"
+            _check_values(what, values)
+            for names in together:
+                has = [name for name in names if name in values]
+                if missing := [name for name in names if has and name not in values]:
+                    raise ValueError(f"{what} has {has[0]} and no {missing[0]}")
 
 
 def _check_values(what: str, values: Any) -> None:
@@ -57,8 +65,11 @@ def _check_values(what: str, values: Any) -> None:
         raise ValueError(f"in {what}, {error}") from None
 
 
-def check_saved(group: Group, method: str, options: str) -> None:
+def check_saved(number: int, group: Group, hyper: Sequence[str], method: str, options: str) -> None:
     """A saved group must be of this noise contract, of this kind of optimizer and of its options.
+
+    Args:
+        hyper: the hyper-parameters that it must have.
 
     Raises:
         ValueError: it is not.
@@ -73,6 +84,9 @@ def check_saved(group: Group, method: str, options: str) -> None:
         )
     for name in ("seed", "step", "restores"):
         whole(f"{name} of the state", group.get(name), 0, bits=64)
+    for name in hyper:
+        if name not in group and name != "block":  # earlier versions have no blocks
+            raise ValueError(f"the state's group {number} has no {name}")
     for name in ("in_place", "log"):
         if not isinstance(group.get(name, ()), list | tuple):
             raise ValueError(f"{name} of the state is no list")
