@@ -14,11 +14,8 @@ from zo_fused.sweeps.shards import local
 Group = dict[str, Any]
 
 
-def check_form(state: Any, *together: Sequence[str]) -> None:
+def check_form(state: Any) -> None:
     """A state must be made as those of optimizers are, with numbers that are finite.
-
-    Args:
-        together: names of what a parameter has all of, or nothing.
 
     Raises:
         ValueError: it is not.
@@ -41,12 +38,7 @@ def check_form(state: Any, *together: Sequence[str]) -> None:
         raise ValueError("the state's params are not numbers or names, each once")
     for index, values in kept.items():
         if index in seen:
-            what = f"the state of parameter {index}"
-            _check_values(what, values)
-            for names in together:
-                has = [name for name in names if name in values]
-                if missing := [name for name in names if has and name not in values]:
-                    raise ValueError(f"{what} has {has[0]} and no {missing[0]}")
+            _check_values(f"the state of parameter {index}", values)
 
 
 def _check_values(what: str, values: Any) -> None:
@@ -65,11 +57,8 @@ def _check_values(what: str, values: Any) -> None:
         raise ValueError(f"in {what}, {error}") from None
 
 
-def check_saved(number: int, group: Group, hyper: Sequence[str], method: str, options: str) -> None:
+def check_saved(group: Group, method: str, options: str) -> None:
     """A saved group must be of this noise contract, of this kind of optimizer and of its options.
-
-    Args:
-        hyper: the hyper-parameters that it must have.
 
     Raises:
         ValueError: it is not.
@@ -84,9 +73,6 @@ def check_saved(number: int, group: Group, hyper: Sequence[str], method: str, op
         )
     for name in ("seed", "step", "restores"):
         whole(f"{name} of the state", group.get(name), 0, bits=64)
-    for name in hyper:
-        if name not in group and name != "block":  # earlier versions have no blocks
-            raise ValueError(f"the state's group {number} has no {name}")
     for name in ("in_place", "log"):
         if not isinstance(group.get(name, ()), list | tuple):
             raise ValueError(f"{name} of the state is no list")
@@ -96,6 +82,30 @@ def check_saved(number: int, group: Group, hyper: Sequence[str], method: str, op
         raise ValueError(
             f"the state was saved with {group['options']}, this optimizer has {options}"
         )
+
+
+def check_complete(state: Any, hyper: Sequence[str], together: Sequence[Sequence[str]]) -> None:
+    """A state of the right kind must lack nothing.
+
+    Args:
+        hyper: the hyper-parameters of its groups.
+        together: names of what a parameter has all of, or nothing.
+
+    Raises:
+        ValueError: it does; says what.
+    """
+    for number, group in enumerate(state["param_groups"]):
+        for name in hyper:
+            if name not in group and name != "block":  # earlier versions have no blocks
+                raise ValueError(f"the state's group {number} has no {name}")
+        for index in group["params"]:
+            values = state["state"].get(index, {})
+            for names in together:
+                has = [name for name in names if name in values]
+                if missing := [name for name in names if has and name not in values]:
+                    raise ValueError(
+                        f"the state of parameter {index} has {has[0]} and no {missing[0]}"
+                    )
 
 
 def in_order(saved: list[Group], groups: list[Group]) -> list[Group]:

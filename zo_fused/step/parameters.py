@@ -212,6 +212,12 @@ class Parameters:
         torch.autograd.graph.increment_version(self._versioned)
         torch.clear_autocast_cache()  # of an outer autocast: it has cast weights of before
 
+    def versions(self) -> tuple[int, int]:
+        """Other ones, when anything but sweeps has written to a parameter by operations of torch
+        (what goes through ``p.data`` torch doesn't count), or others are tuned."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return id(self._versioned), sum(p._version for p in self._versioned)
+
     def _now(self, direction: Direction) -> tuple[Any, ...]:
         """What buckets are made from."""
         seen = signature(self._groups.all, self._names(direction), self._moves)
