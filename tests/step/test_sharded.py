@@ -22,7 +22,7 @@ OF_TWO = [name for name in sharding.CHECKS if name not in OF_FOUR]
 AGAIN = [
     *("weights_that_hold_their_index", "functions_take_dtensors", "fsdp_runs_equal_one_process"),
     *("runs_of_any_placement_equal_one_process", "fingerprints_of_any_placement"),
-    "logs_are_those_of_one_process",
+    *("logs_are_those_of_one_process", "factored_steps_in_place_where_nothing_is_gathered"),
 ]
 
 

@@ -71,6 +71,7 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "mezo": lambda m: zo_fused.MeZO(m, lr=1e-3, eps=1e-2),
     "adam": lambda m: zo_fused.ZOAdam(m, lr=1e-3, eps=1e-2),
     "lozo": lambda m: zo_fused.LOZO(m, lr=1e-3, eps=1e-2, rank=2, interval=2, deferred=True),
+    "factored": lambda m: zo_fused.LOZO(m, lr=1e-3, eps=1e-2, rank=2, interval=3, mode="factored"),
 }
 
 
@@ -195,7 +196,12 @@ def by_accelerate(name: str, **options: Any) -> tuple[Accelerator, Any, Any]:
 def prepared_by_accelerate() -> None:
     """Which puts other parameters into the model and into the groups of the optimizer."""
     mesh = {"parallelism_config": ParallelismConfig(dp_shard_size=2)}
-    for name, options in {"mezo": {}, "adam": mesh, "lozo": {"efficient": True}}.items():
+    for name, options in {
+        "mezo": {},
+        "adam": mesh,
+        "lozo": {"efficient": True},
+        "factored": {},
+    }.items():
         _, model, optimizer = by_accelerate(name, **options)
         assert are_shards(model)
         train(model, optimizer.optimizer)
@@ -263,7 +269,11 @@ def takes_gpus(*names: str) -> Iterator[None]:
 def a_trainer_with_fsdp2() -> None:
     often = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 3}
     with takes_gpus("fsdp"):
-        for zo in (("mezo", {"eps": 1e-2}), ("lozo", {"deferred": True, "interval": 2})):
+        for zo in (
+            ("mezo", {"eps": 1e-2}),
+            ("lozo", {"deferred": True, "interval": 2}),
+            ("lozo", {"mode": "factored", "interval": 4}),
+        ):
             options = {"weight_decay": 0.1, **often}
             made = check_trainers(zo, {**options, **FSDP}, options)
             again = trainers.trainer(Path("sharded"), zo, weight_decay=0.1, **FSDP)
