@@ -17,7 +17,7 @@ given = $(if $(filter command,$(origin $(1))),$($(1)))
 CHOICE := $(if $(call given,TORCH),--torch $(TORCH)) $(if $(filter-out 0,$(call given,SYSTEM)),--system) \
 	$(if $(filter-out file,$(origin PYTHON)),--this-python)
 
-.PHONY: setup demo test test-all test-tasks test-ray test-plugins lint docs bench sass gpu wheels clean FORCE
+.PHONY: setup demo test test-slow test-all test-tasks test-ray test-plugins lint docs bench sass gpu wheels clean FORCE
 
 setup: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; print("ready: Python", sys.version.split()[0] + ", torch", torch.__version__)'
@@ -34,12 +34,20 @@ $(INSTALLED): $(VENV)/.packages setup.py $(wildcard csrc/* csrc/*/*)
 demo: $(INSTALLED)
 	$(BIN)/zo-fused finetune
 
-# What is marked `slow` has a command of its own: planted faults, machine code, long matrices.
 test: $(INSTALLED)
 	$(BIN)/pytest -q -n auto --dist worksteal -m "not slow"
 
-test-all: test
-	$(BIN)/pytest -q -n auto --dist loadfile -m slow
+# What is marked `slow`: planted faults, machine code, long matrices, killed runs. All of it takes
+# half an hour on two cores; PART=kernels, or another of PARTS, is what CI does in turn.
+PARTS := kernels compiled steps runs
+kernels := tests/sweeps/test_parity.py tests/noise tests/directions tests/methods tests/project tests/bench
+compiled := tests/ptx tests/sweeps --deselect tests/sweeps/test_parity.py
+steps := tests/step tests/replaying tests/task tests/fuzzing tests/integrations
+runs := tests/command_line tests/hostile tests/hf tests/parallel
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -q -n auto --dist loadfile -m slow $(if $(PART),$($(PART)))
+
+test-all: test test-slow
 
 # What needs packages that `make setup` does not install: lm_eval, as some of its own have no
 # wheels, and trackio, which brings a web server.

@@ -26,7 +26,7 @@ if not GPU:
 
 from support.backends import ON_THE_CPU  # noqa: E402
 from support.methods import CASES, Case  # noqa: E402
-from support.thinning import left_out  # noqa: E402
+from support.thinning import for_later, left_out  # noqa: E402
 
 # A run started in the background inherits an ignored SIGINT, and the tests of Ctrl-C need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -47,6 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Methods meet the values of other parameters in turn (`support.thinning`), unless tests are
     given by name. The long rows of the parity suite are hours of work for Triton's interpreter. It
@@ -54,6 +55,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     seen: set[Any] = set()
     named = any("::" in argument for argument in config.args)
     later = [] if named else list(left_out(items))
+    for item in [] if named else for_later(items):
+        item.add_marker(pytest.mark.slow)
     for item in items if not GPU else []:
         called = getattr(item, "callspec", None)
         if called is not None and called.params.get("served") == "triton":

@@ -1,12 +1,17 @@
-"""A pytest plugin that plants one fault, named by ZO_FUSED_MUTANT, into the package under test.
+"""A pytest plugin that runs the collected tests once for every fault that it can plant.
 
-`test_mutants.py` runs the suite with each; a suite that stays green proves nothing.
+Every run is a fork, ends at the first test that fails, and writes that test's name, a line of JSON,
+to the file that ZO_FUSED_MUTANTS names. At last those tests run with a fault that changes nothing.
+`test_mutants.py` reads the lines: a suite that stays green proves nothing.
 """
 
 from __future__ import annotations
 
+import gc
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +44,10 @@ def mutate_sweeps(change: Callable[..., Any], names: tuple[str, ...] = SWEEPS) -
         patch.setattr(dispatch, "select", mutated)
 
     return plant
+
+
+def harmless(sweep, name, *args):  # type: ignore[no-untyped-def]
+    sweep(*args)
 
 
 def null_kernel(sweep, name, *args):  # type: ignore[no-untyped-def]
@@ -195,7 +204,56 @@ MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "all blocks move": all_blocks_move,
 }
 
-_patch = pytest.MonkeyPatch()
-if "ZO_FUSED_MUTANT" in os.environ:
-    assert operators.dense_  # the operators are registered before the fault is planted
-    MUTANTS[os.environ["ZO_FUSED_MUTANT"]](_patch)
+# The tests that must fail; the others see none of these.
+SUITES = {
+    "a script rounds once": "test_fused_replay.py",
+    "waiting sweeps lost": "test_fused_replay.py",
+    "one key for all queries": "test_queries.py",
+    "only the last query counts": "test_queries.py",
+    "all blocks move": "test_queries.py",
+}
+USUAL = ("test_ops.py", "test_optim.py", "test_noise.py")
+HARMLESS = "none"
+
+
+class Run:
+    """What the fork writes."""
+
+    def __init__(self, mutant: str) -> None:
+        self.mutant = mutant
+        self.failed: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and report.when == "call":  # not an error of the planting itself
+            self.failed.append(report.nodeid)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        line = json.dumps([self.mutant, session.testscollected, self.failed])
+        with Path(os.environ["ZO_FUSED_MUTANTS"]).open("a") as file:
+            file.write(line + "\n")
+
+
+def selected(items: list[pytest.Item], mutant: str, killers: list[str]) -> list[pytest.Item]:
+    if mutant == HARMLESS:
+        return [item for item in items if item.nodeid in killers]
+    suite = SUITES.get(mutant)
+    return [item for item in items if item.path.name in ((suite,) if suite else USUAL)]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> object:
+    assert operators.dense_  # the operators are registered before a fault is planted
+    found = Path(os.environ["ZO_FUSED_MUTANTS"])
+    gc.freeze()  # the forks share what was collected
+    for mutant, plant in {**MUTANTS, HARMLESS: mutate_sweeps(harmless)}.items():
+        if pid := os.fork():
+            os.waitpid(pid, 0)
+            continue
+        written = found.read_text().splitlines() if found.exists() else []
+        killers = [name for line in written for name in json.loads(line)[2]]
+        session.items[:] = selected(session.items, mutant, killers)
+        session.testscollected = len(session.items)
+        session.config.pluginmanager.register(Run(mutant))
+        plant(pytest.MonkeyPatch())
+        return None  # the usual loop goes on, in the fork
+    return True

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from support.methods import CASES
-from support.thinning import left_out
+from support.thinning import for_later, left_out
 
+ROOT = Path(__file__).parents[2]
 AXES = {"dtype": 3, "cut": 2, "call": 2}
 
 
@@ -24,7 +27,7 @@ def items(*names: str, without: tuple[int, ...] | None = None) -> list[Any]:
                 params = dict(zip(AXES, indices, strict=True)) | {"make": CASES[name]}
                 called = dict(zip(AXES, indices, strict=True)) | {"make": names.index(name)}
                 spec = SimpleNamespace(params=params, indices=called)
-                made.append(Item(function=test, callspec=spec))
+                made.append(Item(function=test, callspec=spec, originalname="test"))
     return made
 
 
@@ -61,6 +64,13 @@ def test_what_one_meets_does_not_depend_on_others() -> None:
     )
 
 
+def test_a_test_meets_a_third_of_the_variants_at_once_and_every_optimizer() -> None:
+    later = for_later(made := items(*CASES))
+    now = {item.callspec.params["make"].name for item in made if item not in later}
+    assert {case.optimizer for case in CASES.values()} == {CASES[name].optimizer for name in now}
+    assert 0.25 < len(now) / len(CASES) < 0.6  # a third of about 150, and the others
+
+
 def test_where_a_combination_is_missing_another_is_taken() -> None:
     (usual,) = kept(items("LOZO, deferred"))
     (other,) = kept(items("LOZO, deferred", without=tuple(usual[axis] for axis in AXES)))
@@ -72,3 +82,15 @@ def test_tests_without_a_method_stay() -> None:
     spec = SimpleNamespace(params={"dtype": 1}, indices={"dtype": 1})
     other = Item(function=test_tests_without_a_method_stay, callspec=spec)
     assert left_out([plain, other]) == set()
+
+
+def test_the_parts_of_the_slow_tests_are_all_of_them() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    (names,) = re.findall(r"^PARTS := (.*)$", makefile, re.MULTILINE)
+    lists = [re.findall(rf"^{name} := (.*)$", makefile, re.MULTILINE)[0] for name in names.split()]
+    folders = {f"tests/{path.parent.name}" for path in (ROOT / "tests").glob("*/test_*.py")}
+    named = [word for line in lists for word in line.split()]
+    assert folders == set(named) - {"--deselect", "tests/sweeps/test_parity.py"}
+    # that file is in a part of its own, and the rest of its folder in another
+    assert named.count("tests/sweeps/test_parity.py") == 2
+    assert names in (ROOT / ".ci" / "run").read_text()

@@ -15,13 +15,14 @@ from zo_fused.step import fingerprint
 
 OF_FOUR = [
     *("fsdp_over_tensor_parallel", "load_in_another_world", "copies_share_queries"),
-    *("logs_of_copies", "copies_that_cannot_share"),
+    *("logs_of_copies", "copies_that_cannot_share", "copies_equal_one_process"),
+    *("copies_are_saved_and_logged", "copies_that_differ"),
 ]
 OF_TWO = [name for name in sharding.CHECKS if name not in OF_FOUR]
 AGAIN = [
     *("weights_that_hold_their_index", "functions_take_dtensors", "fsdp_runs_equal_one_process"),
     *("runs_of_any_placement_equal_one_process", "fingerprints_of_any_placement"),
-    "logs_are_those_of_one_process",
+    *("logs_are_those_of_one_process", "factored_steps_in_place_where_nothing_is_gathered"),
 ]
 
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import functools
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import peft
 import pytest
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
@@ -23,6 +26,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from support import trainers
 from support.sharding import check_all_equal, check_equal, whole
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, default_data_collator
 from transformers.distributed import DistributedConfig
@@ -32,11 +36,17 @@ from zo_fused.hf.limits import check_trainer
 
 Check = Callable[[], None]
 CHECKS: dict[str, Check] = {}
+OF_FOUR: dict[str, Check] = {}
 SAVED = Path("saved")  # the tiny model
 
 
 def check(function: Check) -> Check:
     CHECKS[function.__name__] = function
+    return function
+
+
+def check_of_four(function: Check) -> Check:
+    OF_FOUR[function.__name__] = function
     return function
 
 
@@ -46,7 +56,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         trainers.model().save_pretrained(SAVED)
     dist.barrier()
-    for name, function in CHECKS.items():
+    for name, function in (CHECKS if dist.get_world_size() == 2 else OF_FOUR).items():
         try:
             function()
         except BaseException:
@@ -61,6 +71,7 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "mezo": lambda m: zo_fused.MeZO(m, lr=1e-3, eps=1e-2),
     "adam": lambda m: zo_fused.ZOAdam(m, lr=1e-3, eps=1e-2),
     "lozo": lambda m: zo_fused.LOZO(m, lr=1e-3, eps=1e-2, rank=2, interval=2, deferred=True),
+    "factored": lambda m: zo_fused.LOZO(m, lr=1e-3, eps=1e-2, rank=2, interval=3, mode="factored"),
 }
 
 
@@ -185,7 +196,12 @@ def by_accelerate(name: str, **options: Any) -> tuple[Accelerator, Any, Any]:
 def prepared_by_accelerate() -> None:
     """Which puts other parameters into the model and into the groups of the optimizer."""
     mesh = {"parallelism_config": ParallelismConfig(dp_shard_size=2)}
-    for name, options in {"mezo": {}, "adam": mesh, "lozo": {"efficient": True}}.items():
+    for name, options in {
+        "mezo": {},
+        "adam": mesh,
+        "lozo": {"efficient": True},
+        "factored": {},
+    }.items():
         _, model, optimizer = by_accelerate(name, **options)
         assert are_shards(model)
         train(model, optimizer.optimizer)
@@ -229,21 +245,35 @@ FSDP: dict[str, Any] = {
 }
 
 
-@check
-def a_trainer_with_fsdp2() -> None:
+@contextmanager
+def takes_gpus(*names: str) -> Iterator[None]:
+    """Trainers have accelerate take the CPUs for GPUs, if one of these arguments is given; with no
+    names: always."""
     usual = trainers.arguments
 
     @functools.wraps(usual)
     def arguments(*args: Any, **options: Any) -> Any:
+        for name in [name for name in os.environ if "FSDP" in name]:  # which others have set
+            del os.environ[name]
         made = usual(*args, **options)
         assert made.device.type == "cpu"  # set up
-        if options.get("fsdp"):
+        if not names or any(map(options.get, names)):
             gpus()
         return made
 
-    often = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 3}
     with patch.object(trainers, "arguments", arguments):
-        for zo in (("mezo", {"eps": 1e-2}), ("lozo", {"deferred": True, "interval": 2})):
+        yield
+
+
+@check
+def a_trainer_with_fsdp2() -> None:
+    often = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 3}
+    with takes_gpus("fsdp"):
+        for zo in (
+            ("mezo", {"eps": 1e-2}),
+            ("lozo", {"deferred": True, "interval": 2}),
+            ("lozo", {"mode": "factored", "interval": 4}),
+        ):
             options = {"weight_decay": 0.1, **often}
             made = check_trainers(zo, {**options, **FSDP}, options)
             again = trainers.trainer(Path("sharded"), zo, weight_decay=0.1, **FSDP)
@@ -257,3 +287,116 @@ def a_trainer_with_fsdp2() -> None:
         made.accelerator.state.fsdp_plugin.fsdp_version = 1
         with pytest.raises(ValueError, match="FSDP1"):
             check_trainer(made)
+
+
+# ---- batches that some processes share ----------------------------------------------------------
+
+
+def check_batches(model: Any, share: int, **options: Any) -> None:
+    """The run of a trainer is that of one process with the batches of all, but for the order in
+    which sums are rounded; and one process replays its log.
+
+    Args:
+        share: so many processes have the same batch.
+    """
+    with takes_gpus():
+        made = trainers.trainer(Path("sharded"), ("mezo", {"eps": 1e-2}), model=model, **options)
+        made.data_collator = trainers.Recording()
+        made.train()
+    assert are_shards(made.model)
+    check_log(made.model)
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, made.data_collator.batches)
+    seen = {tuple(batch["input_ids"].flatten().tolist()) for [batch, *_] in every}
+    assert len(seen) == len(every) // share
+    alone = trainers.model().train()
+    optimizer = zo_fused.MeZO(alone, lr=1e-3, eps=1e-2, seed=42, parallel=None)
+
+    def loss(step: int) -> Tensor:
+        batches = [of_one[step] for of_one in every]
+        counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+        losses = [alone(**batch).loss * count for batch, count in zip(batches, counts, strict=True)]
+        return sum(losses[1:], losses[0]) / sum(counts)
+
+    for step in range(6):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / 6)
+        optimizer.step(lambda step=step: loss(step))
+    check_near(made.model, alone, 6)
+
+
+def check_near(model: nn.Module, alone: nn.Module, steps: int) -> None:
+    """The loss, near 5, is off by 2^-21 or so, and in each step weights by that over eps times lr
+    and z."""
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        assert (whole(p.detach()) - q).abs().max() < steps * 2**-19 / 1e-2 * 1e-3 * 5
+
+
+@check
+def a_trainer_with_tensor_parallel() -> None:
+    """Both processes have the same batch, and each counts."""
+    check_batches(loaded(tp_size=2), share=2)
+
+
+@check_of_four
+def a_trainer_with_fsdp2_over_tensor_parallel() -> None:
+    check_batches(loaded(fsdp_size=2, tp_size=2), share=2)
+
+
+@check_of_four
+def a_trainer_with_copies_of_shards() -> None:
+    """HSDP."""
+    mesh = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
+    check_batches(trainers.model(), share=1, **FSDP, parallelism_config=mesh)
+
+
+# ---- adapters -----------------------------------------------------------------------------------
+
+
+def with_adapters(model: Any) -> Any:
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, config).eval()
+
+
+@check
+def adapters_of_a_sharded_model() -> None:
+    """Only they move; the weights below are shards, too."""
+    for name, make in METHODS.items():
+        alone, model = with_adapters(trainers.model()), with_adapters(trainers.model())
+        for layer in model.base_model.model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        for one in (alone, model):
+            train(one, make(one))
+        assert not trainers.equal(
+            trainers.weights(alone), trainers.weights(with_adapters(trainers.model()))
+        ), name
+        check_equal(model, alone)
+
+
+@check
+def adapters_of_a_trainer_with_fsdp2() -> None:
+    with takes_gpus("fsdp"):
+        zo, made = ("zo-adam", {"eps": 1e-2}), []
+        for folder, options in (("plain", {}), ("sharded", FSDP)):
+            model = with_adapters(trainers.model())
+            made.append(trainers.trainer(Path(folder), zo, model=model, **options))
+            made[-1].train()
+        assert are_shards(made[1].model)
+        check_equal(made[1].model, made[0].model)
+
+
+@check
+def adapters_of_a_tensor_parallel_model() -> None:
+    model, alone = with_adapters(loaded(tp_size=2)), with_adapters(trainers.model())
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            q.copy_(whole(p))
+    for one in (alone, model):
+        train(one, METHODS["mezo"](one))
+    check_near(model, alone, 4)

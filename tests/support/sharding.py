@@ -202,6 +202,7 @@ def partial_sums_are_refused(folder: Path) -> None:
 
 # ---- runs ---------------------------------------------------------------------------------------
 
+FACTORED: dict[str, Any] = {"lr": 1e-2, "eps": 1e-2, "rank": 2, "interval": 3, "mode": "factored"}
 METHODS: dict[str, Callable[[Any], Any]] = {
     "mezo": lambda m: zo_fused.MeZO(m, lr=1e-2, eps=1e-2, weight_decay=0.1),
     "mezo-queries": lambda m: zo_fused.MeZO(m, lr=1e-2, eps=1e-2, queries=2, one_sided=True),
@@ -225,6 +226,10 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "lozo-adam": lambda m: zo_fused.LOZO(
         m, lr=1e-2, eps=1e-2, rank=2, interval=3, moments="adam", deferred=True
     ),
+    "factored": lambda m: zo_fused.LOZO(m, weight_decay=0.1, queries=2, **FACTORED),
+    "factored-m": lambda m: zo_fused.LOZO(m, momentum=0.9, **FACTORED),
+    "subzero-factored": lambda m: zo_fused.SubZero(m, **FACTORED | {"rank": 48}),
+    "tezo-factored": lambda m: zo_fused.TeZO(m, one_sided=True, **FACTORED),
 }
 
 
@@ -248,13 +253,14 @@ def fsdp_runs_equal_one_process(folder: Path) -> None:
 
 @check
 def fsdp_in_bfloat16_with_stochastic_rounding(folder: Path) -> None:
-    def make(m: nn.Module) -> Any:
+    def mezo(m: nn.Module) -> Any:
         return zo_fused.MeZO(m, lr=1e-2, eps=1e-2, rounding="stochastic")
 
-    alone, model = net(torch.bfloat16), wrapped(net(torch.bfloat16))
-    train(alone, make, lambda: loss_of(alone), 4)
-    train(model, make, lambda: mean(loss_of(model)), 4)
-    check_equal(model, alone)
+    for make in (mezo, METHODS["factored"]):
+        alone, model = net(torch.bfloat16), wrapped(net(torch.bfloat16))
+        train(alone, make, lambda alone=alone: loss_of(alone), 4)
+        train(model, make, lambda model=model: mean(loss_of(model)), 4)
+        check_equal(model, alone)
 
 
 class Table(nn.Module):
@@ -354,6 +360,32 @@ def weights_gathered_between_steps(folder: Path) -> None:
 
 
 @check
+def fsdp_remembers_no_forward_passes(folder: Path) -> None:
+    """Until a backward pass it would: a list that grows, and a pass that was broken off."""
+    model = wrapped(net())
+    optimizer = METHODS["mezo"](model)
+
+    def remembered() -> tuple[int, bool]:
+        state = model._get_fsdp_state()  # type: ignore[operator]
+        passes = len(state._comm_ctx.post_forward_order)
+        return passes, state._state_ctx.iter_forward_root is not None
+
+    def broken_off(*_: Any) -> None:
+        raise ArithmeticError
+
+    for _ in range(3):
+        optimizer.step(lambda: loss_of(model))
+    assert remembered() == (2 * 3, False)  # of one step
+    hook = model.blocks[1].register_forward_pre_hook(broken_off)  # type: ignore[index,union-attr]
+    with pytest.raises(ArithmeticError):
+        optimizer.step(lambda: loss_of(model))
+    hook.remove()
+    assert remembered()[1]
+    optimizer.look()
+    assert remembered() == (0, False)
+
+
+@check
 def deferred_weights_are_at_theta_for_whoever_looks(folder: Path) -> None:
     looks: dict[str, Callable[[nn.Module], Any]] = {
         "forward": lambda m: loss_of(m),
@@ -376,6 +408,127 @@ def deferred_weights_are_at_theta_for_whoever_looks(folder: Path) -> None:
         if name == "forward":
             assert torch.equal(found, loss_of(alone))
         check_equal(model, alone)
+
+
+# ---- what is kept beside weights that FSDP2 gathers ---------------------------------------------
+
+
+class Uses(nn.Module):
+    """Of weights, beside those that layers make of theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+        self.tables: list[dict[str, Tensor]] = []  # what no module holds
+
+    def forward(self) -> Tensor:
+        x = self.net.embedding(TOKENS)
+        for block in self.net.blocks:
+            x = block(x)
+        x = F.linear(x, self.net.head.weight, self.net.head.bias) * self.net.embedding.weight.sum()
+        for table in self.tables:
+            x = x + whole(table["head.weight"]).sum()  # of a shard, this is no function of torch
+        return F.cross_entropy(x * self.net.scale, LABELS)
+
+
+def check_factored(alone: nn.Module, model: nn.Module, *losses: Callable[[], Any]) -> Any:
+    """The same matrices are perturbed in place; returns which."""
+    pair = [
+        train(m, METHODS["factored"], loss, 4)
+        for m, loss in zip((alone, model), losses, strict=True)
+    ]
+    one, other = (optimizer.param_groups[0]["in_place"] for optimizer in pair)
+    assert one == other
+    check_equal(model, alone)
+    return one
+
+
+@check
+def factored_steps_keep_all_matrices_beside(folder: Path) -> None:
+    alone, model = net(), wrapped(net(), reshard_after_forward=False)
+    with torch.no_grad():
+        loss_of(model)
+    losses = (lambda: loss_of(alone)), (lambda: mean(loss_of(model)))
+    assert check_factored(alone, model, *losses) == ()
+
+
+@check
+def factored_steps_see_other_uses_of_weights(folder: Path) -> None:
+    """The embedding has a use without a side path; the head none, unless the shard itself is
+    asked."""
+    for held in (False, True):
+        alone, model = Uses(), Uses()
+        for block in model.net.blocks:
+            fully_shard(block)
+        fully_shard(model)
+        for m in (alone, model) if held else ():
+            m.tables.append(dict(m.net.named_parameters()))
+        left_out = check_factored(alone, model, alone, model)
+        names = [name for name, _ in model.named_parameters()]
+        found = {names[i] for i in left_out}
+        assert found == {"net.embedding.weight"} | ({"net.head.weight"} if held else set())
+
+
+@check
+def factored_steps_with_tied_weights(folder: Path) -> None:
+    def tied() -> Net:
+        model = net()
+        model.head = nn.Linear(6, 11)
+        model.head.weight = model.embedding.weight
+        return model
+
+    alone, model = tied(), tied()
+    fully_shard([model.embedding, model.head])
+    model = wrapped(model)
+    losses = (lambda: loss_of(alone)), (lambda: mean(loss_of(model)))
+    assert check_factored(alone, model, *losses) == ()
+
+
+@check
+def factored_steps_that_are_broken_off(folder: Path) -> None:
+    """In the middle of a forward pass, at either sign."""
+    alone, model = net(), wrapped(net())
+    pair = [(m, METHODS["factored"](m)) for m in (alone, model)]
+    for step in range(6):
+        for m, optimizer in pair:
+            calls = iter(range(step, step + 4))
+
+            def fails(*_: Any, calls: Any = calls) -> None:
+                if next(calls) % 4 == 3:
+                    raise ArithmeticError
+
+            hook = m.blocks[1].register_forward_pre_hook(fails)  # type: ignore[index,union-attr]
+            with pytest.raises(ArithmeticError):
+                optimizer.step(lambda m=m: loss_of(m))
+            hook.remove()
+            optimizer.step(lambda m=m: loss_of(m))
+    with torch.no_grad():  # whoever looks finds theta
+        assert torch.equal(loss_of(model), loss_of(alone))
+    check_equal(model, alone)
+
+
+@check
+def factored_steps_in_place_where_nothing_is_gathered(folder: Path) -> None:
+    """Under tensor parallel all, over FSDP2 what it cuts; shards of FSDP2 that have columns cut."""
+    world = dist.get_world_size()
+
+    def nearest(m: nn.Module) -> Any:
+        return zo_fused.LOZO(m, rounding="nearest", **FACTORED)
+
+    by_columns = net()
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+    copies = None if world == 2 else mesh
+    columns = {(10, 6): Shard(1)}
+    fully_shard(by_columns, mesh=copies, shard_placement_fn=lambda p: columns.get(tuple(p.shape)))
+    both = tensor_parallel(net(), mesh["tp"])
+    for model in (by_columns, both if world == 2 else wrapped(both, mesh["dp"])):
+        alone, loss = net(), partial(loss_of, model)
+        optimizer = train(model, nearest, lambda loss=loss: mean(loss()), 4)
+        train(alone, nearest, lambda alone=alone: loss_of(alone), 4)
+        check_close(model, alone)
+        names = [name for name, _ in model.named_parameters()]
+        found = {names[i] for i in optimizer.param_groups[0]["in_place"]}
+        assert {"blocks.0.up.weight", "blocks.1.up.weight"} <= found
 
 
 # ---- tensor parallel ----------------------------------------------------------------------------
@@ -466,7 +619,7 @@ def save_with_dcp(folder: Path) -> None:
         dcp.save(state, checkpoint_id=folder / f"checkpoint-{name}")
 
 
-def load_with_dcp(folder: Path, name: str, model: nn.Module) -> Any:
+def load_with_dcp(folder: Path, name: str, model: nn.Module, saved: str = "checkpoint") -> Any:
     """The optimizer of that run, after three steps, and its model."""
     optimizer = METHODS[name](model)
     optimizer.param_groups[0]["lr"] = 1.0
@@ -474,7 +627,7 @@ def load_with_dcp(folder: Path, name: str, model: nn.Module) -> Any:
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer),
     }
-    dcp.load(state, checkpoint_id=folder / f"checkpoint-{name}")
+    dcp.load(state, checkpoint_id=folder / f"{saved}-{name}")
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     assert optimizer.param_groups[0]["lr"] == 1e-2
@@ -552,6 +705,55 @@ def copies_that_cannot_share(folder: Path) -> None:
         optimizer.step(lambda: loss_of(model))
 
 
+# ---- copies that have batches of their own (HSDP) -----------------------------------------------
+
+
+def copies() -> nn.Module:
+    """Two, each on two processes, by FSDP2 itself."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    return wrapped(net(), mesh)
+
+
+@check
+def copies_equal_one_process(folder: Path) -> None:
+    for make in METHODS.values():
+        alone, model = net(), copies()
+        train(alone, make, lambda alone=alone: loss_of(alone), 4)
+        train(model, make, lambda model=model: mean(loss_of(model)), 4)
+        check_equal(model, alone)
+
+
+@check
+def copies_are_saved_and_logged(folder: Path) -> None:
+    for name in SAVED:
+        alone, model, log = net(), copies(), folder / f"hsdp-{name}.jsonl"
+        optimizer = logged(model, METHODS[name], log, lambda m=model: loss_of(m), 3)
+        state = {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, optimizer),
+        }
+        dcp.save(state, checkpoint_id=folder / f"hsdp-checkpoint-{name}")
+        train(alone, METHODS[name], lambda m=alone: loss_of(m), 5)
+        for again in (copies(), wrapped(net())):  # also where there is one copy
+            optimizer = load_with_dcp(folder, name, again, "hsdp-checkpoint")
+            for _ in range(2):
+                optimizer.step(lambda m=again: loss_of(m))
+            check_equal(again, alone)
+        replayed = copies()
+        zo_fused.replay(replayed, log)
+        check_all_equal(replayed, model)
+
+
+@check
+def copies_that_differ(folder: Path) -> None:
+    model = copies()
+    with torch.no_grad():
+        if dist.get_rank() == 3:
+            local(model.head.weight)[:1] += 1e-3
+    with pytest.raises(RuntimeError, match="ranks have other weights: 1 of"):
+        zo_fused.MeZO(model).step(lambda: loss_of(model))
+
+
 # ---- logs ---------------------------------------------------------------------------------------
 
 
@@ -577,7 +779,7 @@ def logged(
 
 @check
 def logs_are_those_of_one_process(folder: Path) -> None:
-    for name in ("mezo-queries", "mezo-deferred", "adam", "blocks", "lozo-m"):
+    for name in ("mezo-queries", "mezo-deferred", "adam", "blocks", "lozo-m", "factored-m"):
         make, rank = METHODS[name], dist.get_rank()
         alone, model = net(), wrapped(net())
         mine, theirs = folder / f"{name}-{rank}.jsonl", folder / f"{name}.jsonl"
@@ -600,7 +802,7 @@ def logs_are_those_of_one_process(folder: Path) -> None:
 
 @check
 def runs_go_on_by_their_logs(folder: Path) -> None:
-    for name in ("momentum", "adam-deferred", "lozo-m"):
+    for name in ("momentum", "adam-deferred", "lozo-m", "factored-m"):
         make, log = METHODS[name], folder / f"goes-on-{name}.jsonl"
         model = wrapped(net())
         logged(model, make, log, lambda m=model: mean(loss_of(m)), 3)
@@ -647,7 +849,8 @@ def what_cannot_be_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="give the optimizer the whole module"):
         zo_fused.MeZO(model.named_parameters())
     refused: list[Callable[[Any], Any]] = [
-        lambda m: zo_fused.LOZO(m, mode="factored"),
+        lambda m: zo_fused.LOZO(m, mode="factored", paired=True),
+        lambda m: zo_fused.ZOMuon(m, mode="factored"),
         lambda m: zo_fused.MeZO(m, prior="guiding"),
         *(kind for kind in (zo_fused.SeeZO, zo_fused.HiZOO, zo_fused.ConMeZO, zo_fused.ZOMuon)),
         *(kind for kind in (zo_fused.SparseMeZO, zo_fused.LOREN)),

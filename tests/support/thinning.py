@@ -1,19 +1,21 @@
-"""Which combinations of a method and of a test's other parameters run.
+"""Which combinations of a method and of a test's other parameters run, and when.
 
 A test of every method that has parameters of its own (a dtype, a place to stop) would run their
 product with some 150 variants. Instead a method meets every value of each parameter, and a variant
 of it one, in turn: a value meets many variants, and what a variant meets never changes when a
-method is added.
+method is added. In `make test` a test meets a third of the variants, the others in `make test-all`.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Hashable, Iterable
+from types import SimpleNamespace
 
 import pytest
 from support.methods import METHODS, Case
 
+_NONE = SimpleNamespace(params={})  # of a test without parameters
 _FIRST = {row.optimizer: name for name, row in reversed(METHODS.items())}
 
 
@@ -33,13 +35,35 @@ def left_out(items: Iterable[pytest.Item]) -> set[pytest.Item]:
     return dropped
 
 
+def for_later(items: Iterable[pytest.Item]) -> set[pytest.Item]:
+    """Variants whose turn it is not."""
+    return {
+        item
+        for item in items
+        for value in getattr(item, "callspec", _NONE).params.values()
+        if isinstance(value, Case) and not _is_first(value) and _turn(item, value) % 3
+    }
+
+
+def _is_first(case: Case) -> bool:
+    return _FIRST[case.optimizer] == case.name
+
+
+def _turn(item: pytest.Item, case: Case) -> int:
+    return _crc(f"{case} {item.originalname}")  # type: ignore[attr-defined]
+
+
+def _crc(text: str) -> int:
+    return zlib.crc32(text.encode())
+
+
 def _taken(case: Case, alike: list[tuple[dict[str, int], pytest.Item]]) -> set[pytest.Item]:
     axes = {key: sorted({indices[key] for indices, _ in alike}) for key in alike[0][0]}
-    rounds = max(map(len, axes.values()), default=1) if _FIRST[case.optimizer] == case.name else 1
+    rounds = max(map(len, axes.values()), default=1) if _is_first(case) else 1
     taken = set()
     for number in range(rounds):
         wanted = {
-            key: values[(number + zlib.crc32(f"{case} {key}".encode())) % len(values)]
+            key: values[(number + _crc(f"{case} {key}")) % len(values)]
             for key, values in axes.items()
         }
         # Where a test has no such combination, the nearest one.

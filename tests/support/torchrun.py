@@ -10,10 +10,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def by_torchrun(script: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    """Two processes, with gloo on the CPU."""
+def by_torchrun(
+    script: str, directory: Path, processes: int = 2
+) -> subprocess.CompletedProcess[str]:
+    """With gloo on the CPU."""
     (directory / "script.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command.append(f"--nproc-per-node={processes}")
     environment = os.environ | {
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",

@@ -145,11 +145,10 @@ def test_dense_of_every_size(
 
 
 @long_in_triton
-@pytest.mark.parametrize("rounding", [False, True])
-def test_dense_at_every_offset(served: Served, rounding: bool) -> None:
-    for misalignment in range(10):
-        where = places((9, 100) * (len(OFFSETS) // 2), OFFSETS, (misalignment,))
-        check(served, dense(where, 1, rounding))
+@covering(misalignment=range(10), **ROUNDED)
+def test_dense_at_every_offset(served: Served, misalignment: int, rounding: bool) -> None:
+    where = places((9, 100) * (len(OFFSETS) // 2), OFFSETS, (misalignment,))
+    check(served, dense(where, 1, rounding))
 
 
 @long_in_triton

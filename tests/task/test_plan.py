@@ -50,10 +50,12 @@ def measured(model, method, settings, batch, length):
 def methods_of_models():
     """Every method with one model, and in turn with others: bf16, or experts."""
     others = itertools.cycle([("llama", torch.bfloat16), ("mixtral", torch.float32)])
-    for case in plan.cases():
-        yield pytest.param("opt", torch.float32, case, id=f"{case[0]}-opt")
+    slow = pytest.mark.slow
+    for number, case in enumerate(plan.cases()):
+        marks = slow if number % 3 else ()
+        yield pytest.param("opt", torch.float32, case, id=f"{case[0]}-opt", marks=marks)
         other, dtype = next(others)
-        yield pytest.param(other, dtype, case, id=f"{case[0]}-{other}", marks=pytest.mark.slow)
+        yield pytest.param(other, dtype, case, id=f"{case[0]}-{other}", marks=slow)
 
 
 @pytest.mark.parametrize(("kind", "dtype", "case"), list(methods_of_models()))

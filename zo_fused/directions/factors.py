@@ -64,6 +64,7 @@ class Factors:
     Attributes:
         shapes: of the coordinates of each parameter.
         u_shapes, v_shapes: of its U and V.
+        whole: whether they are of whole matrices, where a process has a shard.
         together: elements of U that are lifted at once, on the host and on a GPU.
     """
 
@@ -85,6 +86,7 @@ class Factors:
         self._fresh = fresh
         self._options = options
         self.form, self._basis, self._right = form, basis, right
+        self.whole = bucket.beside and bucket.rows is not None
         self._forgotten = 0
         sizes = [self._size(row, p) for row, p in enumerate(bucket.params)]
         self.u_shapes = [(m, rank) for m, _, rank in sizes]
@@ -97,9 +99,8 @@ class Factors:
         self._matrices = [i for i, p in enumerate(bucket.params) if p.dim() >= 2]
         self._vectors = [i for i, p in enumerate(bucket.params) if p.dim() < 2]
         self._intervals = [1 if fresh else group["interval"] for group in bucket.fixed]
-        vector = int64_tensor([int(p.dim() < 2) for p in bucket.params])
-        self._is_vector = on_device(vector, bucket.device)
-        self._group_of_matrix = bucket.group_index[on_device(vector == 0, bucket.device)]
+        vector = on_device(int64_tensor([int(p.dim() < 2) for p in bucket.params]), bucket.device)
+        self._is_vector, self._group_of_matrix = vector, bucket.group_index[vector == 0]
         elements = int64_tensor([rows * columns for rows, columns in self.shapes])
         # which parameter a coordinate belongs to
         owner = int64_tensor(range(len(elements))).repeat_interleave(elements)
@@ -115,9 +116,9 @@ class Factors:
         """m, n and the rank of a parameter, or of the part of it that is here."""
         if p.dim() < 2:
             return p.numel(), 1, 1
-        m, n = self.sides(p)
         rank: int = self._bucket.fixed[self._bucket.group_of[row]]["rank"]
         whole = self.sides(self._bucket.owner_of(row))
+        m, n = whole if self.whole else self.sides(p)
         return m, n, min(rank, *whole) if self.form.clipped else rank
 
     def _slot(self, number: int) -> StepFactors:
@@ -164,12 +165,12 @@ class Factors:
         return (seed, self._forgotten, *(step // interval for interval in self._intervals))
 
     def _draw(self, slot: StepFactors, seed: int, step: Step, query: int) -> None:
-        purposes = self.form.purpose, Purpose.DENSE
-        streams = [Stream(purpose, step, query=query) for purpose in purposes]
+        streams = [Stream(of, step, query=query) for of in (self.form.purpose, Purpose.DENSE)]
         keys = stream_keys(seed, streams, self._bucket.device)[self._is_vector]
-        along = "rows" if self.form.lift is None else "vectors"  # cores are of whole matrices
-        fill = self._bucket.fill(slot.parts, self._all, ("coordinates", slot.number), along)
-        fill(keys, **self._options)
+        # cores are of whole matrices
+        along = "whole" if self.whole else "rows" if self.form.lift is None else "vectors"
+        key = ("coordinates", slot.number)
+        self._bucket.fill(slot.parts, self._all, key, along)(keys, **self._options)
         if self._some is None:
             found = {i: self._rows(self._bucket.params[i]) for i in self._matrices}
             self._some = {i: rows for i, rows in found.items() if rows is not None}
@@ -185,7 +186,7 @@ class Factors:
         if slot.qs and other.windows == windows:
             torch._foreach_copy_(slot.qs + vs, other.qs + [other.vs[i] for i in self._matrices])
             return
-        if slot.qs and self._bucket.rows is not None:
+        if slot.qs and self._bucket.rows is not None and not self.whole:
             for i, q in zip(self._matrices, slot.qs, strict=True):
                 interval = self._intervals[self._bucket.group_of[i]]
                 two = (Stream(of, step, interval) for of in (Purpose.LEFT, self.form.right))
@@ -210,7 +211,7 @@ class Factors:
 
     def make_basis(self, row: int, seed: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Q and V of the matrix in a row of the bucket, from normals of their shapes."""
-        return self._basis(self._bucket.params[row], left, right)
+        return self._basis(self._bucket.owner_of(row), left, right)
 
     def shape_window(self, vs: list[Tensor]) -> None:
         """Change the V of the matrices, which were drawn for a window, in place."""
@@ -229,9 +230,8 @@ class Factors:
     ) -> None:
         streams = [Stream(purpose, step, interval, query) for interval in self._intervals]
         keys = stream_keys(seed, streams, self._bucket.device)[self._group_of_matrix]
-        along = "columns" if purpose is self.form.right else "rows"
-        fill = self._bucket.fill(outs, self._matrices, (purpose, number), along)
-        fill(keys, **self._options)
+        along = "whole" if self.whole else "columns" if purpose is self.form.right else "rows"
+        self._bucket.fill(outs, self._matrices, (purpose, number), along)(keys, **self._options)
 
     def add(self, number: int, coeffs: Vector, factor: Tensor, first: bool) -> Flat:
         """``sum += coeff * factor``, from zero at first, in buffer 0 or 1: the sum and its parts.

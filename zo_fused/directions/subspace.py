@@ -46,3 +46,6 @@ class Subspace(LowRank):
 
 class BesideSubspace(Factored, Subspace):
     """`Subspace` with cores that are kept beside the weights."""
+
+    def not_sharded(self) -> str:
+        return super().not_sharded()

@@ -20,7 +20,8 @@ def gathered(
 ) -> list[Flat]:
     """What the state has for the parameters of a bucket under some names, float32, in one tensor
     each, and its parts, which the state then holds: zero at first, and for a matrix that was frozen
-    over a window's end. Of a DTensor that was cut along its rows, the state is one, too.
+    over a window's end. Of a DTensor that was cut along its rows, the state is one, too, but for
+    factors of whole matrices (mode "factored"): all processes have the same.
 
     Args:
         window: under this name the state has the number of the window that a matrix is in.
@@ -39,7 +40,7 @@ def gathered(
             state[p].pop("step", None)  # the count of steps that a state is of
         for name, (_, parts) in zip(names, made, strict=True):
             part = empty if row is None else parts[row]
-            if is_sharded(p):
+            if is_sharded(p) and not factors.whole:
                 if factors.form.lift is not None:
                     raise NotImplementedError(
                         "what is kept in the coordinates of a basis is no part of a sharded "

@@ -162,13 +162,14 @@ class Bucket:
 
         Args:
             along: of shards: "rows", whether a tensor has a row for each row of its matrix, or
-                "columns", for each column; "vectors": vectors have, and matrices are none.
+                "columns", for each column; "vectors": vectors have, and matrices are none;
+                "whole": a tensor is of the whole parameter.
         """
         return self.once(("normal_", key), lambda: self._filling(outs, rows, along))
 
     def _filling(self, outs: list[Tensor], rows: list[int], along: str) -> Callable[..., None]:
-        if self.rows is None:
-            return self._prepare("normal_", [outs], self.ids[rows], self.offsets[rows])
+        if self.rows is None or along == "whole":
+            return self._prepare("normal_", [outs], self.ids[rows], int64_tensor([0] * len(rows)))
         parts, number, firsts = self.rows.of_matrices(outs, rows, along)
         sweep = self._prepare("normal_", [parts], self.ids[rows][number], int64_tensor(firsts))
         return lambda keys, **options: sweep(keys[number], **options)
@@ -202,7 +203,7 @@ class Bucket:
         self.in_use = sorted(set(self.group_of))
         self.params, offsets = self.owners, [0] * len(self.owners)
         if any(map(is_sharded, self.owners)):
-            self.rows = Rows(self.owners, labels, matrices)
+            self.rows = Rows(self.owners, labels, matrices, every=self.beside)
             self.params, offsets = self.rows.params, self.rows.offsets
             self.group_of = [self.group_of[i] for i in self.rows.row]
             self.id_list = [self.id_list[i] for i in self.rows.row]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -31,15 +32,18 @@ class Rows:
         params: DTensors, or others, which are whole here.
         labels: what to call them.
         matrices: whether a sweep sees a shard as a matrix; else it is swept run by run.
+        every: whether empty shards have a row, too.
 
     Attributes:
-        params: these tensors. Of an empty shard there is none.
+        params: these tensors.
         row: of each, the position of its parameter.
         offsets: of each, the index of its first element in the full parameter.
         places: of each, where it lies, if they are matrices.
     """
 
-    def __init__(self, params: Sequence[Tensor], labels: Sequence[str], matrices: bool) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], labels: Sequence[str], matrices: bool, every: bool
+    ) -> None:
         parts = [local(p).detach() if is_sharded(p) else p for p in params]
         places = [
             shard_of(p, label) if is_sharded(p) else whole_of(p)
@@ -54,10 +58,11 @@ class Rows:
         self._cut = Cut(parts, places)
         self.places: list[Shard] = []
         if matrices:
-            self.row = [i for i, p in enumerate(parts) if p.numel()]
+            self.row = [i for i, p in enumerate(parts) if every or p.numel()]
             self.params = [parts[i] for i in self.row]
             self.places = [places[i] for i in self.row]
-            self.offsets = [places[i].runs(parts[i].shape)[0].start for i in self.row]
+            runs = [places[i].runs(parts[i].shape) for i in self.row]
+            self.offsets = [some[0].start if some else 0 for some in runs]
         else:
             self.row, self.params = self._cut.row, self._cut.tensors
             self.offsets = self._cut.starts or []
@@ -73,17 +78,31 @@ class Rows:
         Raises:
             NotImplementedError: a matrix was cut along its columns.
         """
-        for p, place in zip(self.params, self.places, strict=True):
-            if len(place.runs(p.shape)) > 1:
-                raise NotImplementedError(
-                    f"a parameter of shape {place.global_shape} is cut along its columns, which "
-                    'low-rank updates with rounding="stochastic" can\'t be: rounding="nearest"'
-                )
+        for row in self.cut_along_columns():
+            raise NotImplementedError(
+                f"a parameter of shape {self.places[row].global_shape} is cut along its columns, "
+                'which low-rank updates with rounding="stochastic" can\'t be: rounding="nearest"'
+            )
+
+    def cut_along_columns(self) -> list[int]:
+        """Rows with matrices of which a process has a part of each line."""
+        pairs = enumerate(zip(self.params, self.places, strict=True))
+        return [row for row, (p, place) in pairs if len(place.runs(p.shape)) > 1]
 
     def sides(self, row: int) -> tuple[list[Run], list[Run]]:
         """The rows and the columns of a matrix that are here, among those of the whole one."""
         place, shape = self.places[row], self.params[row].shape
         return place.rows(shape), place.columns(shape)
+
+    def parts_of(self, factors: Sequence[Tensor], along: str) -> list[Tensor]:
+        """Of factors of whole matrices, a row each, what belongs to the rows or the columns that
+        are here. They were cut in one place each."""
+        found = []
+        for row, factor in enumerate(factors):
+            runs = self.sides(row)[along == "columns"]
+            first, count = (runs[0].start, runs[0].length) if runs else (0, 0)
+            found.append(factor[first : first + count])
+        return found
 
     def of_matrices(
         self, factors: Sequence[Tensor], rows: Sequence[int], along: str
@@ -187,6 +206,12 @@ def check_told(params: Sequence[Tensor], groups: Groups | None) -> None:
         )
 
 
+def wrapped_by_fsdp(module: nn.Module) -> list[Any]:
+    """Its modules that `fully_shard` has wrapped, from the outside in."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    return [part for part in module.modules() if isinstance(part, kind)]
+
+
 class Resharding:
     """Keeps FSDP2 from computing with weights of before a sweep.
 
@@ -199,15 +224,25 @@ class Resharding:
     """
 
     def __init__(self, module: nn.Module | None) -> None:
-        fsdp = sys.modules.get("torch.distributed.fsdp")
-        kind = getattr(fsdp, "FSDPModule", ())
-        modules = () if module is None else module.modules()
-        self._wrapped: list[Any] = [part for part in modules if isinstance(part, kind)]
+        self._wrapped = [] if module is None else wrapped_by_fsdp(module)
+        inner = {id(m) for part in self._wrapped for m in part.modules() if m is not part}
+        self._roots = [part for part in self._wrapped if id(part) not in inner]
+        self._ran: list[Any] = []  # roots of which forward passes have begun
         self._hooks: list[Any] = []
 
     def close(self) -> None:
         """Free gathered weights, now and after every forward pass from here on. To be called when
-        no forward pass is under way."""
+        no forward pass is under way.
+
+        What FSDP2 remembers of forward passes goes, too. It waits for a backward pass: of each one
+        the list would grow, and after one that an error broke off the next one's copies (on a GPU,
+        in streams of their own) would not wait for what a sweep writes.
+        """
+        ran, self._ran = self._ran, []
+        for module in ran:
+            if hasattr(module, "reset_iter_state"):  # from PyTorch 2.13 on
+                with suppress(RuntimeError):  # the root of the forward passes is another one
+                    module.reset_iter_state()
         for module in self._wrapped:
             module.reshard()
             module.set_reshard_after_forward(True, recurse=False)
@@ -222,4 +257,8 @@ class Resharding:
             if (method := asked()) is not None:
                 method()
 
-        self._hooks = [m.register_forward_pre_hook(hook_of, prepend=True) for m in self._wrapped]
+        def began(module: nn.Module, _: Any) -> None:
+            self._ran = [*(m for m in self._ran if m is not module), module]
+
+        self._hooks = [m.register_forward_pre_hook(began) for m in self._roots]
+        self._hooks += [m.register_forward_pre_hook(hook_of, prepend=True) for m in self._wrapped]

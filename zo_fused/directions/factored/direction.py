@@ -148,10 +148,9 @@ class Factored(LowRank, Beside):
         self._reset()
 
     def not_sharded(self) -> str:
-        return (
-            'mode="factored" keeps a part of weights beside parameters, and the forward passes of '
-            'FSDP2 have others: mode="inplace"'
-        )
+        if self.paired:
+            return "both signs in one forward pass need it whole: paired=False"
+        return super().not_sharded()
 
     def _beside(self, bucket: Bucket) -> Kept:
         return bucket.once("beside", lambda: Kept(bucket, self.factors(bucket)))
@@ -178,7 +177,10 @@ class Factored(LowRank, Beside):
         assert kept.step is not None
         key = ("settle", kept.step.number)
         _, us = self.factors(bucket).lifted((kept.x, kept.xs), kept.step)
-        sweep = bucket.prepared("lowrank_", *self.turned(bucket, us, kept.step.vs), key=key)
+        us, vs = self.turned(bucket, us, kept.step.vs)
+        if bucket.rows is not None:
+            us, vs = bucket.rows.parts_of(us, "rows"), bucket.rows.parts_of(vs, "columns")
+        sweep = bucket.prepared("lowrank_", us, vs, key=key)
         sweep(torch.ones_like(kept.scale), kept.scale, rounding)
         kept.clear()
         return True
@@ -189,7 +191,14 @@ class Factored(LowRank, Beside):
         if self.module is None:
             return []
         paths = self._side_paths(buckets)
-        return [(paths.params[i], reason) for i, reason in paths.left_out.items()]
+        reasons = dict(paths.left_out)
+        first = 0
+        for bucket in buckets:
+            if bucket.beside and bucket.rows is not None:
+                for row in bucket.rows.cut_along_columns():
+                    reasons.setdefault(first + row, "is cut along its columns")
+            first += len(bucket.params) if bucket.beside else 0
+        return [(paths.params[i], reason) for i, reason in reasons.items()]
 
     def attach(self, buckets: Sequence[Bucket]) -> None:
         if buckets is self._attached_to:  # from one sign to the other
@@ -247,7 +256,7 @@ class Factored(LowRank, Beside):
             params, vs, bs, scales = [], [], [], []
             for bucket in beside:
                 kept = self._beside(bucket)
-                params += bucket.params
+                params += [bucket.owner_of(row) for row in range(len(bucket.params))]
                 left, right = self.turned(bucket, kept.bs.parts, kept.vs.parts)
                 vs += right
                 bs += left

@@ -6,6 +6,7 @@ parameters. This reaches every use through `module`, tied weights and functional
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from zo_fused.directions.factored.gathered import Beside, Gathered
 from zo_fused.directions.factored.pairs import run_pair
 from zo_fused.directions.factored.side_weight import SideWeight, function_name
 from zo_fused.directions.factored.stand_ins import Places
 from zo_fused.step.direction import UsedOtherwise
 from zo_fused.step.guard import METADATA
+from zo_fused.sweeps.shards import is_sharded
 
 
 class SidePaths:
@@ -51,11 +54,18 @@ class SidePaths:
         self._module = module
         self._places = Places(module)
         self._weights: dict[int, SideWeight] = {}
+        shards = [p for p in params if is_sharded(p)]
+        self._gathered = Gathered(module, self._places, shards)
+        self._shards: dict[int, Beside] = {}  # by the id of a parameter
         for i, (p, v, b, scale) in enumerate(zip(params, vs, bs, scales, strict=True)):
             if p.dim() != 2:
                 self.left_out[i] = f"has {p.dim()} dimensions"
             elif p not in self._places:
                 self.left_out[i] = "is held by no submodule"
+            elif id(p) in self._gathered.left_out:
+                self.left_out[i] = self._gathered.left_out[id(p)]
+            elif is_sharded(p):
+                self._shards[id(p)] = Beside(p, b, v, scale)
             else:
                 self._weights[i] = SideWeight.make(p, b, v, scale)
 
@@ -70,7 +80,8 @@ class SidePaths:
         Raises:
             UsedOtherwise: (in the block) a weight is used in a way that has no side path.
         """
-        with self._places.holding(self._stand_ins()):
+        gathered = self._gathered.attached(self._shards)
+        with self._places.holding(self._stand_ins()), gathered:
             yield
 
     @contextmanager
@@ -85,8 +96,10 @@ class SidePaths:
         Raises:
             UsedOtherwise: (in the block) a weight itself goes into a function.
         """
-        watch = _Watch([self.params[i] for i in self._weights])
-        with torch.compiler.set_stance("force_eager"), watch:
+        whole = [self.params[i] for i in self._weights]
+        shards = [beside.param for beside in self._shards.values()]
+        watch = _Watch([*whole, *shards], self._gathered.raw)
+        with torch.compiler.set_stance("force_eager"), self._gathered.watching(), watch:
             yield
 
     def both(
@@ -140,8 +153,8 @@ class SidePaths:
 class _Watch(TorchFunctionMode):
     """Raises where a parameter itself, not its stand-in, goes into a function."""
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        self._params = {id(p): p for p in params}
+    def __init__(self, params: Sequence[Tensor], gathered: dict[int, Tensor]) -> None:
+        self._params = ChainMap({id(p): p for p in params}, gathered)  # which fills in a pass
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -23,7 +23,7 @@ class SideWeight(Tensor):
 
     Attributes:
         param: the parameter it stands for.
-        raw: the parameter, or W^T if this is the transpose.
+        raw: W itself, or W^T if this is the transpose.
         b: B (m, r) in the dtype of W, or [2, m, r] batched over the sign while both signs run.
         v: V (n, r), likewise.
         scale: tensor [], or None for 1.
@@ -40,12 +40,19 @@ class SideWeight(Tensor):
     paired: bool
 
     @staticmethod
-    def make(param: Tensor, b: Tensor, v: Tensor, scale: Tensor | None) -> SideWeight:
-        """The stand-in of a parameter (m, n), with its transpose."""
+    def make(
+        raw: Tensor, b: Tensor, v: Tensor, scale: Tensor | None, param: Tensor | None = None
+    ) -> SideWeight:
+        """The stand-in of a parameter (m, n), with its transpose.
+
+        Args:
+            param: the parameter, where W is what was gathered of it.
+        """
+        param = raw if param is None else param
         # (scale W + B V^T)^T = scale W^T + V B^T: the transpose is a side weight with B and V
         # exchanged. It has no transpose of its own, which would make a cycle of references.
-        transposed = _stand_in(param, param.detach().t(), v, b, scale, None)
-        return _stand_in(param, param, b, v, scale, transposed)
+        transposed = _stand_in(param, raw.detach().t(), v, b, scale, None)
+        return _stand_in(param, raw, b, v, scale, transposed)
 
     def set_b(self, b: Tensor, paired: bool) -> None:
         """Another tensor for B, here and in the transpose."""

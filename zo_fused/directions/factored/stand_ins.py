@@ -24,6 +24,10 @@ class Places:
     def __contains__(self, param: Tensor) -> bool:
         return id(param) in self._of
 
+    def of(self, param: Tensor) -> list[tuple[nn.Module, str, str]]:
+        """The modules that hold it, their paths, and its names there."""
+        return self._of.get(id(param), [])
+
     def names(self, param: Tensor) -> list[str]:
         """Such as ``["lm_head.weight", "model.embed_tokens.weight"]``."""
         return [f"{path}.{key}" if path else key for _, path, key in self._of.get(id(param), [])]
