@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what editors and type checkers see
     from zo_fused import noise as noise
-    from zo_fused.integrations import ray as ray
+    from zo_fused import ray as ray
     from zo_fused.methods.adam import ZOAdam as ZOAdam
     from zo_fused.methods.conmezo import ConMeZO as ConMeZO
     from zo_fused.methods.conservative import ZOConservative as ZOConservative
@@ -67,12 +67,12 @@ _HOME = {
     "set_backend": "zo_fused.sweeps.dispatch",
     "update_": "zo_fused.sweeps.functions",
 }
-_MODULES = {"noise": "zo_fused.noise", "ray": "zo_fused.integrations.ray"}
+_MODULES = ("noise", "ray")
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(_MODULES[name])
+        return importlib.import_module(f"zo_fused.{name}")
     if name == "__all__":
         return ["__version__", *_HOME, *_MODULES, *_methods()]
     if name in _HOME:

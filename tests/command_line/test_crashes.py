@@ -45,11 +45,20 @@ def test_killed_five_times_in_a_row_with_every_method(
     base: Path, data: Path, tmp_path: Path
 ) -> None:
     dtypes = ("float16", "bfloat16", "float32")
-    names = [name for name in recipes() if name != "qzo"]  # which needs a quantized model
+    names = [name for name in recipes() if name != "qzo"]  # which needs torchao
     runs = [
         run(base, data, f"--method {name} --dtype {dtypes[i % 3]}") for i, name in enumerate(names)
     ]
     assert wrong_of("chains", tmp_path, runs, count=1) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_killed_five_times_in_a_row_with_quantized_weights(
+    base: Path, data: Path, tmp_path: Path, dtype: str
+) -> None:
+    pytest.importorskip("torchao")
+    words = f"--method qzo --quantize int8 --dtype {dtype} --lr 1e-7 --eps 3e-5"
+    assert wrong_of("chains", tmp_path, [run(base, data, words)], count=3) == []
 
 
 def test_the_disk_is_full_from_an_event_on(base: Path, data: Path, tmp_path: Path) -> None:

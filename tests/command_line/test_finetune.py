@@ -308,6 +308,23 @@ def test_a_comparison(comparison, tmp_path, monkeypatch, capsys):
     assert "no run came to its end" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_a_comparison_ends_its_runs(comparison, monkeypatch, capsys, number):
+    children = []
+
+    def start(*_):
+        child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+        children.append(child)
+        os.kill(os.getpid(), number)
+        return child
+
+    monkeypatch.setattr(runs, "_start", start)
+    assert main(comparison("--methods", "lozo,mezo", "--seeds", "1")) == 128 + number
+    assert [child.returncode for child in children] == [-number]
+    assert "; go on with `zo-fused compare --model" in capsys.readouterr().err
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
 def test_ctrl_c_in_a_comparison(comparison, monkeypatch, capsys):
     calls = []
 

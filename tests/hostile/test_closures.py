@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,3 +160,44 @@ def test_what_is_frozen_in_the_closure_is_frozen_from_the_next_step_on(method: s
     opt.flush()
     assert torch.equal(net[0].weight.flatten(), then[: net[0].weight.numel()])
     assert not torch.equal(in_memory(net), now)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda net: zo_fused.MeZO(net),
+        lambda net: zo_fused.LOZO(net, rank=2, deferred=True),
+        lambda net: zo_fused.LOZO(net, rank=2, mode="factored"),
+        lambda net: zo_fused.ZOAdam(net, queries=2),
+    ],
+)
+def test_writes_that_a_log_lacks_are_noticed(
+    make: Callable[[nn.Module], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = network()
+    opt, loss = make(net), partial(loss_of, net)
+
+    def write() -> Tensor:
+        with torch.no_grad():
+            net[0].bias.add_(0.1)
+        return loss()
+
+    opt.step(loss)
+    write()  # without a log nobody is misled
+    opt.step(loss)
+    opt.flush()
+    opt = make(net)
+    opt.start_log(tmp_path / "log")
+    for _ in range(2):
+        opt.step(loss)
+        net.state_dict()
+        with opt.unperturbed():
+            loss()
+    assert not caplog.messages
+    write()
+    opt.step(loss)
+    assert [text for text in caplog.messages if "while their replay log is open" in text]
+    caplog.clear()
+    opt.step(write)
+    opt.step(write)
+    assert [text[:31] for text in caplog.messages] == ["the closure writes to parameter"[:31]]

@@ -67,7 +67,11 @@ def test_damaged_states(method: str, amount: int) -> None:
     ("change", "message"),
     [
         (lambda state: state.pop("state"), "no state of an optimizer"),
+        (lambda state: state.pop("param_groups"), "no state of an optimizer"),
         (lambda state: state["param_groups"].append([]), "has no list of params"),
+        (lambda state: state["param_groups"][0].pop("eps"), "group 0 has no eps"),
+        (lambda state: state["param_groups"][0].pop("seed"), "seed of the state"),
+        (lambda state: state["state"][1].pop("exp_avg"), "1 has exp_avg_sq and no exp_avg"),
         (lambda state: state["param_groups"][0]["params"].__setitem__(1, 0), "each once"),
         (lambda state: state["param_groups"][0]["param_names"].pop(), "a name for each"),
         (lambda state: state["state"].update({0: 3}), "state of parameter 0 is no dictionary"),
@@ -85,3 +89,47 @@ def test_what_is_wrong_is_said(change: Callable[[Any], object], message: str) ->
     with pytest.raises(ValueError, match=message):
         opt.load_state_dict(state)
     opt.step(loss_of(net))
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda net: zo_fused.SeeZO(net, rank=2), "basis_step"),
+        (lambda net: zo_fused.SparseMeZO(net), "mask_window"),
+        (lambda net: zo_fused.ConMeZO(net), "rms"),
+        (lambda net: zo_fused.ZOAdam(net, history=2), "step"),
+        (lambda net: zo_fused.SubZero(net, rank=2, moments="adam"), "core_exp_avg_sq"),
+        (lambda net: zo_fused.ZOMuon(net, rank=2, sign="power", momentum=0.9), "right_vectors"),
+    ],
+)
+def test_what_a_parameter_lacks_is_named(make: Callable[[nn.Module], Any], name: str) -> None:
+    net = network()
+    opt = make(net)
+    for _ in range(2):
+        opt.step(loss_of(net))
+    state = copy.deepcopy(opt.state_dict())
+    del next(values for values in state["state"].values() if name in values)[name]
+    before = repr(opt.state_dict())
+    with pytest.raises(ValueError, match=f"and no {name}"):
+        opt.load_state_dict(state)
+    assert repr(opt.state_dict()) == before
+
+
+def test_a_state_of_a_hybrid_is_loaded_whole_or_not_at_all() -> None:
+    net = network()
+    layers = list(net.children())
+    first = zo_fused.ZOAdam(layers[0].parameters())
+    opt = zo_fused.Hybrid(first, torch.optim.Adam(layers[-1].parameters()))
+    opt.step(loss_of(net))
+    saved, before = copy.deepcopy(opt.state_dict()), repr(opt.state_dict())
+    for part in ("zo", "fo"):
+        for damaged in (
+            {name: state for name, state in saved.items() if name != part},
+            {**saved, part: {**saved[part], "param_groups": []}},
+        ):
+            damaged = copy.deepcopy(damaged)
+            if "fo" in damaged and damaged["fo"]["param_groups"]:
+                damaged["fo"]["param_groups"][0]["lr"] = 0.5
+            with pytest.raises(ValueError, match=f"'{part}'|different number of parameter groups"):
+                opt.load_state_dict(damaged)
+            assert repr(opt.state_dict()) == before

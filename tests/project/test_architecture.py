@@ -24,6 +24,7 @@ FOLDERS = (
     "zo_fused.replaying",
     "zo_fused.hf",
     "zo_fused.integrations",
+    "zo_fused.ray",
     "zo_fused.task",
     "zo_fused.cli",
 )

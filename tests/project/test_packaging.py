@@ -61,6 +61,9 @@ def test_every_public_name_loads() -> None:
     for name in zo_fused.__all__:
         assert getattr(zo_fused, name) is not None
     assert set(zo_fused.__all__) <= set(dir(zo_fused))
+    from zo_fused.ray import Driver  # a module, as it looks
+
+    assert zo_fused.ray.Driver is Driver
     with pytest.raises(AttributeError, match="no attribute 'SGD'"):
         _ = zo_fused.SGD
 

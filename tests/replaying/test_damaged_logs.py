@@ -212,6 +212,16 @@ EDITS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no parameters": (of_header(parameters=[]), "parameters must not be empty"),
     "parameters": (of_header(parameters=[["a", [1], "float32", 1]]), "the group of a parameter"),
     "queries": (of_header(options={"queries": 10**9}), r"queries must .* \[0, 1048576\)"),
+    "population": (
+        of_header(options={"population": 10**9}),
+        "line 1: not a header .population must",
+    ),
+    "history": (
+        of_header(options={"history": 10**12}),
+        "line 1: not a header .history must",
+    ),
+    "rank": (of_group(rank=10**6), "line 1: not a header .rank 1000000 is that of no matrix"),
+    "many values": (text_of_line("[" + "{}," * 2**23 + "{}]"), "line 2: longer than any record"),
     "brackets": (text_of_line("[" * 100_000), "line 2: not JSON"),
     "encoding": (lambda log: with_bytes(log, b"\xff"), "line 4: not JSON"),
     "number of digits": (text_of_line(f"[{'1' * 9999},1]"), "line 2: not JSON"),
@@ -228,6 +238,13 @@ def test_edited_logs_are_refused_and_weights_stay(log: Path, name: str) -> None:
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 300 + len(str(log))
     assert same(base, network())
+
+
+def test_a_log_that_would_be_refused_is_not_begun(tmp_path: Path) -> None:
+    opt = zo_fused.LOZO(network(), rank=2000)
+    with pytest.raises(ValueError, match="have no replay log: rank 2000 is that of no"):
+        opt.start_log(tmp_path / "log.jsonl")
+    assert not list(tmp_path.iterdir())
 
 
 # ---- checksums ----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("needs lm_eval: `make test-tasks` installs it", allow_module_level=True)
@@ -18,6 +19,7 @@ from safetensors.torch import load_file  # noqa: E402
 from support import tiny_models  # noqa: E402
 from support.tiny_models import roberta_tokenizer  # noqa: E402
 
+from zo_fused.cli.config import PRESETS, presets  # noqa: E402
 from zo_fused.cli.defaults import EMBEDDED_MODEL  # noqa: E402
 from zo_fused.cli.main import main  # noqa: E402
 from zo_fused.task.encoding import Encoder  # noqa: E402
@@ -454,14 +456,37 @@ def test_a_run_is_resumed_with_the_same_examples(tmp_path, monkeypatch, capsys):
     assert all(torch.equal(tuned[name], resumed[name]) for name in tuned)
 
 
-def test_a_run_of_a_masked_model(tmp_path, capsys):
-    base = tmp_path / "base"
+@pytest.fixture(scope="module")
+def masked_model(tmp_path_factory):
+    """A folder with a tiny RoBERTa."""
+    base = tmp_path_factory.mktemp("roberta")
     tokenizer = roberta_tokenizer()
     tokenizer.save_pretrained(base)
     size = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     config = tiny_models.config("roberta", **size)
-    random = tiny_models.random_model(transformers.AutoModelForMaskedLM, config)
-    random.save_pretrained(base)
+    tiny_models.random_model(transformers.AutoModelForMaskedLM, config).save_pretrained(base)
+    return base
+
+
+@pytest.mark.parametrize("name", presets())
+@pytest.mark.filterwarnings("ignore")
+def test_a_preset_runs(name, masked_model, tmp_path):
+    """With small models, two steps and few examples, and what it says of the rest."""
+    said = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
+    base = masked_model if "roberta" in name else EMBEDDED_MODEL
+    words = arguments(said["task"], tmp_path / "out", f"--model={base}", f"--preset={name}")
+    words += ["--k=1"] if "k" in said else ["--train-examples=1", "--dev-examples=1"]
+    assert main(words) == 0
+    settings = json.loads((tmp_path / "out" / "summary.json").read_text())["settings"]
+    compared = said.keys() & {"method", "lr", "eps", "rank", "interval", "loss", "peft", "dtype"}
+    assert {"method", "lr", "eps"} <= compared
+    for option in compared:
+        wanted = float(said[option]) if option in ("lr", "eps") else said[option]
+        assert settings[option] == wanted, option
+
+
+def test_a_run_of_a_masked_model(masked_model, tmp_path, capsys):
+    base = masked_model
     masked = arguments("mezo_roberta_sst2", tmp_path / "out", f"--model={base}", "--method=mezo")
     assert main(masked) == 0
     assert main([*masked[:2], "mezo_sst2", *masked[3:], "--overwrite"]) == 2

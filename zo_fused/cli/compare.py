@@ -189,7 +189,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     try:
         failures = run_all(runs)
     except Interrupted as stop:
-        raise Interrupted(f"{stop}; go on with `{shlex.join(['zo-fused', *argv])}`") from None
+        again = shlex.join(["zo-fused", *argv])
+        raise Interrupted(f"{stop}; go on with `{again}`", stop.number) from None
     for failure in failures:
         print(f"zo-fused: {failure}", file=sys.stderr)
     print(report(runs, args.output, forwards))

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from zo_fused.step.interrupts import uninterrupted
 from zo_fused.task.errors import Interrupted, optional
+from zo_fused.task.signals import Signals
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def run_all(runs: Sequence[Run], parallel: int = 1, threads: int | None = None) 
         A sentence for every run that failed.
 
     Raises:
-        Interrupted: Ctrl-C; runs that were under way have their steps in their logs.
+        Interrupted: Ctrl-C, SIGTERM or SIGUSR1. Runs that were under way got it, too, and have
+            ended; their steps are in their logs.
     """
     waiting = [run for run in runs if not run.finished]
     tqdm = optional("tqdm").tqdm
@@ -53,12 +56,15 @@ def run_all(runs: Sequence[Run], parallel: int = 1, threads: int | None = None) 
     environment = dict(os.environ) | ({"OMP_NUM_THREADS": f"{threads}"} if threads else {})
     running: dict[subprocess.Popen[bytes], Run] = {}
     failures = []
-    try:
-        with bar:
+    with bar, Signals() as signals:
+        signals.in_step = True  # those that can wait do so until they are asked for
+        try:
             while waiting or running:
+                signals.check()
                 while waiting and len(running) < parallel:
                     run = waiting.pop(0)
-                    running[_start(run, environment)] = run
+                    with uninterrupted():  # a process that is not in the table would go on alone
+                        running[_start(run, environment)] = run
                     bar.set_postfix_str(", ".join(f"{r.method} {r.seed}" for r in running.values()))
                 for process in [p for p in running if p.poll() is not None]:
                     run = running.pop(process)
@@ -66,12 +72,14 @@ def run_all(runs: Sequence[Run], parallel: int = 1, threads: int | None = None) 
                     if process.returncode != 0:
                         failures.append(_failure(run))
                 time.sleep(0.05)
-    except KeyboardInterrupt:
-        for process in running:
-            process.send_signal(signal.SIGINT)
-        for process in running:
-            process.wait()
-        raise Interrupted("finished runs are kept, and the steps of the others") from None
+        except KeyboardInterrupt as stop:
+            number = getattr(stop, "number", signal.SIGINT)
+            for process in running:
+                process.send_signal(number)
+            for process in running:
+                process.wait()
+            why = "finished runs are kept, and the steps of the others"
+            raise Interrupted(why, number) from None
     return failures
 
 

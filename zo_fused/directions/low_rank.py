@@ -31,6 +31,7 @@ class LowRank(Direction):
 
     fixed: tuple[str, ...] = ("rank", "interval")
     matrices = True
+    together = ("basis", "basis_step")
 
     def __init__(
         self,

@@ -56,6 +56,7 @@ class Masked(Shaped):
     """
 
     fixed = ("interval",)
+    together = ("mask", "mask_window")
 
     def __init__(self, distribution: str, share: float, mask: str) -> None:
         super().__init__(distribution)

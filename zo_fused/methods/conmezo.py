@@ -31,6 +31,8 @@ class Cone(Dense):
     State per parameter: ``momentum``: m, of its shape; ``rms``: of m, float64 [].
     """
 
+    together = ("momentum", "rms")
+
     def __init__(self, theta: float, state_dtype: str, distribution: str) -> None:
         super().__init__(distribution)
         self.theta = theta

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from typing import Any
@@ -180,9 +180,21 @@ class Hybrid:
 
     @torch.inference_mode(False)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave."""
-        self.zo.load_state_dict(state_dict["zo"])
+        """Load what `state_dict` gave, both parts or none.
+
+        Raises:
+            ValueError: a part is missing, or one of them refuses its own.
+        """
+        for name in ("zo", "fo"):
+            if not isinstance(state_dict, Mapping) or name not in state_dict:
+                raise ValueError(f"this is no state of a Hybrid: it has no {name!r}")
+        before = self.fo.state_dict()
         self.fo.load_state_dict(state_dict["fo"])
+        try:
+            self.zo.load_state_dict(state_dict["zo"])
+        except BaseException:
+            self.fo.load_state_dict(before)
+            raise
 
     @property
     def projected_grad(self) -> Tensor | None:

@@ -17,7 +17,7 @@ from zo_fused.methods.beside import evaluated_module, rounding_of
 from zo_fused.methods.table import Recipe, method
 from zo_fused.parallel.options import Option
 from zo_fused.rules.sgd import SGD
-from zo_fused.step.optimizer_state import in_order
+from zo_fused.step.optimizer_state import check_form, in_order
 
 INTERVAL = 50
 
@@ -172,6 +172,7 @@ class SeeZO(SeesActivations):
         Raises:
             ValueError: the state is of a run in which other rows moved.
         """
+        check_form(state_dict)
         groups = in_order(state_dict["param_groups"], self.param_groups)
         saved = [state_dict["state"].get(i, {}) for group in groups for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]

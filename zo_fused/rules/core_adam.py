@@ -29,6 +29,7 @@ class CoreAdam(Rule):
     """
 
     takes: tuple[type[Direction], ...] = (LowRank,)
+    together = ("core_exp_avg", "core_exp_avg_sq", "step")
     not_capturable = "whether the moments begin again is for the host to say"
 
     def not_sharded(self) -> str:

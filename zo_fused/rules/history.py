@@ -27,6 +27,7 @@ class AdamOfHistory(Rule):
 
     takes = (Dense,)
     draws = True
+    together = ("projected_grads", "step")
     not_capturable = "how many steps there are to look back on, is for the host to say"
 
     def __init__(self, history: int) -> None:

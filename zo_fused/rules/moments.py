@@ -125,6 +125,7 @@ class Adam(Rule):
 
     takes = (Dense,)
     draws = True
+    together = ("exp_avg", "exp_avg_sq", "step")
 
     def __init__(self, state_dtype: str) -> None:
         self.state_dtype = state_dtype

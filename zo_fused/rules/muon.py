@@ -45,7 +45,7 @@ class Muon(FactorMomentum):
         self.momentum = momentum
         self.sign = sign
         if sign == "power":
-            self.names = (*self.names, "right_vectors")
+            self.names = self.together = (*self.names, "right_vectors")
 
     def averages(self, update: Update, factors: Factors, state: dict[Any, Any]) -> Flat:
         if self.momentum:

@@ -15,6 +15,7 @@ from zo_fused.step.estimates import Estimate
 from zo_fused.step.evaluation import Closure, Loss
 from zo_fused.step.guard import DISPLACED, Guard
 from zo_fused.step.interrupts import uninterrupted
+from zo_fused.step.report import Report
 from zo_fused.step.weights import Weights
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -38,13 +39,20 @@ class Access:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, weights: Weights, capture: Capture, guard: Guard
+        self,
+        optimizer: torch.optim.Optimizer,
+        weights: Weights,
+        capture: Capture,
+        guard: Guard,
+        report: Report,
     ) -> None:
         self.pending: Callable[[], Estimate] | None = None
         self._optimizer = optimizer
         self._weights = weights
         self._capture = capture
         self._guard = guard
+        self._report = report
+        self._left: tuple[int, int] | None = None  # versions of the parameters, as they were left
         self._busy = threading.Lock()
         self._held: uninterrupted | None = None  # Ctrl-C, by who has the optimizer
 
@@ -65,9 +73,11 @@ class Access:
             self._held = held
             try:
                 self._capture.ask()
+                self._watch_log()
                 yield
             finally:
                 self._weights.tell_autograd()
+                self._left = self._weights.parameters.versions()
                 if self._resting():
                     self._guard.set()
                 else:
@@ -75,6 +85,15 @@ class Access:
                 if self._resting() or not self._weights.place.at:
                     DISPLACED.leave(self._optimizer)
                 self._busy.release()
+
+    def _watch_log(self) -> None:
+        """A replay log has what the optimizer did."""
+        known = self._left is None or self._left == self._weights.parameters.versions()
+        if self._weights.log.is_open and not known:
+            self._report.warn(
+                "something else than the optimizer has written to parameters while their replay "
+                "log is open: the log doesn't have it, so a replay ends in other weights"
+            )
 
     @contextmanager
     def going_away(self) -> Iterator[None]:

@@ -23,8 +23,8 @@ from zo_fused.step.direction import Direction
 from zo_fused.step.evaluation import Evaluation
 from zo_fused.step.groups import COUNTERS, Groups, described
 from zo_fused.step.guard import Guard
-from zo_fused.step.hyper import check_group, hyper
-from zo_fused.step.optimizer_state import check_form, check_saved, in_order
+from zo_fused.step.hyper import check_group, hyper, names_of
+from zo_fused.step.optimizer_state import check_complete, check_form, check_saved, in_order
 from zo_fused.step.parameters import Chooses, Parameters
 from zo_fused.step.report import Report
 from zo_fused.step.rule import Rule
@@ -121,9 +121,9 @@ class Base(Chooses, torch.optim.Optimizer):
         parameters = Parameters(self._groups, by_block, module, guard, self.moves)
         self.weights = Weights(self._groups, direction, schedule, parameters)
         self._capture = Capture(self.weights)
-        self._access = Access(self, self.weights, self._capture, guard)
-        self._timer = Timer(parameters)
         self._report = Report(self.why_skipped)
+        self._access = Access(self, self.weights, self._capture, guard, self._report)
+        self._timer = Timer(parameters)
         self._evaluation = Evaluation(self.weights, self._timer, self._report, parallel)
         self.ranks = self._evaluation.ranks
 
@@ -260,6 +260,8 @@ class Base(Chooses, torch.optim.Optimizer):
         kind = _kind(self, self.rule, self.direction, self._options)
         for group in state_dict["param_groups"]:
             check_saved(group, **kind)
+        together = (self.rule.together, self.direction.together)
+        check_complete(state_dict, names_of(self.defaults), together)
         loaded: dict[str, Any] = {}
         # Registered last, so it sees what the user's own hooks made of the state.
         hook = self.register_load_state_dict_pre_hook(lambda _, state: loaded.update(state))

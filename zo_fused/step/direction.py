@@ -50,6 +50,7 @@ class Direction:
         fixed: names of the hyper-parameters that z depends on (`Bucket.fixed` has their values).
         begins_with_probe: whether every step takes its first loss along its first probe, whose z
             does not depend on what is learnt: a deferred sweep then goes there.
+        together: as of a `Rule`.
         state: the optimizer's, by parameter. What a direction learns and can't make anew from the
             seed and the step belongs there: `state_dict` then saves it.
     """
@@ -57,6 +58,7 @@ class Direction:
     fixed: tuple[str, ...] = ()
     begins_with_probe = False
     matrices = False
+    together: tuple[str, ...] = ()
     state: dict[Any, Any]
 
     def __init__(self, distribution: str = "gaussian") -> None:

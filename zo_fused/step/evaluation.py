@@ -158,13 +158,20 @@ class Evaluation:
     def loss(self, closure: Closure) -> Any:
         """The loss where the weights are."""
         self._weights.beside.attach(self._weights.buckets)  # a part of theta may be kept there
+        before = self._weights.parameters.versions()
         with self._timer("forward"), self._weights.beside.watching():
             try:
-                return self.scalar(closure())
+                loss = self.scalar(closure())
             except RuntimeError as error:
                 if "does not require grad and does not have a grad_fn" in str(error):
                     error.add_note(_NO_BACKWARD)
                 raise
+        if self._weights.parameters.versions() != before:
+            self._report.warn(
+                "the closure writes to parameters, where they are perturbed: what it has written "
+                "stays, less the perturbation, and no replay log has it"
+            )
+        return loss
 
     def given(self, losses: Loss | Sequence[Loss]) -> list[Any]:
         """The losses that a user gives, one a query.

@@ -17,6 +17,8 @@ One header, then one record an event (as lines of a file: `zo_fused.step.log_rec
 from __future__ import annotations
 
 import base64
+import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -46,8 +48,10 @@ _UNSIGNED = {"seed": 64, "first_step": 63}  # bits
 _NUMBERS = {"lr", "eps", "weight_decay", "momentum", "dampening", "adam_eps"}  # none below 0
 _PAIRS = {"betas"}
 _WHOLE = {"block", "rank", "interval"}
-# No run has so many directions a step: a damaged header must not fill the memory.
+# No run has so many directions, or so high a rank: a damaged header must not fill the memory.
 _MOST_QUERIES = 1 << 20
+_COUNTS = {"queries", "population", "history", "probes", "pool"}
+_RANK = 1024  # or that of the largest matrix
 _FLOAT32_INFINITY = float((2**24 - 0.5) * 2.0**104)  # from here on a number rounds to it
 
 
@@ -121,10 +125,13 @@ class _Reader:
         _must(self._groups > 0, "groups must not be empty")
         self._owners = [self._owner(row) for row in header["parameters"]]
         _must(bool(self._owners), "parameters must not be empty")
+        self._most_rank = max(_RANK, *(_full_rank(row[1]) for row in header["parameters"]))
         options = header["options"]
         for name, value in options.items():
             for one in value if isinstance(value, list) else [value]:
                 _scalar(one, name)
+            if name in _COUNTS and value is not None:
+                _whole(value, name, _MOST_QUERIES)
         self._queries = _whole(options.get("queries", 1), "queries", _MOST_QUERIES)
         self._simultaneous = options.get("block_order") == "simultaneous"
         self.settings = self._changed({name: header[name] for name in SETTINGS}, {})
@@ -173,6 +180,8 @@ class _Reader:
                 _must(len(value) == self._groups, count)
                 for group in value:
                     _check_group(group, settings["groups"][0] if settings else {})
+                    rank = group.get("rank", 1)
+                    _must(rank <= self._most_rank, f"rank {rank} is that of no matrix of the run")
             elif name == "bases":
                 self._check_bases(value)
             else:
@@ -262,6 +271,11 @@ def _check_group(group: Any, example: dict[str, Any]) -> None:
             _scalar(value, name)
 
 
+def _full_rank(shape: list[int]) -> int:
+    """Of a parameter that is seen as a matrix."""
+    return min(shape[0], math.prod(shape[1:])) if len(shape) > 1 else 1
+
+
 def _scalar(value: Any, what: str) -> None:
     if not isinstance(value, str | bool | None):
         _number(value, what)
@@ -276,6 +290,18 @@ def _check_format(path: Path, header: Any, contract: int) -> None:
                 f"{path} was written with {name} {_short(header.get(name))}; "
                 f"this zo_fused reads {name} {known}"
             )
+
+
+def check_header(header: dict[str, Any]) -> None:
+    """A log that would be refused must not be begun.
+
+    Raises:
+        ValueError: its header is none.
+    """
+    try:
+        _Reader(json.loads(json.dumps(header)))
+    except ValueError as error:
+        raise ValueError(f"this run can have no replay log: {error}") from None
 
 
 class Line(NamedTuple):

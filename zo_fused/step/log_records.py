@@ -19,6 +19,7 @@ FORMAT = "zo_fused replay log"
 VERSION = 2
 # A record has every basis of a direction at most; a file that is none must not fill the memory.
 _LONGEST = 1 << 28  # bytes
+_MOST_VALUES = 1 << 24  # in a record: in memory a small one has tens of bytes
 _LINE = re.compile(rb'\[(.*),"([0-9a-f]{8})"\]\n', re.DOTALL)
 # Logs up to 0.1.0.dev0 had the record alone in a line.
 _FIRST_VERSION = re.compile(rb'\{"format": ?"zo_fused replay log", ?"version": ?1,')
@@ -62,7 +63,7 @@ def records(path: Path) -> Iterator[Record]:
     with open(path, "rb") as file:
         for number in range(1, 1 << 62):
             line = file.readline(_LONGEST + 1)
-            if len(line) > _LONGEST:
+            if len(line) > _LONGEST or (len(line) > _MOST_VALUES and _values(line) > _MOST_VALUES):
                 raise ValueError(f"{path}, line {number}: longer than any record")
             if not line.endswith(b"\n"):
                 return
@@ -84,6 +85,11 @@ def records(path: Path) -> Iterator[Record]:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
             yield Record(number, value, checksum, end)
+
+
+def _values(line: bytes) -> int:
+    """Not fewer than these are in a record."""
+    return sum(map(line.count, (b",", b"[", b"{")))
 
 
 def _no_log(path: Path, line: bytes) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from zo_fused.step.log_lines import SETTINGS, Settings, is_seen, read_lines
+from zo_fused.step.log_lines import SETTINGS, Settings, check_header, is_seen, read_lines
 from zo_fused.step.log_records import FORMAT, VERSION, line_of
 
 SYNC_SECONDS = 10.0
@@ -41,7 +41,12 @@ class Writer:
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> Writer:
-        """Start a new log, replacing a file of that name."""
+        """Start a new log, replacing a file of that name.
+
+        Raises:
+            ValueError: readers would refuse it.
+        """
+        check_header(header)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -82,6 +82,30 @@ def check_saved(group: Group, method: str, options: str) -> None:
         raise ValueError(
             f"the state was saved with {group['options']}, this optimizer has {options}"
         )
+
+
+def check_complete(state: Any, hyper: Sequence[str], together: Sequence[Sequence[str]]) -> None:
+    """A state of the right kind must lack nothing.
+
+    Args:
+        hyper: the hyper-parameters of its groups.
+        together: names of what a parameter has all of, or nothing.
+
+    Raises:
+        ValueError: it does; says what.
+    """
+    for number, group in enumerate(state["param_groups"]):
+        for name in hyper:
+            if name not in group and name != "block":  # earlier versions have no blocks
+                raise ValueError(f"the state's group {number} has no {name}")
+        for index in group["params"]:
+            values = state["state"].get(index, {})
+            for names in together:
+                has = [name for name in names if name in values]
+                if missing := [name for name in names if has and name not in values]:
+                    raise ValueError(
+                        f"the state of parameter {index} has {has[0]} and no {missing[0]}"
+                    )
 
 
 def in_order(saved: list[Group], groups: list[Group]) -> list[Group]:

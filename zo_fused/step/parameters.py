@@ -28,6 +28,8 @@ from zo_fused.sweeps.shards import locals_of
 
 logger = logging.getLogger("zo_fused")
 
+_VERSION = operator.attrgetter("_version")
+
 
 class Chooses:
     """What an optimizer tunes. A method may choose otherwise."""
@@ -242,6 +244,12 @@ class Parameters:
         """A graph that was built over the weights before must not be differentiated now."""
         torch.autograd.graph.increment_version(self._versioned)
         torch.clear_autocast_cache()  # of an outer autocast: it has cast weights of before
+
+    def versions(self) -> tuple[int, int]:
+        """Other ones, when anything but sweeps has written to a parameter by operations of torch
+        (what goes through ``p.data`` torch doesn't count), or others are tuned."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return id(self._versioned), sum(map(_VERSION, self._versioned))  # in a loop of C
 
     def _now(self, direction: Direction) -> tuple[Any, ...]:
         """What buckets are made from."""

@@ -114,12 +114,14 @@ class Rule:
         takes: the kinds of directions that it knows the z of.
         draws: whether it makes sweeps of its own with that z, instead of the direction's `sweep`.
         sweeps_alone: whether all it does to weights are sweeps: a replay makes many at a time.
+        together: names in the state of a parameter that mean something together alone.
         not_capturable: why a step can't be captured in a CUDA graph; empty if it can.
     """
 
     takes: tuple[type[Direction], ...] = (Direction,)
     draws: bool = False
     sweeps_alone: bool = True
+    together: tuple[str, ...] = ()
     not_capturable: str = ""
 
     def not_sharded(self) -> str:

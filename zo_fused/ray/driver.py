@@ -1,4 +1,4 @@
-"""Evolution strategies on a Ray cluster: ``zo_fused.ray`` (docs/scaling.md)."""
+"""The driver of a Ray cluster: it takes the steps that actors follow."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from zo_fused.integrations.ray_actor import Actor, Make
 from zo_fused.methods.es import ES
+from zo_fused.ray.actor import Actor, Make
 from zo_fused.step.fingerprint import fingerprint
 
 

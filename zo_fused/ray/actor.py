@@ -1,4 +1,4 @@
-"""An actor of a Ray cluster (`zo_fused.integrations.ray`). Nothing of Ray is imported."""
+"""An actor of a Ray cluster (`zo_fused.ray.driver`). Nothing of Ray is imported."""
 
 from __future__ import annotations
 
