@@ -135,19 +135,6 @@ def test_a_state_that_was_taken_away(change: Callable[[Any], None]) -> None:
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)  # theta, but for rounding
 
 
-def test_two_optimizers_over_the_same_memory() -> None:
-    """By parameters of their own."""
-    (model, optimizer), twin = begun("mezo"), net()
-    for p, q in zip(twin.parameters(), model.parameters(), strict=True):
-        p.data = q.data
-    other = METHODS["adam"](twin)
-    optimizer.perturb(1.0)
-    with pytest.raises(RuntimeError, match="a MeZO has perturbed parameters of this ZOAdam"):
-        other.step(lambda: loss_of(twin))
-    optimizer.flush()
-    other.step(lambda: loss_of(twin))
-
-
 def test_an_interval_of_zero() -> None:
     model, optimizer = begun("p-gap")
     for group in optimizer.param_groups:

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from zo_fused.recording import capturing
-from zo_fused.sweeps.shards import locals_of
 
 
 class _Guarded:
@@ -182,10 +181,8 @@ class _Displaced:
 
 
 def _tuned(optimizer: Any) -> set[int]:
-    """Where the memory of its parameters begins: another parameter may have the same."""
-    params = [p for group in optimizer.param_groups for p in group["params"] if optimizer.moves(p)]
-    parts = zip(params, locals_of(params), strict=True)
-    return {part.data_ptr() if part.numel() else id(p) for p, part in parts}
+    groups = optimizer.param_groups
+    return {id(p) for group in groups for p in group["params"] if optimizer.moves(p)}
 
 
 DISPLACED = _Displaced()
