@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -278,3 +279,17 @@ def test_the_option_is_no_business_of_logs_and_copies_keep_it(tmp_path: Path) ->
     assert "check_every" not in str(opt.state_dict())
     opt.close_log()
     assert copy.deepcopy((model, opt))[1].ranks.option == zo_fused.Parallel(check_every=7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [7, 40, 5000])  # with and without rows of a thousand words
+def test_a_checksum_sees_numbers_that_changed_places(dtype: torch.dtype, count: int) -> None:
+    numbers, rng = torch.randn(count).to(dtype), random.Random(count)
+    found = int(checksum(numbers))
+    for _ in range(100):
+        i, j = rng.sample(range(count), 2)
+        other = numbers.clone()
+        other[[i, j]] = numbers[[j, i]]
+        assert torch.equal(other, numbers) or int(checksum(other)) != found
+    for other in (numbers.flip(0), numbers.roll(1), numbers.roll(4)):
+        assert int(checksum(other)) != found
