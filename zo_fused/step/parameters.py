@@ -186,11 +186,13 @@ class Parameters:
                 )
         if self._module is None:
             return
-        held = {plain_name(n): p for n, p in self._module.named_parameters(remove_duplicate=False)}
+        held: dict[str, list[Tensor]] = {}  # wrapped parts may share a name: said by the buckets
+        for name, p in self._module.named_parameters(remove_duplicate=False):
+            held.setdefault(plain_name(name), []).append(p)
         for group in self._groups.all:
             names = group.get("param_names") or ()
             for name, p in zip(names, group["params"] if names else (), strict=True):
-                if held.get(plain_name(name), p) is not p:
+                if not any(p is of_it for of_it in held.get(plain_name(name), [p])):
                     raise ValueError(
                         f"the param groups have another parameter {name!r} than the module: params "
                         "and param_names were changed, or one without the other; make the optimizer"
