@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Methods meet the values of other parameters in turn (`support.thinning`), unless tests are
     given by name. The long rows of the parity suite are hours of work for Triton's interpreter. It
-    gets the first of each test, besides the covering pairs of `make test`; a GPU gets all."""
+    gets the first of each test, besides the covering pairs, every other one of them in `make test`;
+    a GPU gets all."""
     seen: set[Any] = set()
+    pairs: Counter[Any] = Counter()
     named = any("::" in argument for argument in config.args)
     later = [] if named else list(left_out(items))
     for item in [] if named else for_later(items):
@@ -60,9 +63,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items if not GPU else []:
         called = getattr(item, "callspec", None)
         if called is not None and called.params.get("served") == "triton":
+            function = item.function  # type: ignore[attr-defined]
             if item.get_closest_marker("slow") is None:
+                pairs[function] += 1
+                if pairs[function] % 2 == 0 and not named:
+                    item.add_marker(pytest.mark.slow)
                 continue
-            if (function := item.function) in seen:  # type: ignore[attr-defined]
+            if function in seen:
                 later.append(item)
             seen.add(function)
     if later:

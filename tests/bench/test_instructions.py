@@ -43,6 +43,7 @@ def test_cycles_are_those_of_the_chain() -> None:
 
 # By g++ 12 they take 14.9, 4.8 and 4.9, 1.8.
 @traceable
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("isa", "sweep", "limit"),
     [

@@ -31,10 +31,10 @@ compiler = pytest.mark.skipif(
 triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
 CASES = [
     *(pytest.param("MeZO" if dense else "LOZO", make, id=f"{name}-{'MeZO' if dense else 'LOZO'}",
-                   marks=[compiler] if name == "compiled" else [])
+                   marks=[compiler, pytest.mark.slow] if name == "compiled" else [])
       for dense in (True, False)
       for name, make in {"published": lambda published: published, **RIVALS}.items()),
-    pytest.param("MeZO", tl_randn, id="tl.randn", marks=triton),
+    pytest.param("MeZO", tl_randn, id="tl.randn", marks=[triton, pytest.mark.slow]),
 ]  # fmt: skip
 every_rival = pytest.mark.parametrize(("method", "make"), CASES)
 Make = Callable[[MeZO], MeZO]

@@ -30,9 +30,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "method", ["mezo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lozo", "adamw"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mezo", "lozo", "adamw"])
 def test_the_example_runs(
     method: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
