@@ -77,7 +77,8 @@ class Access:
                 yield
             finally:
                 self._weights.tell_autograd()
-                self._left = self._weights.parameters.versions()
+                is_open = self._weights.log.is_open
+                self._left = self._weights.parameters.versions() if is_open else None
                 if self._resting():
                     self._guard.set()
                 else:
@@ -88,8 +89,8 @@ class Access:
 
     def _watch_log(self) -> None:
         """A replay log has what the optimizer did."""
-        known = self._left is None or self._left == self._weights.parameters.versions()
-        if self._weights.log.is_open and not known:
+        is_open = self._weights.log.is_open
+        if is_open and self._left not in (None, self._weights.parameters.versions()):
             self._report.warn(
                 "something else than the optimizer has written to parameters while their replay "
                 "log is open: the log doesn't have it, so a replay ends in other weights"

@@ -158,7 +158,7 @@ class Evaluation:
     def loss(self, closure: Closure) -> Any:
         """The loss where the weights are."""
         self._weights.beside.attach(self._weights.buckets)  # a part of theta may be kept there
-        before = self._weights.parameters.versions()
+        before = self._weights.parameters.last_versions()
         with self._timer("forward"), self._weights.beside.watching():
             try:
                 loss = self.scalar(closure())

@@ -90,6 +90,7 @@ class Parameters:
         self.checks: list[Callable[[], None]] = []
         self._signature: tuple[Any, ...] | None = None
         self._versioned: list[Tensor] = []  # those whose changes autograd can be told
+        self._seen: tuple[int, int] | None = None  # their versions, since autograd was told
         self._module = module
         self._of: tuple[type[Chooses], tuple[HasReason, ...]] = (Chooses, ())  # who checked last
         self._places = _places(module)
@@ -244,6 +245,7 @@ class Parameters:
 
     def tell_autograd(self) -> None:
         """A graph that was built over the weights before must not be differentiated now."""
+        self._seen = None
         torch.autograd.graph.increment_version(self._versioned)
         torch.clear_autocast_cache()  # of an outer autocast: it has cast weights of before
 
@@ -251,7 +253,12 @@ class Parameters:
         """Other ones, when anything but sweeps has written to a parameter by operations of torch
         (what goes through ``p.data`` torch doesn't count), or others are tuned."""
         with torch._C.DisableTorchFunctionSubclass():
-            return id(self._versioned), sum(map(_VERSION, self._versioned))  # in a loop of C
+            self._seen = id(self._versioned), sum(map(_VERSION, self._versioned))  # a loop of C
+        return self._seen
+
+    def last_versions(self) -> tuple[int, int]:
+        """`versions`, as they were when last asked for since autograd was told."""
+        return self._seen or self.versions()
 
     def _now(self, direction: Direction) -> tuple[Any, ...]:
         """What buckets are made from."""
@@ -272,6 +279,7 @@ class Parameters:
         parts = locals_of(owners)
         shards = [part for p, part in zip(owners, parts, strict=True) if part is not p]
         self._versioned = [p for p in owners + shards if not p.is_inference()]
+        self._seen = None
         swept = {part.data_ptr() for part in parts if part.numel()}
         everyone = self._groups.params()
         held = zip(everyone, locals_of(everyone), strict=True)
