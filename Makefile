@@ -42,7 +42,7 @@ test: $(INSTALLED)
 PARTS := kernels compiled steps runs
 kernels := tests/sweeps/test_parity.py tests/noise tests/directions tests/methods tests/project tests/bench
 compiled := tests/ptx tests/sweeps --deselect tests/sweeps/test_parity.py
-steps := tests/step tests/replaying tests/task tests/fuzzing tests/integrations
+steps := --dist worksteal tests/step tests/replaying tests/task tests/fuzzing tests/integrations
 runs := tests/command_line tests/hostile tests/hf tests/parallel
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -q -n auto --dist loadfile -m slow $(if $(PART),$($(PART)))
