@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.backends import slow_in_triton
 from support.equality import same_bits
 from torch import Tensor
 
@@ -26,6 +25,9 @@ ID = 2**63 + 5
 
 
 pytestmark = pytest.mark.usefixtures("backend")
+# Parts are rows of a table, made before any backend is asked: Triton's interpreter, which takes
+# minutes for drawn ones, has them in `test_parity.py` and in the tests below.
+drawn = pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
 
 
 @st.composite
@@ -71,7 +73,7 @@ def adam(params: list[Tensor], shards: object, rounding: int | None, state: list
     )  # fmt: skip
 
 
-@slow_in_triton
+@drawn
 @given(
     case=boxes(),
     dtype=st.sampled_from(DTYPES),
@@ -91,7 +93,7 @@ def test_part_has_the_bits_of_the_whole(
         assert same_bits(mine, part_of(full, box))
 
 
-@slow_in_triton
+@drawn
 @given(
     case=boxes(),
     dtype=st.sampled_from(DTYPES),
