@@ -28,7 +28,7 @@ from zo_fused.task.comparison import mean
 
 ROOT = Path(__file__).resolve().parents[2]
 RATES = {
-    "mezo": ("3e-7", "1e-6", "3e-6"),
+    "mezo": ("1e-6", "3e-6", "1e-5"),
     "lozo": ("3e-6", "1e-5", "3e-5"),
     "adamw": ("3e-6", "1e-5", "3e-5"),
 }
