@@ -164,7 +164,7 @@ def test_defaults_cover_every_option():
 
 @pytest.mark.parametrize("method", by_method())
 def test_the_table_has_the_arguments_of_the_optimizers(method):
-    from zo_fused.task.run import SCHEDULES
+    from zo_fused.task.optimizers import SCHEDULES
 
     optimizer, _ = recipes()[method]
     arguments = inspect.signature(optimizer).parameters.keys()

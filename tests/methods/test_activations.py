@@ -22,7 +22,7 @@ from zo_fused.cli.method_options import by_method
 from zo_fused.directions.activations import FIRST_PASSES
 from zo_fused.directions.inputs import Inputs, linear_layers
 from zo_fused.noise import Purpose
-from zo_fused.task.run import make_optimizer
+from zo_fused.task.optimizers import make_optimizer
 
 Weights = dict[str, Tensor]
 

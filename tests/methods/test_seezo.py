@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import zo_fused
 from zo_fused.noise import Purpose
-from zo_fused.task.run import make_optimizer
+from zo_fused.task.optimizers import make_optimizer
 
 RANK, QUERIES, LR = 3, 2, 5e-3
 ROWS = {"head.weight": [7, 3, 30, 3]}

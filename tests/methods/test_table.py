@@ -24,7 +24,7 @@ from zo_fused.rules.sgd import SGD, ScalarSign
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.schedule import STEP_DEFAULTS, StepOptions
 from zo_fused.task.errors import UserError
-from zo_fused.task.run import make_optimizer
+from zo_fused.task.optimizers import make_optimizer
 
 ROOT = Path(zo_fused.__file__).parent.parent
 

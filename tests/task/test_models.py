@@ -204,7 +204,7 @@ def test_tokens_without_an_embedding_are_refused():
 
 def test_a_pad_token_beyond_the_embeddings_is_not_used():
     """Many tokenizers get a pad token that the model has no row for."""
-    from zo_fused.task.run import _scorer
+    from zo_fused.task.preparing import make_scorer
 
     class Tokenizer:
         pad_token_id = 128
@@ -215,9 +215,9 @@ def test_a_pad_token_beyond_the_embeddings_is_not_used():
         task = None
 
     model = tiny_models.causal_model("llama")
-    assert _scorer(model, Tokenizer(), Made()).pad_id == 0
+    assert make_scorer(model, Tokenizer(), Made()).pad_id == 0
     Tokenizer.eos_token_id = 5
-    scorer = _scorer(model, Tokenizer(), Made())
+    scorer = make_scorer(model, Tokenizer(), Made())
     assert scorer.pad_id == 5
     examples = [Encoded([5, 5, 9], 0), Encoded([5, 7, 5, 9, 5, 5], 1)]  # as real tokens, too
     with torch.no_grad():

@@ -18,7 +18,7 @@ from zo_fused.cli.method_options import by_method  # noqa: E402
 from zo_fused.task.encoding import Encoded  # noqa: E402
 from zo_fused.task.memory import Live, Outline, kept  # noqa: E402
 from zo_fused.task.models import load_config  # noqa: E402
-from zo_fused.task.run import make_optimizer  # noqa: E402
+from zo_fused.task.optimizers import make_optimizer  # noqa: E402
 from zo_fused.task.scoring import Scorer  # noqa: E402
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "plan"

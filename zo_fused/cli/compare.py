@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_fused.cli import defaults, finetune
+from zo_fused.cli.config import add_config_option, merged
 from zo_fused.cli.method_options import OPTIONS
 from zo_fused.cli.parser import Parser, folder, run_seed
 from zo_fused.cli.runs import Run, run_all
@@ -28,7 +29,17 @@ them. With no model and data, the embedded ones."""
 
 METHODS = "mezo,lozo,zo-adam"
 SEEDS = "0,1,2"
-_OWN = ("methods", "seeds", "forwards", "output", "command")
+OUTPUT = Path("zo-fused-runs") / "compare"
+_OWN = ("config", "methods", "seeds", "forwards", "output", "command")
+# What a config of `zo-fused finetune` may hold, and a comparison has in another place.
+_ELSEWHERE = {
+    **dict.fromkeys(OPTIONS, "is a method's: methods: lozo:rank=4,mezo"),
+    "method": "is one of several: methods: lozo,mezo",
+    "seed": "is one of several: seeds: 0,1,2",
+    "steps": "is not the same for all methods: forwards: 1000",
+    "preset": "is of one method",
+    "resume": "is what the same command does",
+}
 
 
 def _seeds(text: str) -> list[int]:
@@ -47,20 +58,19 @@ def _methods(text: str) -> list[str]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     group = parser.add_argument_group("comparison")
+    add_config_option(group, " of this command")
     group.add_argument(
         "--methods",
         type=_methods,
-        default=METHODS.split(","),
         help="names as of `zo-fused finetune --method`, with commas between them; options of a "
         f"method follow after colons, as in mezo:queries=4:one-sided (default: {METHODS})",
     )
-    group.add_argument("--seeds", type=_seeds, default=_seeds(SEEDS), help=f"(default: {SEEDS})")
+    group.add_argument("--seeds", type=_seeds, help=f"(default: {SEEDS})")
     group.add_argument(
         "--output",
         metavar="DIR",
         type=folder,
-        default=Path("zo-fused-runs") / "compare",
-        help="directory to write (default: zo-fused-runs/compare)",
+        help=f"directory to write (default: {OUTPUT})",
     )
     finetune.add_data_options(parser)
     finetune.add_run_options(parser)
@@ -91,6 +101,8 @@ def _shared_words(args: argparse.Namespace) -> list[str]:
             continue
         if isinstance(value, list):
             words += [option, *("=".join(pair) for pair in value)]
+        elif isinstance(value, tuple):
+            words.append(f"{option}={','.join(value)}")
         else:
             words.append(option if value is True else f"{option}={value}")
     return words
@@ -182,10 +194,15 @@ def report(runs: Sequence[Run], output: Path, forwards: int) -> str:
 
 def run(args: argparse.Namespace, argv: list[str]) -> int:
     """Runs what is not finished and prints the table; the exit code."""
+    parser = Parser(prog="zo-fused compare", allow_abbrev=False)
+    add_options(parser)
+    args = merged(parser, args, _ELSEWHERE)
+    methods, seeds = args.methods or _methods(METHODS), args.seeds or _seeds(SEEDS)
+    output = args.output or OUTPUT
     table = defaults.defaults(defaults.METHOD, embedded=args.model is None)
     forwards = args.forwards or 2 * table["steps"]
     shared = [*_shared_words(args), f"--forwards={forwards}"]
-    runs = make_runs(args.methods, args.seeds, shared, args.output)
+    runs = make_runs(methods, seeds, shared, output)
     try:
         failures = run_all(runs)
     except Interrupted as stop:
@@ -193,6 +210,6 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         raise Interrupted(f"{stop}; go on with `{again}`", stop.number) from None
     for failure in failures:
         print(f"zo-fused: {failure}", file=sys.stderr)
-    print(report(runs, args.output, forwards))
-    print(f"compare.md, compare.json, compare.png and the runs are in {args.output}")
+    print(report(runs, output, forwards))
+    print(f"compare.md, compare.json, compare.png and the runs are in {output}")
     return 1 if failures else 0

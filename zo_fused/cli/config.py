@@ -1,4 +1,4 @@
-"""Options of ``zo-fused finetune`` from files: a user's, or a preset of the package.
+"""Options of ``zo-fused finetune`` and ``compare`` from files: a user's, or a preset.
 
 A file has the names and values of the command line. Values go through its parser as they are
 written, so that there is one table of options, and one way to tell what is wrong with them.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from zo_fused.cli.parser import choice
@@ -25,15 +26,18 @@ def presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def add_config_options(group: Any) -> None:
-    """Adds the options that name a file."""
+def add_config_option(group: Any, help: str) -> None:
+    """Adds the option that names a file."""
     group.add_argument(
         "--config",
         metavar="FILE",
         type=Path,
-        help="YAML file with options, as `zo-fused init` writes one; what is on the command line "
-        "goes before it",
+        help=f"YAML file with options{help}; what is on the command line goes before it",
     )
+
+
+def add_preset_option(group: Any) -> None:
+    """Adds the option that names a file of the package."""
     group.add_argument(
         "--preset",
         **choice(presets()),
@@ -46,24 +50,30 @@ def settable(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
     return (action for action in parser._actions if action.dest not in _LINE_ONLY)
 
 
-def merged(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+def merged(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    others: Mapping[str, str] = MappingProxyType({}),
+) -> argparse.Namespace:
     """The arguments, completed by those of their --config and --preset.
 
     Args:
         parser: that made them, with every option None, or False, where it is not given.
+        others: options of another command, and where they belong in a file of this one.
 
     Raises:
         UserError: a file can't be read, or has what is no option or no value of one.
     """
     layers = [args]
     if args.config is not None:
-        layers.append(read(parser, args.config))
-    preset = next((layer.preset for layer in layers if layer.preset is not None), None)
+        layers.append(read(parser, args.config, others))
+    names = (getattr(layer, "preset", None) for layer in layers)
+    preset = next((name for name in names if name is not None), None)
     if preset is not None:
         layers.append(read(parser, PRESETS / f"{preset}.yaml"))
     whole = argparse.Namespace(**vars(args))
     for layer in layers[1:]:
-        taken = any(getattr(whole, name) is not None for name in _ONE_OF)
+        taken = any(getattr(whole, name, None) is not None for name in _ONE_OF)
         for action in settable(parser):
             name = action.dest
             if getattr(whole, name) is None and not (name in _ONE_OF and taken):
@@ -71,7 +81,11 @@ def merged(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpars
     return whole
 
 
-def read(parser: argparse.ArgumentParser, path: Path) -> argparse.Namespace:
+def read(
+    parser: argparse.ArgumentParser,
+    path: Path,
+    others: Mapping[str, str] = MappingProxyType({}),
+) -> argparse.Namespace:
     """The options in a file.
 
     Raises:
@@ -99,6 +113,8 @@ def read(parser: argparse.ArgumentParser, path: Path) -> argparse.Namespace:
         name = f"{key}".replace("-", "_")
         if name in _LINE_ONLY:
             raise UserError(f"{path}: {key} belongs on the command line")
+        if name in others:
+            raise UserError(f"{path}: {key} {others[name]}")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0].replace('_', '-')!r}?" if near else ""
@@ -125,6 +141,8 @@ def _words(path: Path, action: argparse.Action, value: Any) -> list[str]:
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
             raise UserError(f"{path}: {flag[2:]} must be a mapping, such as `negative: ' bad'`")
         return [flag, *items]
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        value = ",".join(value)
     if not isinstance(value, str):
         raise UserError(f"{path}: {flag[2:]} must be one value")
     return [f"{flag}={value}"]

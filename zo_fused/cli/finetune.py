@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zo_fused.cli import defaults
-from zo_fused.cli.config import add_config_options, merged
+from zo_fused.cli.config import add_config_option, add_preset_option, merged
 from zo_fused.cli.method_help import HINT, add_method_options
 from zo_fused.cli.method_options import OPTIONS, by_method
 from zo_fused.cli.parser import (
@@ -33,8 +33,8 @@ from zo_fused.task.errors import (
 
 if TYPE_CHECKING:
     from zo_fused.task.lm_tasks import LmTask
+    from zo_fused.task.options import Options
     from zo_fused.task.prompt import Task
-    from zo_fused.task.run import Options
 
 HELP = "fine-tune a language model with forward passes only"
 
@@ -68,6 +68,10 @@ def _pair(text: str) -> tuple[str, str]:
     return label, answer
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.split(",") if word)
+
+
 def _default(name: str) -> str:
     """What a help text says of it."""
     embedded = defaults.EMBEDDED_COMMON.get(name)
@@ -77,7 +81,9 @@ def _default(name: str) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options; whatever is not given stays None and gets its default later."""
-    add_config_options(parser.add_argument_group("from a file"))
+    from_file = parser.add_argument_group("from a file")
+    add_config_option(from_file, ", as `zo-fused init` writes one")
+    add_preset_option(from_file)
     add_data_options(parser)
     add_method_options(parser.add_argument_group("method", HINT), **method_choice())
     run = add_run_options(parser)
@@ -218,6 +224,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> Any:
         **dtype_choice(),
         help=f"of the weights ({_default('dtype')})",
     )
+    run.add_argument(
+        "--report-to",
+        metavar="NAMES",
+        type=_names,
+        help="experiment trackers, as transformers names them, with commas between them: "
+        "tensorboard, trackio, wandb, mlflow, ...; they are told every step (default: none)",
+    )
     run.add_argument("--device", help=f"cpu, cuda, cuda:1, ... ({_default('device')})")
     return run
 
@@ -231,8 +244,8 @@ def options(args: argparse.Namespace) -> Options:
     with uninterrupted():  # Ctrl-C in the middle would leave torch with half a NumPy
         from zo_fused.methods.table import recipes
         from zo_fused.task.lm_tasks import is_lm_task
+        from zo_fused.task.options import Options
         from zo_fused.task.plan import Plan
-        from zo_fused.task.run import Options
         from zo_fused.task.scoring import WITHOUT_DERIVATIVE
         from zo_fused.task.splits import Draw
 
@@ -302,6 +315,7 @@ def options(args: argparse.Namespace) -> Options:
         peft=args.peft,
         max_length=value("max_length"),
         output=args.output or Path("zo-fused-runs") / short,
+        report_to=args.report_to or (),
         label_field=value("label_field"),
         draw=Draw(
             args.train_examples, args.dev_examples, args.test_examples, args.k, value("data_seed")

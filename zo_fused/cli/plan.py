@@ -123,7 +123,7 @@ def _row(
 
     from zo_fused.methods.table import recipes
     from zo_fused.task.memory import kept, step_peak
-    from zo_fused.task.run import make_optimizer
+    from zo_fused.task.optimizers import make_optimizer
 
     table = defaults.defaults(method, embedded=False)
     own = {key: value for key, value in table.items() if key in by_method()[method]} | hyper

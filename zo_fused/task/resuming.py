@@ -94,19 +94,13 @@ def read_object(path: Path) -> dict[str, Any]:
         raise UserError(f"can't read {path}: {error}") from error
 
 
-def check_settings(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuses to resume a run under other settings than it was started with.
-
-    Raises:
-        UserError: the first difference.
-    """
+def difference(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The first setting in which two runs differ, in words; None: there is none."""
     for name in (*now, *(name for name in saved if name not in now)):
         was, given = saved.get(name), now.get(name)
         if was != given:
-            raise UserError(
-                f"can't resume: the run was started with {name.replace('_', ' ')} {was!r}, "
-                f"not {given!r}"
-            )
+            return f"{name.replace('_', ' ')} {was!r}, not {given!r}"
+    return None
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

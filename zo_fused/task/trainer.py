@@ -46,6 +46,7 @@ class Finetuning(ZOTrainer):
         resumed: whether the run goes on, at the optimizer's step, with the history and log there.
         paired: whether the optimizer evaluates the loss of both signs at once.
         signals: that ask for the end.
+        report_to: names of experiment trackers, which are told every step and evaluation.
 
     Raises:
         ValueError: the replay log to resume is not this run's.
@@ -65,6 +66,7 @@ class Finetuning(ZOTrainer):
         resumed: bool = False,
         paired: bool = False,
         signals: Signals | None = None,
+        report_to: Sequence[str] = (),
     ) -> None:
         self.words = tokenizer  # Trainer would fit the model's configuration to one of its own
         self.scorer, self.data, self.plan, self.directory = scorer, data, plan, output
@@ -84,7 +86,7 @@ class Finetuning(ZOTrainer):
             save_strategy="no",
             logging_strategy="no",
             logging_nan_inf_filter=False,
-            report_to="none",
+            report_to=list(report_to),
             disable_tqdm=True,
         )
         if args.n_gpu > 1:
@@ -190,6 +192,9 @@ class Finetuning(ZOTrainer):
             forwards=self.losses * self.forwards_per_loss,
             seconds=round(time.perf_counter() - self.started, 6),
         )
+        grad = optimizer.projected_grad.abs().mean().item()
+        rate = optimizer.param_groups[0]["lr"]
+        self._report(loss=loss, grad_norm=grad, learning_rate=rate)
         self._check_skipped()
         accuracies = self.history.accuracies("dev")
         dev = f", dev {accuracies[-1][1]:.3f}" if accuracies else ""
@@ -200,6 +205,11 @@ class Finetuning(ZOTrainer):
                 self._tell_time(step)
         self.signals.in_step = False
         self.signals.check()
+
+    def _report(self, **logs: float) -> None:
+        """Tells the trackers; not the Trainer's own history, which would grow with the run."""
+        if self.args.report_to:
+            self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def _check_skipped(self) -> None:
         """Raises:
@@ -239,6 +249,8 @@ class Finetuning(ZOTrainer):
         found = {f"{split}_accuracy": accuracy, f"{split}_loss": loss}
         found |= {} if f1 is None else {f"{split}_f1": f1}
         self.history.add(step=step, **found)
+        prefix = "eval" if split == "dev" else split  # by which trackers group them
+        self._report(**{name.replace(split, prefix, 1): value for name, value in found.items()})
         of_answers = (
             f"accuracy {accuracy:.3f}" if f1 is None else f"F1 {f1:.3f}, exact {accuracy:.3f}"
         )
@@ -284,6 +296,9 @@ class _Flow(transformers.TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.run.after_step()
+        if state.global_step == state.max_steps:  # before trackers are told of the end
+            self.run.evaluate("dev")
+            self.run.evaluate("test")
         control.should_evaluate = self.run.is_due()
         control.should_save = self.run.is_due() and state.global_step < state.max_steps
 
