@@ -4,7 +4,8 @@ Written down before the runs. A method succeeds if, within 1,000 forward passes 
 (a backward pass counts as two), its mean accuracy over three seeds on 500 tweets that it has not
 seen is at least 15 points above that of the model before, with the weights of the last step: none
 are picked by their accuracy. The learning rate of each method is the best of three, a factor of 3
-apart, by the dev loss after 300 passes with a seed of its own (100).
+apart, by the dev loss after 300 passes with a seed of its own (100); while the best is the highest
+or the lowest, one more is tried beyond it.
 
 The runs are those of ``examples/smollm2.py``, two at a time with a thread each. What is in
 ``smollm2.json`` beside the page is not run again.
@@ -32,6 +33,7 @@ RATES = {
     "lozo": ("3e-6", "1e-5", "3e-5"),
     "adamw": ("3e-6", "1e-5", "3e-5"),
 }
+GRID = [f"{digit}e-{power}" for power in range(12, 0, -1) for digit in (1, 3)]
 SEEDS, TUNING_SEED = (0, 1, 2), 100
 FORWARDS, TUNING_FORWARDS = 1000, 300
 GOAL = 0.15
@@ -96,15 +98,37 @@ class Results:
             self._path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
+def best(losses: dict[str, float]) -> str:
+    """The rate with the lowest loss."""
+    return min(losses, key=losses.__getitem__)
+
+
 def tuned(results: Results) -> dict[str, dict[str, float]]:
-    """The dev loss after each learning rate, by method."""
-    runs = [
-        Run(method, lr, TUNING_SEED, TUNING_FORWARDS) for method in RATES for lr in RATES[method]
-    ]
-    losses: dict[str, dict[str, float]] = {method: {} for method in RATES}
-    for run, result in zip(runs, results.of(runs), strict=True):
-        losses[run.method][run.lr] = result["curve"][-1][1]
-    return losses
+    """The dev loss after each learning rate, by method; the rates in their order."""
+    rates = {method: list(tried) for method, tried in RATES.items()}
+    while True:
+        runs = [
+            Run(method, lr, TUNING_SEED, TUNING_FORWARDS)
+            for method in RATES
+            for lr in rates[method]
+        ]
+        losses: dict[str, dict[str, float]] = {method: {} for method in RATES}
+        for run, result in zip(runs, results.of(runs), strict=True):
+            losses[run.method][run.lr] = result["curve"][-1][1]
+        wider = {method: wide(losses[method]) for method in RATES}
+        if wider == rates:
+            return losses
+        rates = wider
+
+
+def wide(losses: dict[str, float]) -> list[str]:
+    """The rates, and one more if the best of them is the first or the last."""
+    rates = list(losses)
+    if best(losses) == rates[0]:
+        return [GRID[GRID.index(rates[0]) - 1], *rates]
+    if best(losses) == rates[-1]:
+        return [*rates, GRID[GRID.index(rates[-1]) + 1]]
+    return rates
 
 
 def row(method: str, results: Sequence[dict[str, Any]]) -> str:
@@ -199,8 +223,7 @@ def main() -> int:
     try:
         kept = Results(options.out / "smollm2.json", options.folder)
         losses = tuned(kept)
-        best = {method: min(tried, key=tried.__getitem__) for method, tried in losses.items()}
-        runs = [Run(m, best[m], seed, FORWARDS) for seed in SEEDS for m in RATES]
+        runs = [Run(m, best(losses[m]), seed, FORWARDS) for seed in SEEDS for m in RATES]
         found = kept.of(runs)
     except RuntimeError as error:
         print(f"smollm2: {error}", file=sys.stderr)

@@ -52,7 +52,7 @@ def test_what_is_kept_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monke
     def go(run: smollm2.Run, folder: Path) -> dict[str, Any]:
         gone.append(run)
         gain = {"mezo": 0.1, "lozo": 0.2, "adamw": 0.2}[run.method]
-        loss = abs(float(run.lr) - (3e-6 if run.method == "mezo" else 1e-5))
+        loss = abs(float(run.lr) - (3e-5 if run.method == "mezo" else 1e-5))
         return {
             **run._asdict(),
             "lr": float(run.lr),
@@ -66,14 +66,14 @@ def test_what_is_kept_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(smollm2.Run, "go", go)
     monkeypatch.setattr(sys, "argv", ["smollm2", str(tmp_path), "--out", str(tmp_path)])
     assert smollm2.main() == 0
-    assert len(gone) == len(set(gone)) == 9 + 9
+    assert len(gone) == len(set(gone)) == 9 + 2 + 9  # mezo is tried with 3e-5 and 1e-4, too
     assert {(run.method, run.lr) for run in gone if run.seed == 0} == {
-        ("mezo", "3e-6"),
+        ("mezo", "3e-5"),
         ("lozo", "1e-5"),
         ("adamw", "1e-5"),
     }
     page = (tmp_path / "smollm2.md").read_text()
-    assert "| mezo | 3e-06 | 1000 | 0.700 | 0.800 (0.800 to 0.800) | +10.0 | no |" in page
+    assert "| mezo | 3e-05 | 1000 | 0.700 | 0.800 (0.800 to 0.800) | +10.0 | no |" in page
     assert "| lozo | 1e-05 | 1000 | 0.700 | 0.900 (0.900 to 0.900) | +20.0 | yes |" in page
     assert (tmp_path / "smollm2.png").stat().st_size > 1000
     gone.clear()

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("yaml")
 
-from zo_fused.cli import defaults, finetune, init
+from zo_fused.cli import compare, defaults, finetune, init
 from zo_fused.cli.config import PRESETS, merged, presets
 from zo_fused.cli.main import main
 from zo_fused.cli.method_options import OPTIONS, by_method
@@ -83,7 +83,7 @@ def test_one_budget_takes_the_place_of_another(config):
         ("resume: true", "argument --resume: invalid choice: 'true' (choose from 'auto')"),
         ("config: x", "run.yaml: config belongs on the command line"),
         ("one-sided: maybe", "run.yaml: one-sided must be true or false, not 'maybe'"),
-        ("lr: [1, 2]", "run.yaml: lr must be one value"),
+        ("lr: {1: 2}", "run.yaml: lr must be one value"),
         ("verbalizer: great", "run.yaml: verbalizer must be a mapping"),
         ("- lr", "run.yaml: not a mapping of options"),
         ("lr: 1\nlr: [", "run.yaml:2: not YAML ("),
@@ -92,6 +92,47 @@ def test_one_budget_takes_the_place_of_another(config):
 )
 def test_mistakes_in_a_config_are_told_in_one_sentence(config, capsys, text, message):
     assert main(["finetune", config(text)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_comparison_reads_its_options_from_a_file(config, tmp_path, monkeypatch, capsys):
+    file = """
+methods: [mezo, "lozo:rank=4"]
+seeds: 3,5
+forwards: 12
+batch-size: 4
+report-to: [tensorboard, wandb]
+verbalizer: {0: " bad", 1: " good"}
+template: "{text} It was"
+"""
+    made = []
+    monkeypatch.setattr(compare, "run_all", lambda runs: made.extend(runs) or [])
+    word = config(file + f"output: {tmp_path / 'out'}\n")
+    assert main(["compare", word, "--seeds", "3", "--batch-size", "8"]) == 2
+    assert "no run came to its end" in capsys.readouterr().err
+    assert [(run.method, run.seed) for run in made] == [("mezo", 3), ("lozo:rank=4", 3)]
+    assert {run.output.parent.parent for run in made} == {tmp_path / "out"}
+    found = options(*made[1].words[1:])
+    assert (found.rank, found.batch_size, found.forwards) == (4, 8, 12)
+    assert found.report_to == ("tensorboard", "wandb")
+    assert found.verbalizer == [("0", " bad"), ("1", " good")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: 1e-6", "run.yaml: lr is a method's: methods: lozo:lr=VALUE"),
+        ("one_sided: true", "run.yaml: one_sided is a method's: methods: lozo:one-sided"),
+        ("method: lozo", "run.yaml: method is one of several: methods: lozo,mezo"),
+        ("steps: 10", "run.yaml: steps is not the same for all methods: forwards: 1000"),
+        ("seeds: x", "run.yaml: argument --seeds: must be a whole number"),
+        ("sed: 1", "run.yaml: there is no option 'sed'; did you mean 'seeds'?"),
+    ],
+)
+def test_what_a_comparison_has_in_another_place(config, capsys, text, message):
+    assert main(["compare", config(text)]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

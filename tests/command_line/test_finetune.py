@@ -271,6 +271,30 @@ def test_without_a_template(arguments, tmp_path, monkeypatch):
     assert set(seen) == {text for texts in TEXTS.values() for text in texts}
 
 
+def test_trackers_are_told_what_the_history_has(arguments, tmp_path, monkeypatch):
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    assert main(arguments("--report-to", "tensorboard")) == 0
+    assert len(list((tmp_path / "board").iterdir())) == 1  # nothing is told after the end
+    board = reading.EventAccumulator(str(tmp_path / "board")).Reload()
+    history = read(tmp_path / "out" / "history.jsonl")
+    names = {"train/loss": "loss", "eval/accuracy": "dev_accuracy", "eval/loss": "dev_loss"}
+    for name, here in (names | {"test/loss": "test_loss"}).items():
+        told = [(event.step, event.value) for event in board.Scalars(name)]
+        steps, values = zip(*((e["step"], e[here]) for e in history if here in e), strict=True)
+        assert [step for step, _ in told] == list(steps)
+        assert [value for _, value in told] == pytest.approx(values)  # float32 in the file
+    grads = [abs(entry["projected_grad"]) for entry in history if "projected_grad" in entry]
+    told = [event.value for event in board.Scalars("train/grad_norm")]
+    assert told == pytest.approx(grads)
+
+
+def test_a_tracker_that_is_not_there(arguments, tmp_path, capsys):
+    assert main(arguments("--report-to", "tensorbord")) == 2
+    assert "--report-to tensorbord: transformers knows no such tracker" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def comparison(base, data, tmp_path):
     """Arguments of a short comparison."""

@@ -31,9 +31,17 @@ METHODS = "mezo,lozo,zo-adam"
 SEEDS = "0,1,2"
 OUTPUT = Path("zo-fused-runs") / "compare"
 _OWN = ("config", "methods", "seeds", "forwards", "output", "command")
+
+
+def _written(option: str) -> str:
+    """An option of a method, in a list of methods."""
+    value = "" if OPTIONS[option].get("action") == "store_true" else "=VALUE"
+    return option.replace("_", "-") + value
+
+
 # What a config of `zo-fused finetune` may hold, and a comparison has in another place.
 _ELSEWHERE = {
-    **dict.fromkeys(OPTIONS, "is a method's: methods: lozo:rank=4,mezo"),
+    **{name: f"is a method's: methods: lozo:{_written(name)}" for name in OPTIONS},
     "method": "is one of several: methods: lozo,mezo",
     "seed": "is one of several: seeds: 0,1,2",
     "steps": "is not the same for all methods: forwards: 1000",
