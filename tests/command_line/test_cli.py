@@ -149,8 +149,8 @@ def test_answers_keep_their_spaces_and_equals_signs():
 
 def test_defaults_cover_every_option():
     without = "command model train dev test task template verbalizer no_template method output "
-    without += "resume overwrite forwards k train_examples dev_examples test_examples config preset "
-    without += "report_to"
+    without += "resume overwrite forwards k train_examples dev_examples test_examples config preset"
+    without += " report_to"
     options = set(vars(parse())) - set(without.split())
     seen = set()
     for method, own in by_method().items():
