@@ -134,6 +134,7 @@ def test_seeds_choose_directions(method: str, make: Make) -> None:
 
 
 @compiler
+@pytest.mark.slow
 @torch.no_grad()
 def test_nothing_is_compiled_in_a_timed_call() -> None:
     graphs: Any = torch._dynamo.utils.counters["stats"]

@@ -96,6 +96,7 @@ SHOWN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_faults_are_found(run: Callable[..., Report], compiler: str) -> None:
     assert SHOWN.keys() == FAULTS.keys() - {""}

@@ -52,7 +52,7 @@ def methods_of_models():
     others = itertools.cycle([("llama", torch.bfloat16), ("mixtral", torch.float32)])
     slow = pytest.mark.slow
     for number, case in enumerate(plan.cases()):
-        marks = slow if number % 5 else ()
+        marks = slow if number % 10 else ()
         yield pytest.param("opt", torch.float32, case, id=f"{case[0]}-opt", marks=marks)
         other, dtype = next(others)
         yield pytest.param(other, dtype, case, id=f"{case[0]}-{other}", marks=slow)
