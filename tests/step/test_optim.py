@@ -172,6 +172,20 @@ def test_what_is_no_scalar_loss_is_refused(make: Case, bad: object) -> None:
     assert opt.step_count == 0
 
 
+def test_a_loss_may_be_memory_that_the_next_one_overwrites(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the output of a CUDA graph, where losses stay on the device."""
+    monkeypatch.setattr("zo_fused.step.evaluation.on_host", lambda device: False)
+    found = []
+    for kept in (torch.zeros(()), None):
+        model = network()
+        loss, opt = loss_of(model), zo_fused.MeZO(model, queries=2)
+        for _ in range(2):
+            opt.step(lambda: loss() if kept is None else kept.copy_(loss()))  # noqa: B023
+        found.append(opt.projected_grad)
+    assert found[0].all()
+    assert torch.equal(*found)
+
+
 def test_step_without_anything_is_an_error() -> None:
     opt = zo_fused.MeZO([nn.Parameter(torch.ones(2))])
     with pytest.raises(TypeError, match="needs a closure"):
