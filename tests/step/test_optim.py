@@ -691,6 +691,11 @@ def test_bytes_of_state(
         (zo_fused.ZOAdam, {"adam_eps": 0.0}),
         (zo_fused.ZOAdam, {"state_dtype": "half"}),
         (zo_fused.ZOSignSGD, {"sign": "both"}),
+        (zo_fused.LOZO, {"betas": (0.9, 0.99)}),  # without moments
+        (zo_fused.SubZero, {"betas": (0.5, 0.999)}),
+        (zo_fused.TeZO, {"adam_eps": 1e-6}),
+        (zo_fused.PGAP, {"delta": 3}),
+        (zo_fused.SubZero, {"moments": "adamw"}),
     ],
 )
 def test_bad_options_of_methods_are_refused(
@@ -698,6 +703,12 @@ def test_bad_options_of_methods_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=list(bad)[-1]):
         method([nn.Parameter(torch.zeros(2))], **bad)
+
+
+@pytest.mark.parametrize("method", [zo_fused.TeZO, zo_fused.ZOMuon])
+def test_a_rank_that_chooses_the_mode_is_checked(method: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="rank must be"):
+        method(network(), rank=None)
 
 
 def test_a_group_can_not_bring_momentum_along() -> None:
