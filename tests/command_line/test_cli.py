@@ -176,6 +176,26 @@ def test_the_table_has_the_arguments_of_the_optimizers(method):
     assert SCHEDULES[table["schedule"]].keys() <= arguments
 
 
+@pytest.mark.parametrize(
+    ("method", "words", "value"),
+    [
+        ("hizoo", "--hessian-smooth 0.01", 0.01),
+        ("p-gap", "--probes 3", 3),
+        ("sparse-mezo", "--share 0.5", 0.5),
+        ("sparse-mezo", "--mask random", "random"),
+        ("kerzoo", "--kernel quintic", "quintic"),
+        ("loren", "--lr-cov 0.01", 0.01),
+        ("loren", "--rho 0.5", 0.5),
+        ("conmezo", "--theta 1.2", 1.2),
+        ("qzo", "--clip 10", 10.0),
+    ],
+)
+def test_what_a_method_alone_has_is_an_option(method, words, value):
+    option, _ = words.split()
+    options = finetune.options(parse("--method", method, *words.split()))
+    assert options.hyper[option.strip("-").replace("-", "_")] == value
+
+
 def test_some_options_change_the_defaults_of_others():
     assert defaults.defaults("lozo", False)["schedule"] == "factored"
     assert defaults.defaults("lozo", False, one_sided=True)["schedule"] == "deferred"
