@@ -47,11 +47,12 @@ _ELSEWHERE = {
     "steps": "is not the same for all methods: forwards: 1000",
     "preset": "is of one method",
     "resume": "is what the same command does",
+    "overwrite": "is of one run; a new comparison takes another output",
 }
 
 
 def _seeds(text: str) -> list[int]:
-    return [run_seed(word) for word in text.split(",")]
+    return [run_seed(word.strip()) for word in text.split(",")]
 
 
 def _methods(text: str) -> list[str]:
