@@ -137,6 +137,11 @@ template: "{text} It was"
     assert (found.rank, found.batch_size, found.forwards) == (4, 8, 12)
     assert found.report_to == ("tensorboard", "wandb")
     assert found.verbalizer == [("0", " bad"), ("1", " good")]
+    capsys.readouterr()
+    assert main(["compare", word, "--batch-size", "8", "--report-to", "none"]) == 2
+    assert "no run came to its end" in capsys.readouterr().err  # trackers make no other comparison
+    assert main(["compare", word, "--batch-size", "4"]) == 2
+    assert "holds a comparison with other options" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def make_runs(
                 raise UserError("a comparison needs --dev data")
             place = output / method.replace(":", "_") / f"seed-{seed}"
             runs.append(Run(method, seed, ("finetune", *words), place))
-    _claim(output, list(shared))
+    _claim(output, [word for word in shared if not word.startswith("--report-to=")])
     return runs
 
 

@@ -131,7 +131,7 @@ def read(
 def _loader(yaml: Any) -> Any:
     """Every value is the text that stands there, 1e-6 and yes included, and no key comes twice."""
 
-    class Loader(yaml.BaseLoader):  # type: ignore[misc, name-defined]
+    class Loader(yaml.BaseLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen = set()
             for key, _ in node.value:
