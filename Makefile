@@ -38,9 +38,10 @@ test: $(INSTALLED)
 	$(BIN)/pytest -q -n auto --dist worksteal -m "not slow"
 
 # What is marked `slow`: planted faults, machine code, long matrices, killed runs. All of it takes
-# half an hour on two cores; PART=kernels, or another of PARTS, is what CI does in turn.
-PARTS := kernels compiled steps runs
-kernels := tests/sweeps/test_parity.py tests/noise tests/directions tests/methods tests/project tests/bench
+# half an hour on two cores; PART=parity, or another of PARTS, is what CI does in turn.
+PARTS := parity benches compiled steps runs
+parity := tests/sweeps/test_parity.py tests/noise tests/directions tests/methods
+benches := tests/project tests/bench
 compiled := tests/ptx tests/sweeps --deselect tests/sweeps/test_parity.py
 steps := --dist worksteal tests/step tests/replaying tests/task tests/fuzzing tests/integrations
 runs := tests/command_line tests/hostile tests/hf tests/parallel

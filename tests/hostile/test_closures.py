@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.equality import in_memory
+from support.methods import Case, those
 from support.models import INPUT, network
 from torch import Tensor, nn
 
@@ -201,3 +202,14 @@ def test_writes_that_a_log_lacks_are_noticed(
     opt.step(write)
     opt.step(write)
     assert [text[:31] for text in caplog.messages] == ["the closure writes to parameter"[:31]]
+
+
+@those(lambda case: "," not in case.name)
+def test_sweeps_are_not_taken_for_the_closure(make: Case, caplog: pytest.LogCaptureFixture) -> None:
+    """Also those over a permuted weight, which go through a copy of it."""
+    net = network()
+    net[0].weight = nn.Parameter(net[0].weight.detach().T.contiguous().T)
+    opt = make(net)
+    for _ in range(2):
+        opt.step(partial(loss_of, net))
+    assert not caplog.messages

@@ -268,6 +268,15 @@ def test_rewards_may_come_in_any_order_and_later() -> None:
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)  # not in the order of the closure
 
 
+def test_a_reward_may_be_a_tensor_that_changes() -> None:
+    opt, counter = ES(network(), 1e-2, 3), torch.zeros(())
+    for member in opt.members():
+        with member:
+            member.reward = counter.add_(1)
+    assert float(opt.step()) == 2.0
+    assert opt.projected_grad[0] > 0 > opt.projected_grad[2]
+
+
 def test_a_member_without_a_reward_is_named_and_may_have_one_later() -> None:
     model = network()
     before, opt = snapshot(model), ES(model, 1e-2, 3)
@@ -388,6 +397,25 @@ def test_misuse_of_members_is_refused() -> None:
         ES(network(), population=2).step()
     with pytest.raises(TypeError, match="needs a closure"):
         ES(network(), population=2).step(loss_plus=1.0, loss_minus=1.0)
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_writes_within_a_block_are_noticed(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = network()
+    model[0].weight = torch.nn.Parameter(model[0].weight.detach().T.contiguous().T)
+    opt = ES(model, 1e-2, 4, **options)
+    theta = {name: p.clone() for name, p in model.state_dict().items()}
+    for step in range(3):
+        for member in opt.members():
+            with member:
+                member.reward = loss_of(model)()
+                if (step, member.number) == (2, 3):
+                    model.load_state_dict(theta)
+        said = [text[:37] for text in caplog.messages]
+        assert said == ["the block of a member writes to param"][: step == 2]
+        opt.step()
 
 
 @pytest.mark.parametrize("options", KINDS, ids=str)

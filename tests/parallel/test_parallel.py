@@ -159,6 +159,15 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(
 
 
 @pytest.mark.slow
+def test_a_weight_that_is_none_on_one_rank_is_an_error_of_all(two: list[dict[str, Any]]) -> None:
+    (said, steps, one), (own, others_steps, other) = of(two, "bad weight")
+    assert said.startswith("RuntimeError: step 1: rank 1 failed")
+    assert own == "ValueError: weight must be a finite number >= 0, got -1"
+    assert steps == others_steps == 2  # the failed one does not count
+    assert same(one, other)
+
+
+@pytest.mark.slow
 def test_a_rank_without_examples_counts_for_nothing(two: list[dict[str, Any]]) -> None:
     (skipped, one), (_, other) = of(two, "no examples")
     assert skipped == 0

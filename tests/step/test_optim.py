@@ -172,6 +172,20 @@ def test_what_is_no_scalar_loss_is_refused(make: Case, bad: object) -> None:
     assert opt.step_count == 0
 
 
+def test_a_loss_may_be_memory_that_the_next_one_overwrites(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the output of a CUDA graph, where losses stay on the device."""
+    monkeypatch.setattr("zo_fused.step.evaluation.on_host", lambda device: False)
+    found = []
+    for kept in (torch.zeros(()), None):
+        model = network()
+        loss, opt = loss_of(model), zo_fused.MeZO(model, queries=2)
+        for _ in range(2):
+            opt.step(lambda: loss() if kept is None else kept.copy_(loss()))  # noqa: B023
+        found.append(opt.projected_grad)
+    assert found[0].all()
+    assert torch.equal(*found)
+
+
 def test_step_without_anything_is_an_error() -> None:
     opt = zo_fused.MeZO([nn.Parameter(torch.ones(2))])
     with pytest.raises(TypeError, match="needs a closure"):
@@ -677,6 +691,11 @@ def test_bytes_of_state(
         (zo_fused.ZOAdam, {"adam_eps": 0.0}),
         (zo_fused.ZOAdam, {"state_dtype": "half"}),
         (zo_fused.ZOSignSGD, {"sign": "both"}),
+        (zo_fused.LOZO, {"betas": (0.9, 0.99)}),  # without moments
+        (zo_fused.SubZero, {"betas": (0.5, 0.999)}),
+        (zo_fused.TeZO, {"adam_eps": 1e-6}),
+        (zo_fused.PGAP, {"delta": 3}),
+        (zo_fused.SubZero, {"moments": "adamw"}),
     ],
 )
 def test_bad_options_of_methods_are_refused(
@@ -684,6 +703,12 @@ def test_bad_options_of_methods_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=list(bad)[-1]):
         method([nn.Parameter(torch.zeros(2))], **bad)
+
+
+@pytest.mark.parametrize("method", [zo_fused.TeZO, zo_fused.ZOMuon])
+def test_a_rank_that_chooses_the_mode_is_checked(method: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="rank must be"):
+        method(network(), rank=None)
 
 
 def test_a_group_can_not_bring_momentum_along() -> None:

@@ -240,6 +240,16 @@ def _not_a_number(rank: int) -> Any:
     return opt.skipped_steps, opt.step_count, snapshot(model)
 
 
+def _bad_weight(rank: int) -> Any:
+    model = network()
+    opt = zo_fused.MeZO(model, lr=1e-2)
+    loss = loss_on(model, shard(rank, 2))
+    opt.step(loss)
+    said = message_of(lambda: opt.step(loss, weight=-1 if rank else 3))
+    opt.step(loss)
+    return said, opt.step_count, snapshot(model)
+
+
 def _no_examples(rank: int) -> Any:
     """The mean of nothing is NaN, and counts for nothing."""
     model = network()
@@ -343,6 +353,7 @@ MISHAPS: dict[str, Callable[[int], Any]] = {
     "raises": _raises,
     "raises on GPUs": _raises_on_gpus,
     "not a number": _not_a_number,
+    "bad weight": _bad_weight,
     "no examples": _no_examples,
     "drift": _drift,
     "drift later": _drift_later,

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from zo_fused.checks import choice, switch
+from zo_fused.step.hyper import hyper
 from zo_fused.sweeps.shards import is_sharded
 
 MODES = ("inplace", "factored")
@@ -26,7 +27,7 @@ def mode_of(
     free = not (common.get("deferred") or common.get("block_order"))
     if model is None or not free or any(map(is_sharded, model.parameters())):
         return "inplace"
-    return "factored" if rank >= MANY else "inplace"
+    return "factored" if hyper("rank", rank) >= MANY else "inplace"
 
 
 def evaluated_module(
@@ -59,6 +60,24 @@ def evaluated_module(
             f"{method}(model, ...), or module=model beside param groups"
         )
     return evaluated
+
+
+BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
+
+
+def adam_of(moments: str | None, betas: tuple[float, float], adam_eps: float) -> dict[str, Any]:
+    """The hyper-parameters of moments "adam"; none without.
+
+    Raises:
+        ValueError: `moments` is something else, or there are none for the others.
+    """
+    if moments is not None:
+        choice("moments", moments, ("adam",))
+        return {"betas": betas, "adam_eps": adam_eps}
+    for name, value in {"betas": betas, "adam_eps": adam_eps}.items():
+        if value not in (BETAS, [*BETAS], ADAM_EPS):
+            raise ValueError(f'{name} is for moments="adam"')
+    return {}
 
 
 def rounding_of(rounding: str | None, mode: str) -> str:

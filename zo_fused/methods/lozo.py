@@ -11,7 +11,7 @@ from zo_fused.directions.activations import Activations
 from zo_fused.directions.factored.direction import Factored
 from zo_fused.directions.low_rank import LowRank
 from zo_fused.methods.activations import SeesActivations
-from zo_fused.methods.beside import evaluated_module, rounding_of
+from zo_fused.methods.beside import ADAM_EPS, BETAS, adam_of, evaluated_module, rounding_of
 from zo_fused.methods.table import Recipe, method
 from zo_fused.rules.core_adam import CoreAdam
 from zo_fused.rules.factor_momentum import FactorMomentum
@@ -119,8 +119,8 @@ class LOZO(SeesActivations):
         refresh: int | None = None,
         others: str = "random",
         moments: str | None = None,
-        betas: tuple[float, float] = (0.9, 0.999),
-        adam_eps: float = 1e-8,
+        betas: tuple[float, float] = BETAS,
+        adam_eps: float = ADAM_EPS,
         **common: Unpack[StepOptions],
     ) -> None:
         evaluated = evaluated_module("LOZO", params, module, mode, paired, common)
@@ -137,8 +137,7 @@ class LOZO(SeesActivations):
                     f"refresh={refresh} is the interval, too: leave interval out, or change refresh"
                 )
             interval = refresh
-        if moments is not None:
-            choice("moments", moments, ("adam",))
+        of_adam = adam_of(moments, betas, adam_eps)
         if moments and momentum:
             raise ValueError('moments="adam" has a momentum of its own, betas[0]: momentum=0')
         if (momentum or moments) and common.get("block_order") == "sequential":
@@ -151,11 +150,10 @@ class LOZO(SeesActivations):
             "rank": rank,
             "interval": interval,
             "rounding": rounding_of(rounding, mode),
+            **of_adam,
         }
         if momentum:
             defaults["momentum"] = momentum
-        if moments:
-            defaults |= {"betas": betas, "adam_eps": adam_eps}
         rule = CoreAdam() if moments else FactorMomentum() if momentum else SGD()
         # Groups may set their own momentum; this one chose the rule, so a replay needs it.
         options = {

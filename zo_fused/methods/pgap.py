@@ -173,7 +173,7 @@ def _delta(delta: Sequence[float] | None, total_steps: int | None) -> tuple[floa
     """
     if delta is None:
         return None
-    two = list(delta)
+    two = list(delta) if isinstance(delta, Sequence) else []
     if len(two) != 2:
         raise ValueError(f"delta must be two numbers or None, got {delta!r}")
     first, last = (

@@ -6,9 +6,9 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
-from zo_fused.checks import choice, switch
+from zo_fused.checks import switch
 from zo_fused.directions.subspace import BesideSubspace, Subspace
-from zo_fused.methods.beside import evaluated_module, mode_of, rounding_of
+from zo_fused.methods.beside import ADAM_EPS, BETAS, adam_of, evaluated_module, mode_of, rounding_of
 from zo_fused.methods.table import Recipe, method
 from zo_fused.rules.core_adam import CoreAdam
 from zo_fused.rules.sgd import SGD
@@ -66,8 +66,8 @@ class SubZero(ZerothOrderOptimizer):
         interval: int = 1000,
         scale: bool = True,
         moments: str | None = None,
-        betas: tuple[float, float] = (0.9, 0.999),
-        adam_eps: float = 1e-8,
+        betas: tuple[float, float] = BETAS,
+        adam_eps: float = ADAM_EPS,
         rounding: str | None = None,
         mode: str | None = None,
         paired: bool = False,
@@ -84,9 +84,8 @@ class SubZero(ZerothOrderOptimizer):
             "rounding": rounding_of(rounding, mode),
         }
         rule: Rule = SGD()
-        if moments is not None:
-            choice("moments", moments, ("adam",))
-            defaults |= {"betas": betas, "adam_eps": adam_eps}
+        if of_adam := adam_of(moments, betas, adam_eps):
+            defaults |= of_adam
             rule = CoreAdam()
         direction = Subspace(scale)
         if evaluated is not None:

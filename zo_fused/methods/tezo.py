@@ -6,9 +6,9 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
-from zo_fused.checks import choice, switch
+from zo_fused.checks import switch
 from zo_fused.directions.diagonal import BesideDiagonal, Diagonal
-from zo_fused.methods.beside import evaluated_module, mode_of, rounding_of
+from zo_fused.methods.beside import ADAM_EPS, BETAS, adam_of, evaluated_module, mode_of, rounding_of
 from zo_fused.methods.table import Recipe, method
 from zo_fused.rules.factor_momentum import FactorMomentum
 from zo_fused.rules.separable_adam import SeparableAdam
@@ -79,8 +79,8 @@ class TeZO(ZerothOrderOptimizer):
         interval: int | None = None,
         momentum: float = 0.0,
         moments: str | None = None,
-        betas: tuple[float, float] = (0.9, 0.999),
-        adam_eps: float = 1e-8,
+        betas: tuple[float, float] = BETAS,
+        adam_eps: float = ADAM_EPS,
         scale: bool = False,
         rounding: str | None = None,
         mode: str | None = None,
@@ -90,8 +90,8 @@ class TeZO(ZerothOrderOptimizer):
     ) -> None:
         rank, scale = hyper("rank", rank), switch("scale", scale)
         momentum = hyper("momentum", momentum)
-        if moments is not None:
-            choice("moments", moments, ("adam",))
+        of_adam = adam_of(moments, betas, adam_eps)
+        if moments:
             if momentum:
                 raise ValueError('moments="adam" has a momentum of its own, betas[0]: momentum=0')
             if mode == "factored":
@@ -113,7 +113,7 @@ class TeZO(ZerothOrderOptimizer):
             defaults["momentum"] = momentum
             rule = FactorMomentum()
         if moments:
-            defaults |= {"betas": betas, "adam_eps": adam_eps}
+            defaults |= of_adam
             rule = SeparableAdam()
         direction = Diagonal(scale)
         if evaluated is not None:

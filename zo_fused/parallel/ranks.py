@@ -51,6 +51,7 @@ class Ranks:
         self._parallel = check_parallel(option)
         self._run = run
         self._weight: Any = 1.0  # of this rank's losses in the present step
+        self._refused: Exception | None = None  # that weight, which the others are to know
         self._checked: int | None = None  # the step in which all were compared last
         self._late: tuple[int, Tensor] | None = None  # what a step's ranks told, on a GPU
 
@@ -63,12 +64,17 @@ class Ranks:
 
         Raises:
             TypeError: it is neither.
-            ValueError: it is negative or not finite.
+            ValueError: it is negative or not finite. Where there are others, `rows` raises it.
         """
         if isinstance(weight, Tensor) and weight.numel() == 1 and weight.device.type != "cpu":
             self._weight = weight.detach().reshape(()).double()  # the host doesn't wait
         else:
-            self._weight = bounded("weight", weight, "a finite number >= 0", _not_negative)
+            try:
+                self._weight = bounded("weight", weight, "a finite number >= 0", _not_negative)
+            except (TypeError, ValueError) as error:
+                if self.groups() is None:
+                    raise
+                self._refused = error
 
     def meet_anew(self) -> None:
         """The next step compares everything, as the first does."""
@@ -112,7 +118,8 @@ class Ranks:
             self._compare(groups, run)
         mine = range(len(places)) if whole else groups.share(len(places))
         taken: list[Row] = []
-        failure: BaseException | None = None
+        failure: BaseException | None = self._refused
+        self._refused = None
         try:
             for number, place in enumerate(places):
                 go(place)

@@ -29,6 +29,10 @@ _NO_BACKWARD = (
     "zo_fused: a zeroth-order closure returns the loss and calls no backward(): step() evaluates "
     "it without gradients"
 )
+WRITES = (
+    "writes to parameters, where they are perturbed: what it has written stays, less the "
+    "perturbation, and no replay log has it"
+)
 
 
 def check_closure(closure: Any) -> None:
@@ -59,6 +63,7 @@ class Evaluation:
         self._timer = timer
         self._report = report
         self._generators: GeneratorStates | None = None  # before the step's first evaluation
+        self._last: tuple[Tensor, int] | None = None  # loss on a GPU, alive there, and its address
 
     def losses_at(
         self, positions: Sequence[Position], closure: Closure, again: bool = False
@@ -161,16 +166,13 @@ class Evaluation:
         before = self._weights.parameters.last_versions()
         with self._timer("forward"), self._weights.beside.watching():
             try:
-                loss = self.scalar(closure())
+                loss = self._apart(self.scalar(closure()))
             except RuntimeError as error:
                 if "does not require grad and does not have a grad_fn" in str(error):
                     error.add_note(_NO_BACKWARD)
                 raise
         if self._weights.parameters.versions() != before:
-            self._report.warn(
-                "the closure writes to parameters, where they are perturbed: what it has written "
-                "stays, less the perturbation, and no replay log has it"
-            )
+            self._report.warn(f"the closure {WRITES}")
         return loss
 
     def given(self, losses: Loss | Sequence[Loss]) -> list[Any]:
@@ -227,6 +229,14 @@ class Evaluation:
         value = loss.detach() if isinstance(loss, Tensor) else filled(float(loss), device)
         kept = torch.float32 if value.dtype == torch.float32 else torch.float64
         return value.reshape(()).to(device=device, dtype=kept)
+
+    def _apart(self, loss: Any) -> Any:
+        """A loss that stays. A closure that returns the same memory every time, as the output of a
+        CUDA graph, would overwrite it with the next one."""
+        if not isinstance(loss, Tensor):
+            return loss
+        before, self._last = self._last, (loss, loss.data_ptr())
+        return loss if before is not None and before[1] != self._last[1] else loss.clone()
 
     def _rewound(self, generators: GeneratorStates | None) -> GeneratorStates:
         if generators is None:

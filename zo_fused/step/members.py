@@ -11,7 +11,9 @@ from torch import Tensor
 
 from zo_fused.step.access import Access, plain_tensors
 from zo_fused.step.estimates import Estimate, transformed
+from zo_fused.step.evaluation import WRITES
 from zo_fused.step.optimizer import ZerothOrderOptimizer
+from zo_fused.step.report import Report
 from zo_fused.step.schedule import Position
 from zo_fused.step.timing import Timer
 from zo_fused.step.vectors import vector
@@ -26,17 +28,25 @@ class Member:
     Attributes:
         number: of the member, from 0.
         position: where it is: ``theta + position.sign * eps * z`` of its query.
-        reward: how good it is, higher is better: a number, or a tensor of one. To be set within the
-            block or after it.
+        reward: how good it is, higher is better: a number, or a tensor of one, which is copied. To
+            be set within the block or after it.
         entered: whether the weights have been there.
     """
 
     def __init__(self, generation: Generation, number: int, position: Position) -> None:
         self.number = number
         self.position = position
-        self.reward: Any = None
         self.entered = False
+        self._reward: Any = None
         self._generation = generation
+
+    @property
+    def reward(self) -> Any:
+        return self._reward
+
+    @reward.setter
+    def reward(self, value: Any) -> None:
+        self._reward = value.detach().clone() if isinstance(value, Tensor) else value
 
     def __enter__(self) -> Member:
         self._generation.enter(self)
@@ -71,6 +81,7 @@ class Generation:
         weights: Weights,
         access: Access,
         timer: Timer,
+        report: Report,
         positions: Sequence[Position],
         estimate: Found,
     ) -> None:
@@ -78,10 +89,12 @@ class Generation:
         self._weights = weights
         self._access = access
         self._timer = timer
+        self._report = report
         self._estimate = estimate
         self._step = weights.groups.step
         self._eps = weights.groups.eps()
         self._inside: Member | None = None
+        self._versions: Any = None  # of the parameters, when its block began
 
     def __call__(self) -> Estimate:
         """What the rewards tell.
@@ -128,6 +141,7 @@ class Generation:
             self._access.pending = None  # within the block the weights are for all to see
             self._inside = member
             member.entered = True
+        self._versions = self._weights.parameters.versions()
 
     @plain_tensors
     def leave(self, member: Member, error: BaseException | None) -> None:
@@ -137,12 +151,15 @@ class Generation:
             RuntimeError: they were moved within the block, so the reward is of other weights.
         """
         self._inside = None
+        written = self._weights.parameters.versions() != self._versions
         with self._access.alone():
             over = self._access.pending is not None or self._weights.groups.step != self._step
             if not over:  # no step, estimate or other generation was begun within
                 self._access.pending = self
                 there = self._weights.along(member.position)
                 if error is None and self._weights.place == there:
+                    if written:
+                        self._report.warn(f"the block of a member {WRITES}")
                     return
             member.reward = None
             self._weights.flush()
@@ -267,7 +284,7 @@ class Population(ZerothOrderOptimizer):
 
     @plain_tensors
     def _begin(self) -> Generation:
-        parts = (self.weights, self._access, self._timer)
+        parts = (self.weights, self._access, self._timer, self._report)
         with self._access.going_away():
             self._access.drop_pending()
             generation = Generation(*parts, self.positions(), self._of_members)

@@ -24,6 +24,7 @@ from zo_fused.step.direction import Beside, Direction
 from zo_fused.step.groups import Groups
 from zo_fused.step.guard import Guard
 from zo_fused.step.sharded import HasReason, Resharding, check_sharded
+from zo_fused.sweeps.operators import CALLS
 from zo_fused.sweeps.shards import locals_of
 
 logger = logging.getLogger("zo_fused")
@@ -90,7 +91,8 @@ class Parameters:
         self.checks: list[Callable[[], None]] = []
         self._signature: tuple[Any, ...] | None = None
         self._versioned: list[Tensor] = []  # those whose changes autograd can be told
-        self._seen: tuple[int, int] | None = None  # their versions, since autograd was told
+        self._seen: tuple[int, int] | None = None  # their versions, since autograd was told,
+        self._calls = 0  # and the calls of operators that there were when they were asked for
         self._module = module
         self._of: tuple[type[Chooses], tuple[HasReason, ...]] = (Chooses, ())  # who checked last
         self._places = _places(module)
@@ -254,11 +256,12 @@ class Parameters:
         (what goes through ``p.data`` torch doesn't count), or others are tuned."""
         with torch._C.DisableTorchFunctionSubclass():
             self._seen = id(self._versioned), sum(map(_VERSION, self._versioned))  # a loop of C
+        self._calls = CALLS["made"]
         return self._seen
 
     def last_versions(self) -> tuple[int, int]:
-        """`versions`, as they were when last asked for since autograd was told."""
-        return self._seen or self.versions()
+        """`versions`, as they were when last asked for, if only prepared sweeps wrote since."""
+        return (self._calls == CALLS["made"] and self._seen) or self.versions()
 
     def _now(self, direction: Direction) -> tuple[Any, ...]:
         """What buckets are made from."""

@@ -34,6 +34,9 @@ def backend_for(device: torch.device, transform: str) -> Any:
     return backend
 
 
+CALLS = {"made": 0}  # of operators, which change the versions of what they write
+
+
 @torch.no_grad()
 def _route(name: str, args: tuple[Any, ...]) -> None:
     signature = SWEEPS[name]
@@ -54,6 +57,7 @@ def _route(name: str, args: tuple[Any, ...]) -> None:
                 tensor.copy_(copy)
     versioned = [tensor for tensor in chain.from_iterable(written) if not tensor.is_inference()]
     torch.autograd.graph.increment_version(versioned)  # for graphs that saved them
+    CALLS["made"] += 1
 
 
 def _define(name: str) -> None:

@@ -157,10 +157,10 @@ class Evaluator:
                     samples={subject.name: sorted(subject.test)},  # it goes by the set's order
                     bootstrap_iters=1000,  # for metrics that are no means
                 )
-            except AssertionError as error:  # such as no room for what is to be generated
+            except AssertionError as refusal:  # such as no room for what is to be generated
                 raise UserError(
-                    f"lm_eval can't evaluate {subject.name}: {first_line(error)}"
-                ) from error
+                    f"lm_eval can't evaluate {subject.name}: {first_line(refusal)}"
+                ) from refusal
         cut = sum(map(self._is_cut, made["samples"][subject.name]))
         results = made["results"][subject.name]
         rows = []
