@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.models import loss_of, network, same, snapshot
@@ -161,13 +162,16 @@ def test_equal_rewards_share_their_rank() -> None:
 
 @pytest.mark.parametrize("shaping", list(SHAPINGS))
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_reward_that_is_not_finite_skips_the_step(shaping: str, value: float) -> None:
+def test_a_reward_that_is_not_finite_skips_the_step(
+    shaping: str, value: float, caplog: pytest.LogCaptureFixture
+) -> None:
     model = network()
     before = snapshot(model)
     opt = ES(model, 1.0, 3, shaping)
     rewards = iter([1.0, value, 2.0])
     opt.step(lambda: next(rewards))
     assert (opt.skipped_steps, opt.step_count) == (1, 1)
+    assert "a reward was not finite" in caplog.text
     for p, q in zip(snapshot(model), before, strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=4 * 2.0**-24)
 
@@ -266,6 +270,18 @@ def test_rewards_may_come_in_any_order_and_later() -> None:
     other.step(lambda: next(rewards))
     for p, q in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)  # not in the order of the closure
+
+
+def test_rewards_may_be_of_numpy() -> None:
+    opt = ES(network(), 1e-2, 4, "none")
+    rewards = iter([np.bool_(True), np.array(2.0), np.float32(3), np.int64(4)])
+    for member in opt.members():
+        with member:
+            member.reward = next(rewards)
+    assert float(opt.step()) == 2.5
+    for wrong in (np.ones(1), np.str_("1")):
+        with pytest.raises(TypeError, match="scalar"):
+            opt.step(lambda: wrong)  # noqa: B023
 
 
 def test_a_reward_may_be_a_tensor_that_changes() -> None:

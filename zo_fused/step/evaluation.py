@@ -211,6 +211,8 @@ class Evaluation:
         Raises:
             TypeError: it is no real number, and no tensor of one element.
         """
+        if not isinstance(loss, Tensor | Real) and getattr(loss, "ndim", None) == 0:
+            loss = loss.item()  # NumPy's bool, and its arrays of shape ()
         if not isinstance(loss, Tensor | Real):
             raise TypeError(f"the closure must return a scalar loss, got {type(loss).__name__}")
         if isinstance(loss, Tensor) and (loss.numel() != 1 or loss.is_complex()):

@@ -187,6 +187,7 @@ class Population(ZerothOrderOptimizer):
     `difference` is given their rewards."""
 
     takes_rewards = True
+    why_skipped = "a reward was not finite"
     needs_closure = True  # a loss has no place here
     needs = (
         "step() needs a closure that returns the reward, step(lambda: reward(model)), or rewards: "
