@@ -66,6 +66,19 @@ def test_the_command_line_goes_before_a_config_and_that_before_a_preset(config):
     assert options("--preset", "mezo-opt13b-sst2", word).method == "mezo"
 
 
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("tensorboard, trackio,", ("tensorboard", "trackio")),
+        ("wandb,wandb", ("wandb",)),
+        ("none", ()),
+        ("", ()),
+    ],
+)
+def test_trackers_are_named_once_or_none_is(text, names, config):
+    assert options(f"--report-to={text}", config("report-to: mlflow")).report_to == names
+
+
 def test_one_budget_takes_the_place_of_another(config):
     found = options(config("preset: lozo-opt13b-sst2\nforwards: 100"))
     assert (found.steps, found.forwards) == (None, 100)
@@ -87,6 +100,12 @@ def test_one_budget_takes_the_place_of_another(config):
         ("verbalizer: great", "run.yaml: verbalizer must be a mapping"),
         ("- lr", "run.yaml: not a mapping of options"),
         ("lr: 1\nlr: [", "run.yaml:2: not YAML ("),
+        ("lr: 1e-6\nlr: 1e-7", "run.yaml:2: not YAML ('lr' stands there twice)"),
+        ("verbalizer: {0: ' a', 1: ' b', 0: ' c'}", "('0' stands there twice)"),
+        ("batch-size: 2\nbatch_size: 4", "run.yaml: batch-size and batch_size are one option"),
+        ("verbalizer: {0: [' bad'], 1: ' good'}", "run.yaml: verbalizer must be a mapping"),
+        ("verbalizer: []", "run.yaml: verbalizer must be a mapping"),
+        ("output: [a, b]", "run.yaml: output must be one value"),
         ("preset: mezo", "run.yaml: argument --preset: invalid choice: 'mezo'"),
     ],
 )
@@ -100,7 +119,7 @@ def test_mistakes_in_a_config_are_told_in_one_sentence(config, capsys, text, mes
 def test_a_comparison_reads_its_options_from_a_file(config, tmp_path, monkeypatch, capsys):
     file = """
 methods: [mezo, "lozo:rank=4"]
-seeds: 3,5
+seeds: 3, 5
 forwards: 12
 batch-size: 4
 report-to: [tensorboard, wandb]
@@ -118,6 +137,11 @@ template: "{text} It was"
     assert (found.rank, found.batch_size, found.forwards) == (4, 8, 12)
     assert found.report_to == ("tensorboard", "wandb")
     assert found.verbalizer == [("0", " bad"), ("1", " good")]
+    capsys.readouterr()
+    assert main(["compare", word, "--batch-size", "8", "--report-to", "none"]) == 2
+    assert "no run came to its end" in capsys.readouterr().err  # trackers make no other comparison
+    assert main(["compare", word, "--batch-size", "4"]) == 2
+    assert "holds a comparison with other options" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -127,6 +151,7 @@ template: "{text} It was"
         ("one_sided: true", "run.yaml: one_sided is a method's: methods: lozo:one-sided"),
         ("method: lozo", "run.yaml: method is one of several: methods: lozo,mezo"),
         ("steps: 10", "run.yaml: steps is not the same for all methods: forwards: 1000"),
+        ("overwrite: true", "run.yaml: overwrite is of one run"),
         ("seeds: x", "run.yaml: argument --seeds: must be a whole number"),
         ("sed: 1", "run.yaml: there is no option 'sed'; did you mean 'seeds'?"),
     ],

@@ -284,6 +284,8 @@ def test_trackers_are_told_what_the_history_has(arguments, tmp_path, monkeypatch
         steps, values = zip(*((e["step"], e[here]) for e in history if here in e), strict=True)
         assert [step for step, _ in told] == list(steps)
         assert [value for _, value in told] == pytest.approx(values)  # float32 in the file
+    rest = {"test/accuracy", "train/grad_norm", "train/learning_rate"}
+    assert set(board.Tags()["scalars"]) == {*names, "test/loss"} | rest
     grads = [abs(entry["projected_grad"]) for entry in history if "projected_grad" in entry]
     told = [event.value for event in board.Scalars("train/grad_norm")]
     assert told == pytest.approx(grads)

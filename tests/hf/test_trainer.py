@@ -270,8 +270,11 @@ def test_old_versions_that_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_methods_that_it_refuses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="did you mean 'lozo'"):
         trainer(tmp_path, "lozzo")
-    with pytest.raises(TypeError, match="zo must be a name or"):
-        trainer(tmp_path, zo_fused.LOZO)
+    with pytest.raises(ValueError, match="did you mean 'zo-adam'"):
+        trainer(tmp_path, "ZO_Adam")
+    for wrong in (zo_fused.LOZO, ("lozo",), ("lozo", {}, 2), ("lozo", 2)):
+        with pytest.raises(TypeError, match="zo must be a name or"):
+            trainer(tmp_path, wrong)
     with pytest.raises(TypeError, match="rang"):
         trainer(tmp_path, ("lozo", {"rang": 2})).train()
     with pytest.raises(ValueError, match="which method"):
@@ -285,6 +288,14 @@ def test_methods_that_it_refuses(tmp_path: Path) -> None:
     ):
         with pytest.raises(TypeError, match="an optimizer of zo_fused, not"):
             trainer(tmp_path, **way).train()
+    of_a_copy = zo_fused.MeZO(trainers.model(), lr=1e-3)
+    with pytest.raises(ValueError, match="none of the parameters of the trainer's model"):
+        trainer(tmp_path, optimizers=(of_a_copy, None)).train()
+
+
+def test_what_is_no_trainer_is_not_turned() -> None:
+    with pytest.raises(TypeError, match="zeroth_order turns a trainer of transformers, got Lin"):
+        zeroth_order(torch.nn.Linear(1, 1), "mezo")
 
 
 # ---- trainers that exist ------------------------------------------------------------------------

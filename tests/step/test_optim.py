@@ -732,6 +732,9 @@ def test_state_of_another_contract_is_refused() -> None:
     state["param_groups"][0]["contract"] = 0
     with pytest.raises(ValueError, match="contract"):
         opt.load_state_dict(state)
+    first_order = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0).state_dict()
+    with pytest.raises(ValueError, match="is not one of a zeroth-order optimizer"):
+        opt.load_state_dict(first_order)
 
 
 def test_load_state_hooks_still_work(make: Case) -> None:

@@ -278,6 +278,8 @@ SST2 = str(DATA / "glue_sst2.jsonl")
             "the prompts of mezo_roberta_sst2 have a mask, which lm_eval can't fill in",
         ),
         ([f"--task={EMBEDDED_DATA / 'task.json'}"], "task.json needs --test, its data"),
+        (["--output=none/x.json"], "can't write none/x.json: there is no directory none"),
+        (["--output=."], "can't write .: it is a directory"),
         (["--shots=two"], "must be numbers such as 0 or 0,32, got 'two'"),
         (
             ["--task=mezo_sst2", f"--test={SST2}", f"--adapter={EMBEDDED_MODEL}"],
@@ -290,6 +292,43 @@ def test_mistakes_are_told_in_one_sentence(words, message, capsys):
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("zo-fused: ")]
     assert len(told) == 1
     assert message in told[0]
+
+
+OWN = """
+training_split: train
+test_split: test
+doc_to_text: "{{sentence}}"
+output_type: multiple_choice
+doc_to_choice: [bad, good]
+doc_to_target: label
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ((), None),
+        (("multiple_choice", "generate_until"), "lm_eval can't evaluate own: Invalid config"),
+        (("{{sentence}}", "{{text}}"), "data 'json' (UndefinedError: 'text' is undefined)"),
+        (("doc_to_target: label", ""), "own.yaml and its data 'json' (TypeErr"),
+        (("doc_to_text", "doc_to_txt"), "own.yaml and its data 'json' (TypeErr"),
+        (("test: ", "test: x"), "data 'json' (FileNotFoundError: Unable to find"),
+    ],
+)
+def test_a_file_that_lm_eval_can_not_use(change, message, sst2, tmp_path, capsys):
+    path = tmp_path / "own.yaml"
+    files = f"train: {sst2}/train.jsonl, test: {sst2}/test.jsonl"
+    text = f"task: own\ndataset_path: json\ndataset_kwargs: {{ data_files: {{ {files} }} }}{OWN}"
+    assert not change or change[0] in text
+    path.write_text(text.replace(*change) if change else text)
+    words = ["evaluate", f"--task={path}", "--test-examples=2", "--device=cpu"]
+    assert main(words) == (0 if message is None else 2)
+    error = capsys.readouterr().err
+    told = re.findall("zo-fused: .*", error)  # it may follow a bar of lm_eval's
+    if message is not None:
+        assert len(told) == 1
+        assert message in told[0]
+        assert "hf download" not in error
 
 
 def test_masked_models_are_refused():

@@ -47,11 +47,12 @@ _ELSEWHERE = {
     "steps": "is not the same for all methods: forwards: 1000",
     "preset": "is of one method",
     "resume": "is what the same command does",
+    "overwrite": "is of one run; a new comparison takes another output",
 }
 
 
 def _seeds(text: str) -> list[int]:
-    return [run_seed(word) for word in text.split(",")]
+    return [run_seed(word.strip()) for word in text.split(",")]
 
 
 def _methods(text: str) -> list[str]:
@@ -143,7 +144,7 @@ def make_runs(
                 raise UserError("a comparison needs --dev data")
             place = output / method.replace(":", "_") / f"seed-{seed}"
             runs.append(Run(method, seed, ("finetune", *words), place))
-    _claim(output, list(shared))
+    _claim(output, [word for word in shared if not word.startswith("--report-to=")])
     return runs
 
 

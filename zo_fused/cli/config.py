@@ -19,6 +19,7 @@ from zo_fused.task.errors import UserError, first_line, optional
 PRESETS = Path(__file__).parent / "presets"
 _LINE_ONLY = ("help", "config", "overwrite")  # of a command, not of a run
 _ONE_OF = ("steps", "forwards")
+_LISTS = ("methods", "report_to", "seeds")  # several values, with commas between them on a line
 
 
 def presets() -> list[str]:
@@ -93,8 +94,7 @@ def read(
     """
     yaml = optional("yaml")
     try:
-        # BaseLoader: every value is the text that stands there, 1e-6 and yes included
-        content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader) or {}
+        content = yaml.load(path.read_text(encoding="utf-8"), _loader(yaml)) or {}
     except OSError as error:
         raise UserError(f"can't read the config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -111,10 +111,12 @@ def read(
     known = {action.dest: action for action in settable(parser)}
     for key, value in content.items():
         name = f"{key}".replace("-", "_")
-        if name in _LINE_ONLY:
-            raise UserError(f"{path}: {key} belongs on the command line")
         if name in others:
             raise UserError(f"{path}: {key} {others[name]}")
+        if name in _LINE_ONLY:
+            raise UserError(f"{path}: {key} belongs on the command line")
+        if name != key and name in content:
+            raise UserError(f"{path}: {key} and {name} are one option")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0].replace('_', '-')!r}?" if near else ""
@@ -124,6 +126,22 @@ def read(
         return parser.parse_args(words)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _loader(yaml: Any) -> Any:
+    """Every value is the text that stands there, 1e-6 and yes included, and no key comes twice."""
+
+    class Loader(yaml.BaseLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                if key.value in seen:
+                    problem = f"{key.value!r} stands there twice"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                seen.add(key.value)
+            return super().construct_mapping(node, deep=deep)
+
+    return Loader
 
 
 def _words(path: Path, action: argparse.Action, value: Any) -> list[str]:
@@ -136,12 +154,16 @@ def _words(path: Path, action: argparse.Action, value: Any) -> list[str]:
             raise UserError(f"{path}: {flag[2:]} must be true or false, not {value!r}")
         return [flag] if value == "true" else []
     if action.nargs == "+":
-        pairs = value.items() if isinstance(value, dict) else None
-        items = [f"{label}={answer}" for label, answer in pairs] if pairs else value
-        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        items = list(value.values()) if isinstance(value, dict) else value
+        if not (isinstance(items, list) and items) or not all(isinstance(i, str) for i in items):
             raise UserError(f"{path}: {flag[2:]} must be a mapping, such as `negative: ' bad'`")
-        return [flag, *items]
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        pairs = value.items() if isinstance(value, dict) else ()
+        return [flag, *([f"{label}={answer}" for label, answer in pairs] or items)]
+    if (
+        action.dest in _LISTS
+        and isinstance(value, list)
+        and all(isinstance(item, str) for item in value)
+    ):
         value = ",".join(value)
     if not isinstance(value, str):
         raise UserError(f"{path}: {flag[2:]} must be one value")

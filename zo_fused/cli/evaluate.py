@@ -185,6 +185,10 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         from zo_fused.task.models import choose_device
 
     device = choose_device(args.device)
+    if args.output is not None and not args.output.parent.is_dir():
+        raise UserError(f"can't write {args.output}: there is no directory {args.output.parent}")
+    if args.output is not None and args.output.is_dir():
+        raise UserError(f"can't write {args.output}: it is a directory")
     subjects = _subjects(args)
     model, tokenizer, name = _model(args, device)
     evaluator = Evaluator(model, tokenizer, args.batch_size)

@@ -69,7 +69,8 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(word for word in text.split(",") if word)
+    names = dict.fromkeys(word.strip() for word in text.split(","))
+    return tuple(name for name in names if name and name != "none")
 
 
 def _default(name: str) -> str:

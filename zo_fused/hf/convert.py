@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import Trainer
+
 from zo_fused.hf.limits import check_trainer
 from zo_fused.hf.methods import named
 from zo_fused.hf.mixin import ZOMixin
@@ -26,8 +28,10 @@ def zeroth_order(trainer: Any, zo: Any = None, *, read: Sequence[str] = ()) -> A
         The trainer, whose class now is ``ZO`` + its name, with `ZOMixin` before its own.
 
     Raises:
-        As `ZOMixin`; then the trainer is what it was.
+        As `ZOMixin`, and TypeError for what is no trainer. The trainer then is what it was.
     """
+    if not issubclass(type(trainer), Trainer):
+        raise TypeError(f"zeroth_order turns a trainer of transformers, got {trainer!r:.80}")
     chosen = None if zo is None else named(zo)
     check_trainer(trainer, read)
     if isinstance(trainer, ZOMixin):

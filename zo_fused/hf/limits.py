@@ -44,6 +44,22 @@ def check_trainer(trainer: Any, read: Sequence[str] = ()) -> None:
     _check_class(type(trainer), read)
 
 
+def check_optimizer(optimizer: Any, model: Any) -> None:
+    """Look at the optimizer that a trainer was given.
+
+    Raises:
+        ValueError: it is of another model than the trainer's.
+    """
+    if optimizer.quantized:  # scales are no parameters
+        return
+    own = {id(p) for p in model.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            "the optimizer has none of the parameters of the trainer's model: it was made with "
+            "another, or with a copy"
+        )
+
+
 def _check_fsdp(args: Any, plugin: Any) -> None:
     if plugin.fsdp_version != 2:
         raise ValueError(

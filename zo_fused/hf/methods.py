@@ -22,12 +22,13 @@ def named(zo: str | tuple[str, dict[str, Any]]) -> Chosen:
         TypeError: it is neither.
         ValueError: there is no such method.
     """
-    name, own = (zo, {}) if isinstance(zo, str) else zo if isinstance(zo, tuple) else (None, None)
-    if not isinstance(name, str) or not isinstance(own, dict):
+    pair = (zo, {}) if isinstance(zo, str) else zo
+    if not (isinstance(pair, tuple) and [type(part) for part in pair] == [str, dict]):
         raise TypeError(f'zo must be a name or ("lozo", {{"rank": 2}}), got {zo!r}')
+    name, own = pair
     known = recipes()
     if name not in known:
-        near = meant(name, tuple(known))
+        near = meant(name.lower().replace("_", "-"), tuple(known))
         hint = f"did you mean {near!r}?" if near else f"there are {', '.join(known)}"
         raise ValueError(f"there is no method {name!r}; {hint}")
     kind, recipe = known[name]

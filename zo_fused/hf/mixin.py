@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_fused.hf.limits import check_trainer
+from zo_fused.hf.limits import check_optimizer, check_trainer
 from zo_fused.hf.methods import make_optimizer, named
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.sweeps.shards import is_sharded
@@ -87,6 +87,7 @@ class ZOMixin(_Trainer):
         if not isinstance(self.zeroth_order_optimizer, ZerothOrderOptimizer):
             kind = type(self.zeroth_order_optimizer).__name__
             raise TypeError(f"a zeroth-order trainer needs an optimizer of zo_fused, not {kind}")
+        check_optimizer(self.zeroth_order_optimizer, self.model)
         return self.optimizer
 
     # ---- the step -------------------------------------------------------------------------------

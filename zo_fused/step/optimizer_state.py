@@ -66,6 +66,8 @@ def check_saved(group: Group, method: str, options: str) -> None:
     for name in ("method", "options"):  # earlier versions have none
         if not isinstance(group.get(name, ""), str):
             raise ValueError(f"{name} of the state is no text")
+    if "contract" not in group:
+        raise ValueError("the state is not one of a zeroth-order optimizer of zo_fused")
     if type(group.get("contract")) is not int or group["contract"] != CONTRACT_VERSION:
         raise ValueError(
             f"the state was saved with noise contract {group.get('contract')}, "

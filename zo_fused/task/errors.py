@@ -44,7 +44,7 @@ def optional(name: str, install: str = "zo-fused[hf]") -> Any:
             return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"fine-tuning needs the package {name!r} ({first_line(error)}); "
+            f"this needs the package {name!r} ({first_line(error)}); "
             f"install it with `pip install '{install}'`"
         ) from error
 

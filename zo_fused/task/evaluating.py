@@ -13,7 +13,7 @@ import numpy as np
 from zo_fused.task.adapters import base_model
 from zo_fused.task.data import Example, read_examples
 from zo_fused.task.encoding import maximum_length
-from zo_fused.task.errors import UserError, optional
+from zo_fused.task.errors import UserError, first_line, optional
 from zo_fused.task.lm_tasks import INSTALL, LmTask, quiet
 from zo_fused.task.models import fills_masks
 from zo_fused.task.prompt import Task
@@ -133,7 +133,8 @@ class Evaluator:
             seed: of the demonstrations; MeZO's is 0.
 
         Raises:
-            UserError: the task has not enough examples for `shots`, or can't be calibrated.
+            UserError: the task has not enough examples for `shots`, can't be calibrated, or is one
+                that lm_eval refuses.
         """
         if len(subject.train) < shots:
             raise UserError(
@@ -148,12 +149,18 @@ class Evaluator:
         if calibrated:
             _calibrate(task, subject)
         with quiet():
-            made = optional("lm_eval", INSTALL).evaluate(
-                self.lm,
-                {subject.name: task},
-                samples={subject.name: sorted(subject.test)},  # it goes by the set's order
-                bootstrap_iters=1000,  # for metrics that are no means
-            )
+            evaluate = optional("lm_eval", INSTALL).evaluate
+            try:
+                made = evaluate(
+                    self.lm,
+                    {subject.name: task},
+                    samples={subject.name: sorted(subject.test)},  # it goes by the set's order
+                    bootstrap_iters=1000,  # for metrics that are no means
+                )
+            except AssertionError as refusal:  # such as no room for what is to be generated
+                raise UserError(
+                    f"lm_eval can't evaluate {subject.name}: {first_line(refusal)}"
+                ) from refusal
         cut = sum(map(self._is_cut, made["samples"][subject.name]))
         results = made["results"][subject.name]
         rows = []

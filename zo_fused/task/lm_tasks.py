@@ -319,10 +319,15 @@ def _unknown(name: str, path: Path | None, manager: Any) -> UserError:
 
 
 def _unloadable(name: str, files: Any, source: Any, error: Exception) -> UserError:
-    why = f"{type(error).__name__}: {first_line(error)}"
+    kind = type(error).__name__
+    why = f"{kind}: {first_line(error)}" if str(error).strip() else kind
     if files:
         given = ", ".join(path for _, path in files)
         return UserError(f"the task {name} can't use {given}: {why}")
+    if source is None:
+        return UserError(f"can't load the task {name} ({why})")
+    if "/" not in f"{source}" or Path(source).exists():  # not of the Hub
+        return UserError(f"can't load the task {name} and its data {source!r} ({why})")
     return UserError(
         f"can't load the task {name} and its data set {source!r} ({why}); without a network, fetch "
         f"it elsewhere with `hf download {source} --repo-type dataset` and give its files with "

@@ -211,6 +211,10 @@ class Finetuning(ZOTrainer):
         if self.args.report_to:
             self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
+    def log(self, logs: dict[str, float], *_: Any, **__: Any) -> None:
+        """The Trainer's own summary of its time and loss is told to nobody: after a new start it
+        would be the loss of the rest over the steps of the whole."""
+
     def _check_skipped(self) -> None:
         """Raises:
         UserError: `SKIPPED_IN_A_ROW` steps in a row were skipped, also before a new start.
