@@ -45,7 +45,7 @@ class Kept(NamedTuple):
 
     state: int  # in its state_dict
     beside: int  # all that it holds between steps, its state included
-    peak: int  # at most within a step, but for forward passes and what lives for one matrix
+    peak: int  # at most where losses are taken, but for what a forward pass needs
 
 
 class Live(TorchDispatchMode):
@@ -203,10 +203,7 @@ def step_peak(
     """
     if forward is None:
         return None
-    needed = forward * (2 if paired or differentiates else 1)
-    if differentiates:
-        needed += held.peak - held.beside
-    return weights + max(held.beside + needed, held.peak)
+    return weights + held.peak + forward * (2 if paired or differentiates else 1)
 
 
 # ---- optimizers ----------------------------------------------------------------------------------
@@ -247,12 +244,21 @@ def _held(make: Make, shape: tuple[int, ...], count: int, dtype: torch.dtype, li
     with Live(tuple(model.parameters())) as live:
         optimizer = make(model)
         numbers = itertools.count()  # losses that are all equal may skip a step
+        at_losses = [0]
+
+        def closure() -> Tensor:
+            at_losses.append(live.now)
+            return model() + next(numbers)
+
         if any(group["params"] for group in optimizer.param_groups):  # else it leaves them alone
             for _ in range(3):  # the buffers of two steps take turns
-                optimizer.step(lambda: model() + next(numbers))
+                optimizer.step(closure)
         gc.collect()
     tensors = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
-    return Kept(sum(t.numel() * t.element_size() for t in tensors), live.now, live.peak)
+    # Tangents are made within the loss. Else a peak in between is not looked at: it is that of one
+    # matrix after another, and comes at another place with three of them than with four.
+    peak = live.peak if optimizer.differentiates else max(at_losses)
+    return Kept(sum(t.numel() * t.element_size() for t in tensors), live.now, peak)
 
 
 def _one_more(make: Make, shape: tuple[int, ...], dtype: torch.dtype, linear: bool) -> Kept:
