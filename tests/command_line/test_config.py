@@ -34,6 +34,14 @@ def config(tmp_path):
     return write
 
 
+def assert_refused(words, message, capsys):
+    """In one sentence."""
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
 def test_values_are_those_of_the_command_line(config):
     word = config("""
 method: MeZO
@@ -110,10 +118,7 @@ def test_one_budget_takes_the_place_of_another(config):
     ],
 )
 def test_mistakes_in_a_config_are_told_in_one_sentence(config, capsys, text, message):
-    assert main(["finetune", config(text)]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert_refused(["finetune", config(text)], message, capsys)
 
 
 def test_a_comparison_reads_its_options_from_a_file(config, tmp_path, monkeypatch, capsys):
@@ -157,10 +162,7 @@ template: "{text} It was"
     ],
 )
 def test_what_a_comparison_has_in_another_place(config, capsys, text, message):
-    assert main(["compare", config(text)]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert_refused(["compare", config(text)], message, capsys)
 
 
 def test_a_config_that_is_not_there(tmp_path, capsys):

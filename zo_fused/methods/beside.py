@@ -74,9 +74,10 @@ def adam_of(moments: str | None, betas: tuple[float, float], adam_eps: float) ->
     if moments is not None:
         choice("moments", moments, ("adam",))
         return {"betas": betas, "adam_eps": adam_eps}
-    for name, value in {"betas": betas, "adam_eps": adam_eps}.items():
-        if value not in (BETAS, [*BETAS], ADAM_EPS):
-            raise ValueError(f'{name} is for moments="adam"')
+    if betas not in (BETAS, [*BETAS]):
+        raise ValueError('betas is for moments="adam"')
+    if adam_eps != ADAM_EPS:
+        raise ValueError('adam_eps is for moments="adam"')
     return {}
 
 

@@ -192,9 +192,8 @@ class Finetuning(ZOTrainer):
             forwards=self.losses * self.forwards_per_loss,
             seconds=round(time.perf_counter() - self.started, 6),
         )
-        grad = optimizer.projected_grad.abs().mean().item()
-        rate = optimizer.param_groups[0]["lr"]
-        self._report(loss=loss, grad_norm=grad, learning_rate=rate)
+        mean = sum(map(abs, grads)) / len(grads)
+        self._report(loss=loss, grad_norm=mean, learning_rate=optimizer.param_groups[0]["lr"])
         self._check_skipped()
         accuracies = self.history.accuracies("dev")
         dev = f", dev {accuracies[-1][1]:.3f}" if accuracies else ""
