@@ -94,7 +94,10 @@ def read(
     """
     yaml = optional("yaml")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _loader(yaml)) or {}
+        text = path.read_text(encoding="utf-8")
+        _once(yaml, text)
+        # every value is the text that stands there, 1e-6 and yes included
+        content = yaml.load(text, yaml.BaseLoader) or {}
     except OSError as error:
         raise UserError(f"can't read the config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -128,20 +131,19 @@ def read(
         raise UserError(f"{path}: {error}") from error
 
 
-def _loader(yaml: Any) -> Any:
-    """Every value is the text that stands there, 1e-6 and yes included, and no key comes twice."""
-
-    class Loader(yaml.BaseLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            seen = set()
-            for key, _ in node.value:
-                if key.value in seen:
-                    problem = f"{key.value!r} stands there twice"
-                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-                seen.add(key.value)
-            return super().construct_mapping(node, deep=deep)
-
-    return Loader
+def _once(yaml: Any, text: str) -> None:
+    """Checks that no option of a file, and no key of a mapping in it, stands there twice."""
+    whole = yaml.compose(text, yaml.BaseLoader)
+    if not isinstance(whole, yaml.MappingNode):
+        return
+    values = [value for _, value in whole.value]
+    for mapping in [whole, *(value for value in values if isinstance(value, yaml.MappingNode))]:
+        seen = set()
+        for key, _ in mapping.value:
+            if str(key.value) in seen:
+                problem = f"{key.value!r} stands there twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(str(key.value))
 
 
 def _words(path: Path, action: argparse.Action, value: Any) -> list[str]:
