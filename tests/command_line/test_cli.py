@@ -49,6 +49,8 @@ def parse(*words):
         (["finetune", "--batch-size", "two"], "must be a whole number >= 1, got 'two'"),
         (["finetune", "--seed", "-1"], "must be a whole number below 2**64, got '-1'"),
         (["finetune", "--lr", "small"], "argument --lr: invalid float value: 'small'"),
+        (["finetune", "--betas", "0.9"], "argument --betas: must look like 0.9/0.999, got '0.9'"),
+        (["finetune", "--scale", "so"], "argument --scale: must be yes or no, got 'so'"),
         (["finetune", "--verbalizer", "great"], "must look like label=answer, got 'great'"),
         (["finetune", "--step", "3"], "unrecognized arguments: --step 3"),
         (["finetune", "--model", "m"], "--model needs --train"),
@@ -127,7 +129,7 @@ def test_options_not_given_get_the_defaults(tmp_path):
     assert options.hyper == {
         "lr": 1e-6, "eps": 0.01, "weight_decay": 0.0, "rounding": "nearest", "schedule": "deferred",
         "momentum": 0.0, "queries": 1, "one_sided": False, "distribution": "gaussian",
-        "blocks": None, "prior": None, "pool": None,
+        "blocks": None, "prior": None, "pool": None, "dampening": 0.0, "state_dtype": "float32",
     }  # fmt: skip
     assert options.plan.steps == defaults.COMMON["steps"]
     assert options.sources == {"train": "t.jsonl"}
@@ -138,7 +140,7 @@ def test_options_not_given_get_the_defaults(tmp_path):
     assert options.sources == {"train": str(tmp_path), "dev": "d", "test": str(tmp_path)}
     common = {"lr", "eps", "weight_decay", "rounding", "schedule", "queries", "one_sided", "blocks"}
     of_lozo = {"rank", "interval", "momentum", "distribution"}
-    of_lozo |= {"basis", "refresh", "others", "moments"}
+    of_lozo |= {"basis", "refresh", "others", "moments", "betas", "adam_eps", "divide_by_rank"}
     assert options.hyper.keys() == common | of_lozo
     assert options.task.answers == ("x", "y")
 
@@ -188,6 +190,18 @@ def test_the_table_has_the_arguments_of_the_optimizers(method):
         ("loren", "--rho 0.5", 0.5),
         ("conmezo", "--theta 1.2", 1.2),
         ("qzo", "--clip 10", 10.0),
+        ("qzo", "--floor 0", 0.0),
+        ("p-gap", "--delta 1/0.5", (1.0, 0.5)),
+        ("p-gap", "--scale no", False),
+        ("p-gap", "--align Joint", "joint"),
+        ("p-gap", "--vector-lr 1e-4", 1e-4),
+        ("zo-adam", "--betas 0.8,0.99", (0.8, 0.99)),
+        ("zo-adam", "--adam-eps 1e-6", 1e-6),
+        ("mezo-m", "--dampening 0.9", 0.9),
+        ("mezo-m", "--state-dtype param", "param"),
+        ("conmezo", "--warmup 0", 0),
+        ("meazo", "--beta 0.9", 0.9),
+        ("meazo", "--zeta 1e-6", 1e-6),
     ],
 )
 def test_what_a_method_alone_has_is_an_option(method, words, value):

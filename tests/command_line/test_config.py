@@ -8,17 +8,16 @@ import pytest
 
 pytest.importorskip("yaml")
 
-from zo_fused.cli import compare, defaults, finetune, init
+from zo_fused.cli import compare, defaults, init
 from zo_fused.cli.config import PRESETS, merged, presets
 from zo_fused.cli.main import main
 from zo_fused.cli.method_options import OPTIONS, by_method
-from zo_fused.cli.parser import Parser
+from zo_fused.cli.run_options import run_parser
 
 
 def options(*words):
     """The merged arguments of a command line."""
-    parser = Parser(prog="zo-fused finetune", allow_abbrev=False)
-    finetune.add_options(parser)
+    parser = run_parser()
     return merged(parser, parser.parse_args(words))
 
 
@@ -72,6 +71,11 @@ def test_the_command_line_goes_before_a_config_and_that_before_a_preset(config):
     assert (found.rank, found.lr, found.interval, found.method) == (8, 2e-7, 50, "lozo")
     assert found.steps == 20_000
     assert options("--preset", "mezo-opt13b-sst2", word).method == "mezo"
+
+
+@pytest.mark.parametrize("pair", ["0.8/0.9", "0.8,0.9", "[0.8, 0.9]"])
+def test_two_numbers(pair, config):
+    assert options(config(f"betas: {pair}")).betas == (0.8, 0.9)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +186,7 @@ def test_a_preset_names_its_source_and_has_options_of_its_method(name):
     assert found.model
 
 
-@pytest.mark.parametrize("method", ["lozo", "mezo", "qzo", "es"])
+@pytest.mark.parametrize("method", ["lozo", "mezo", "qzo", "es", "p-gap"])
 def test_init_writes_every_option_with_its_default(method, tmp_path, capsys):
     path = tmp_path / "mine.yaml"
     assert main(["init", str(path), "--method", method]) == 0

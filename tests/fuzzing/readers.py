@@ -18,8 +18,8 @@ from support.models import loss_of, network
 from torch import nn
 
 import zo_fused
-from zo_fused.cli import config, finetune
-from zo_fused.cli.parser import Parser
+from zo_fused.cli import config
+from zo_fused.cli.run_options import run_parser
 from zo_fused.noise.streams import CONTRACT_VERSION
 from zo_fused.step import log_lines
 from zo_fused.task import resuming
@@ -173,11 +173,7 @@ def read_task(path: Path) -> object:
     return task
 
 
-@functools.cache
-def parser() -> Parser:
-    made = Parser(prog="zo-fused finetune", allow_abbrev=False)
-    finetune.add_options(made)
-    return made
+parser = functools.cache(run_parser)
 
 
 def configs() -> list[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from zo_fused.cli import defaults, finetune
 from zo_fused.cli.config import add_config_option, merged
 from zo_fused.cli.method_options import OPTIONS
 from zo_fused.cli.parser import Parser, folder, run_seed
+from zo_fused.cli.run_options import add_data_options, add_run_options, method_choice, run_parser
 from zo_fused.cli.runs import Run, run_all
 from zo_fused.task.errors import Interrupted, UserError, first_line
 
@@ -60,7 +62,7 @@ def _methods(text: str) -> list[str]:
     methods = []
     for word in text.split(","):
         name, *given = word.split(":")
-        methods.append(":".join([finetune.method_choice()["type"](name), *given]))
+        methods.append(":".join([method_choice()["type"](name), *given]))
     return methods
 
 
@@ -81,8 +83,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=folder,
         help=f"directory to write (default: {OUTPUT})",
     )
-    finetune.add_data_options(parser)
-    finetune.add_run_options(parser)
+    add_data_options(parser)
+    add_run_options(parser)
 
 
 def method_words(text: str) -> list[str]:
@@ -133,8 +135,7 @@ def make_runs(
         twice = [item for item in given if given.count(item) > 1]
         if twice:
             raise UserError(f"--{name} has {twice[0]!r} twice")
-    parser = Parser(prog="zo-fused finetune", allow_abbrev=False)
-    finetune.add_options(parser)
+    parser = run_parser()
     runs = []
     for seed in seeds:
         for method in methods:
@@ -142,7 +143,7 @@ def make_runs(
             chosen = finetune.options(parser.parse_args(words))
             if not ("dev" in chosen.sources or chosen.draw.dev or chosen.draw.k):
                 raise UserError("a comparison needs --dev data")
-            place = output / method.replace(":", "_") / f"seed-{seed}"
+            place = output / re.sub("[:/]", "_", method) / f"seed-{seed}"
             runs.append(Run(method, seed, ("finetune", *words), place))
     _claim(output, [word for word in shared if not word.startswith("--report-to=")])
     return runs

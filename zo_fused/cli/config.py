@@ -19,7 +19,8 @@ from zo_fused.task.errors import UserError, first_line, optional
 PRESETS = Path(__file__).parent / "presets"
 _LINE_ONLY = ("help", "config", "overwrite")  # of a command, not of a run
 _ONE_OF = ("steps", "forwards")
-_LISTS = ("methods", "report_to", "seeds")  # several values, with commas between them on a line
+# several values, with commas between them on a line
+_LISTS = ("methods", "report_to", "seeds", "betas", "delta")
 
 
 def presets() -> list[str]:

@@ -7,11 +7,12 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from zo_fused.cli import defaults, finetune
+from zo_fused.cli import defaults
 from zo_fused.cli.config import PRESETS, presets, settable
 from zo_fused.cli.method_help import of_one
 from zo_fused.cli.method_options import OPTIONS, by_method
-from zo_fused.cli.parser import Parser, choice, shown
+from zo_fused.cli.parser import choice, shown
+from zo_fused.cli.run_options import method_choice, run_parser
 from zo_fused.task.errors import UserError
 
 HELP = "write a config of finetune, with every option and its default"
@@ -27,16 +28,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "file", metavar="FILE", nargs="?", type=Path, default=Path("run.yaml"),
         help="to write (default: run.yaml)",
     )  # fmt: skip
-    parser.add_argument(
-        "--method", **finetune.method_choice(), help=f"(default: {defaults.METHOD})"
-    )
+    parser.add_argument("--method", **method_choice(), help=f"(default: {defaults.METHOD})")
     parser.add_argument("--preset", **choice(presets()), help="a copy of this preset instead")
 
 
 def text(method: str) -> str:
     """The file of a method."""
-    parser = Parser(prog="zo-fused finetune", allow_abbrev=False)
-    finetune.add_options(parser)
+    parser = run_parser()
     values = defaults.defaults(method, embedded=False)
     lines = ["# zo-fused finetune --config FILE. What is on the command line goes before it."]
     own = by_method()[method]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from zo_fused.cli.parser import choice, whole
+from zo_fused.cli.parser import choice, pair, truth, whole
 
 QUANTIZERS = ("int8",)  # keys of `zo_fused.task.models.QUANTIZERS`
 
@@ -35,9 +35,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "candidates with --prior, a forward pass each",
     },
     "rank": {"type": whole, "help": "columns of U and V"},
+    "divide_by_rank": {
+        "action": "store_true",
+        "default": None,
+        "help": "the update over the rank, as in the paper",
+    },
+    "scale": {
+        "metavar": "{yes,no}",
+        "type": truth,
+        "help": "elements of z of variance 1, so that eps and lr are of MeZO's size",
+    },
     "interval": {
         "type": whole,
-        "help": "steps for which V, or a mask, stays",
+        "help": "steps for which V, a mask or a space stays",
     },
     "population": {"type": whole, "help": "members of a step"},
     "shaping": {
@@ -71,7 +81,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
         **choice(("adam",)),
         "help": "Adam on the estimate in the factor or core",
     },
+    "betas": {
+        "metavar": "BETA1/BETA2",
+        "type": pair,
+        "help": "decay of Adam's moments, each in [0, 1)",
+    },
+    "adam_eps": {"type": float, "help": "added to the root of Adam's second moment"},
     "momentum": {"type": float, "help": "in [0, 1)"},
+    "dampening": {"type": float, "help": "of the momentum, in [0, 1]"},
+    "warmup": {
+        "metavar": "STEPS",
+        "type": int,
+        "help": "in which the momentum rises from 0.1",
+    },
+    "state_dtype": {
+        **choice(("float32", "param")),
+        "help": "of the moments; param: that of each weight",
+    },
+    "beta": {"type": float, "help": "decay of the second moment, in [0, 1)"},
+    "zeta": {"type": float, "help": "added to the root of the second moment"},
     "history": {
         "metavar": "STEPS",
         "type": whole,
@@ -88,6 +116,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "hessian_smooth": {"type": float, "help": "of a new H in the old one, in [0, 1)"},
     "probes": {"type": whole, "help": "directions that estimate the gradient at a window's start"},
+    "probes_one_sided": {
+        "action": "store_true",
+        "default": None,
+        "help": "take the loss at theta once instead of a second side of every probe",
+    },
+    "delta": {
+        "metavar": "FIRST/LAST",
+        "type": pair,
+        "help": "alignment with the estimated gradient, in the first step and the last",
+    },
+    "align": {
+        **choice(("matrix", "shared", "joint")),
+        "help": "each matrix on its own, with one sign for all, or all matrices as one",
+    },
+    "vector_lr": {"type": float, "help": "learning rate of one-dimensional parameters"},
+    "vector_eps": {"type": float, "help": "perturbation radius of one-dimensional parameters"},
     "share": {"type": float, "help": "of the weights of a tensor that the mask lets move"},
     "mask": {**choice(("magnitude", "random")), "help": "which weights move: the smallest, or any"},
     "kernel": {**choice(("linear", "cubic", "quintic")), "help": "weights of estimates"},
@@ -95,6 +139,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rho": {"type": float, "help": "damping of the curvature, above 0"},
     "theta": {"type": float, "help": "angle between z and the momentum, in radians"},
     "clip": {"type": float, "help": "largest projected gradient"},
+    "floor": {"type": float, "help": "smallest value of a scale"},
     "weight_decay": {"type": float, "help": "decay, times the learning rate"},
     "rounding": {
         **choice(("nearest", "stochastic")),
@@ -114,6 +159,9 @@ UNSET = {
     "refresh": "once",
     "moments": "none",
     "history": "none",
+    "delta": "none",
+    "vector_lr": "as --lr",
+    "vector_eps": "as --eps",
     "blocks": "none",
     "quantize": "a model of your own must be quantized already",
     "rounding": "stochastic where the schedule is factored or paired, else nearest",

@@ -88,10 +88,29 @@ def whole(text: str) -> int:
     return value
 
 
+def pair(text: str) -> tuple[float, float]:
+    """Two numbers."""
+    try:
+        first, second = map(float, re.split("[/,]", text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must look like 0.9/0.999, got {text!r}") from None
+    return first, second
+
+
+def truth(text: str) -> bool:
+    """Of an option that is on where nothing is said."""
+    known = {"true": True, "yes": True, "false": False, "no": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"must be yes or no, got {text!r}")
+    return known[text.lower()]
+
+
 def shown(value: Any) -> str:
     """A default as a help text has it."""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return "/".join(map(shown, value))
     return f"{value:g}" if isinstance(value, float) else f"{value}"
 
 

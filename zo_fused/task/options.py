@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_fused.task.encoding import Encoded, Encoder
+from zo_fused.task.files import to_json
 from zo_fused.task.lm_tasks import LmTask
 from zo_fused.task.plan import Plan
 from zo_fused.task.prompt import Task
@@ -63,7 +65,8 @@ def settings_of(
     if encoder is not None:
         content = repr([encoder.answers, train])
         settings["training_data"] = hashlib.sha256(content.encode()).hexdigest()[:16]
-    return settings
+    read: dict[str, Any] = json.loads(to_json(settings))  # as they come out of a file
+    return read
 
 
 def provenance(options: Options) -> dict[str, Any]:
