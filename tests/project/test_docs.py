@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import importlib
+import inspect
 import re
 import runpy
 import shlex
@@ -9,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import zo_fused
 from zo_fused.cli.main import main, make_parser
 from zo_fused.methods.table import arguments, methods
 
@@ -52,10 +57,54 @@ def test_arguments_for_those_who_come_from_other_codes_exist() -> None:
             assert argument in arguments(methods()[name]), f"{name}({argument}=)"
 
 
+def blocks(page: Path, *languages: str) -> list[str]:
+    """A page's blocks in some languages. `python` is run as it stands (test_readme.py), `py` needs
+    several processes or what the page leaves to the reader."""
+    found = re.findall(r"^```([^\n]*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [text for language, text in found if language in languages]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_is_looked_at(page: Path) -> None:
+    known = blocks(page, "python", "py", "sh", "console", "yaml", "text")
+    assert len(known) == page.read_text().count("\n```") / 2
+
+
+FRAGMENTS = [
+    pytest.param(block, id=f"{page.name}-{i}")
+    for page in PAGES
+    for i, block in enumerate(blocks(page, "py"))
+]
+
+
+@pytest.mark.parametrize("block", FRAGMENTS)
+def test_fragments_call_what_exists(block: str) -> None:
+    """Ours: with arguments that it takes."""
+    pytest.importorskip("transformers")
+    hf = importlib.import_module("zo_fused.hf")
+    names = {"zo_fused": zo_fused, "ZOTrainer": hf.ZOTrainer, "zeroth_order": hf.zeroth_order}
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.ImportFrom) and f"{node.module}".startswith("zo_fused"):
+            try:
+                module = importlib.import_module(f"{node.module}")
+            except ModuleNotFoundError as error:
+                pytest.skip(f"{error}")
+            names |= {alias.name: getattr(module, alias.name) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("zo_fused"):
+                    importlib.import_module(alias.name)
+        elif isinstance(node, ast.Call):
+            first, *rest = ast.unparse(node.func).split(".")
+            if first in names:
+                called = functools.reduce(getattr, rest, names[first])
+                given = {f"{keyword.arg}": None for keyword in node.keywords}
+                inspect.signature(called).bind(*node.args, **given)
+
+
 def commands(page: Path) -> list[list[str]]:
     """The arguments of every `zo-fused` in a page's blocks of commands."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    text = "\n".join(block for language, block in blocks if not language)
+    text = "\n".join(blocks(page, "sh", "console"))
     lines = re.findall(r"^(?:\$ )?zo-fused (.*)", text.replace("\\\n", " "), re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
@@ -68,6 +117,16 @@ def test_commands_are_understood(page: Path) -> None:
 
 def test_there_are_commands() -> None:
     assert sum(len(commands(page)) for page in PAGES) > 10
+    assert FRAGMENTS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_other_commands_name_exists(page: Path) -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for block in blocks(page, "sh"):
+        assert set(re.findall(r"^make ([\w-]+)", block, re.MULTILINE)) <= set(targets)
+        for file in re.findall(r" ((?:examples|zo_fused)/[\w/.]+)", block):
+            assert (ROOT / file).exists(), file
 
 
 def test_the_command_of_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
