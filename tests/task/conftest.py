@@ -27,3 +27,17 @@ def model():
 def tokenizer():
     """That of the embedded model."""
     return load_tokenizer(str(EMBEDDED_MODEL))
+
+
+@pytest.fixture(scope="module")
+def masked_model(tmp_path_factory):
+    """A folder with a tiny RoBERTa."""
+    transformers = pytest.importorskip("transformers")
+    tiny_models = importlib.import_module("support.tiny_models")
+    base = tmp_path_factory.mktemp("roberta")
+    tokenizer = tiny_models.roberta_tokenizer()
+    tokenizer.save_pretrained(base)
+    size = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    config = tiny_models.config("roberta", **size)
+    tiny_models.random_model(transformers.AutoModelForMaskedLM, config).save_pretrained(base)
+    return base

@@ -16,8 +16,6 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from safetensors.torch import load_file  # noqa: E402
-from support import tiny_models  # noqa: E402
-from support.tiny_models import roberta_tokenizer  # noqa: E402
 
 from zo_fused.cli.config import PRESETS, presets  # noqa: E402
 from zo_fused.cli.defaults import EMBEDDED_MODEL  # noqa: E402
@@ -454,18 +452,6 @@ def test_a_run_is_resumed_with_the_same_examples(tmp_path, monkeypatch, capsys):
     assert main(arguments("mezo_record", out, *more, "--resume")) == 0
     tuned, resumed = (load_file(folder / "model.safetensors") for folder in (whole, out))
     assert all(torch.equal(tuned[name], resumed[name]) for name in tuned)
-
-
-@pytest.fixture(scope="module")
-def masked_model(tmp_path_factory):
-    """A folder with a tiny RoBERTa."""
-    base = tmp_path_factory.mktemp("roberta")
-    tokenizer = roberta_tokenizer()
-    tokenizer.save_pretrained(base)
-    size = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    config = tiny_models.config("roberta", **size)
-    tiny_models.random_model(transformers.AutoModelForMaskedLM, config).save_pretrained(base)
-    return base
 
 
 @pytest.mark.parametrize("name", presets())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from zo_fused.cli import defaults
@@ -72,8 +73,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
-def examine(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything the command reports, all sizes in bytes.
+def examine(args: argparse.Namespace) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
+    """What the command reports of the model, and the rows of the methods, all sizes in bytes. Some
+    rows take ten seconds.
 
     Raises:
         UserError: the configuration can't be loaded, or makes no model.
@@ -88,14 +90,7 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
     shapes = outline.shapes()
     parameters = sum(torch.Size(shape).numel() * count for shape, count in shapes.items())
     forward = outline.activations(args.batch_size, args.length)
-    rows = [
-        _row(name, method, hyper, args, outline, forward)
-        for name, method, hyper in cases()
-        if args.method in (None, method)
-    ]
-    if args.method is None:
-        rows.append(_backpropagation(args, outline, parameters))
-    return {
+    found = {
         "model": args.model,
         "model_type": config.model_type,
         "parameters": parameters,
@@ -107,8 +102,18 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
         "batch_size": args.batch_size,
         "length": args.length,
         "activations": forward,
-        "methods": rows,
     }
+    return found, _rows(args, outline, parameters, forward)
+
+
+def _rows(
+    args: argparse.Namespace, outline: Any, parameters: int, forward: int | None
+) -> Iterator[dict[str, Any]]:
+    for name, method, hyper in cases():
+        if args.method in (None, method):
+            yield _row(name, method, hyper, args, outline, forward)
+    if args.method is None:
+        yield _backpropagation(args, outline, parameters)
 
 
 def _row(
@@ -157,35 +162,35 @@ def _backpropagation(args: argparse.Namespace, outline: Any, parameters: int) ->
     return {"method": "AdamW, backpropagation", "state": state, "beside": held, "peak": peak}
 
 
-def _text(found: dict[str, Any]) -> str:
+def _text(found: dict[str, Any], rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """The lines, each as soon as it is known."""
     weights = ", ".join(f"{name} {in_words(size)}" for name, size in found["weights"].items())
     batch = f"{found['batch_size']} x {found['length']} tokens"
-    lines = [
-        f"{found['model']} ({found['model_type']}): {found['parameters']:,} parameters",
-        f"weights: {weights}",
+    yield f"{found['model']} ({found['model_type']}): {found['parameters']:,} parameters"
+    yield f"weights: {weights}"
+    yield (
         f"activations of a forward pass over {batch}, {found['dtype']}: about "
-        f"{in_words(found['activations'])}",
-        "",
-        f"{'':<24}{'state':>12}{'beside weights':>16}{'peak of a step':>16}",
-    ]
-    for row in found["methods"]:
+        f"{in_words(found['activations'])}"
+    )
+    yield ""
+    yield f"{'':<24}{'state':>12}{'beside weights':>16}{'peak of a step':>16}"
+    for row in rows:
         sizes = (in_words(row["state"]), in_words(row["beside"]), in_words(row["peak"]))
-        lines.append(f"{row['method']:<24}{sizes[0]:>12}{sizes[1]:>16}{sizes[2]:>16}")
-    lines += [
-        "",
-        "state: in checkpoints, exact. beside weights: all that the optimizer holds between steps; "
-        "with",
-        "backpropagation also gradients. peak: an estimate, weights included; kernels, allocator "
-        "and",
-        "process need some more.",
-    ]
+        yield f"{row['method']:<24}{sizes[0]:>12}{sizes[1]:>16}{sizes[2]:>16}"
+    yield ""
+    yield "state: in checkpoints, exact. beside weights: all that the optimizer holds between"
+    yield "steps; with backpropagation also gradients. peak: an estimate, weights included;"
+    yield "kernels, allocator and process need some more."
     if found["activations"] is None:
-        lines.append("The model looks at values, so activations can't be told without weights.")
-    return "\n".join(lines)
+        yield "The model looks at values, so activations can't be told without weights."
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> int:
     """Prints the sizes; the exit code."""
-    found = examine(args)
-    print(json.dumps(found, indent=2) if args.json else _text(found))
+    found, rows = examine(args)
+    if args.json:
+        print(json.dumps({**found, "methods": list(rows)}, indent=2))
+        return 0
+    for line in _text(found, rows):
+        print(line, flush=True)
     return 0

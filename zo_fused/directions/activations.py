@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -139,7 +140,7 @@ class Activations:
             found |= {key: top for key, top in tops.items() if wanting[key][2] == rank}
         for key, (p, _, rank) in wanting.items():
             if key in found:
-                basis = found[key] * (1 if self.unit else len(found[key]) ** 0.5)
+                basis = found[key] * (1 if self.unit else math.sqrt(len(found[key])))
             elif "basis" in state[p]:
                 basis = state[p]["basis"]  # an expert that got no token: as it was
             else:

@@ -19,6 +19,7 @@ from zo_fused.step.direction import Sweep, Term
 from zo_fused.step.rule import check_state
 from zo_fused.step.vectors import Vector, float32, table, vector
 from zo_fused.sweeps.arguments import matrix_shape
+from zo_fused.sweeps.arithmetic import square_root
 from zo_fused.sweeps.conversions import int64_tensor
 
 CURVATURE = "curvature"  # a, in the optimizer's state
@@ -136,7 +137,7 @@ class Curvature:
         self._scale = torch.where(largest > 0, largest, 1.0)
         self._unit = a / self._scale[self._owner]  # at most 1
         square = count * self._dot(self._unit, self._unit)  # 0 where a is 0
-        self._s = (rho + self._scale * self._scale * square).sqrt()
+        self._s = square_root(rho + self._scale * self._scale * square)
         self._mirror = math.sqrt(rho) / self._s  # a . d = -mirror a . u
         self._away = -(1 + self._mirror) / torch.where(square > 0, square, 1.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -90,7 +91,7 @@ class LowRank(Direction):
         if (found := self.activations.right(self.state.get(p, {}), step)) is not None:
             drawn.copy_(found)
         elif self.activations.unit:
-            drawn.mul_(len(drawn) ** -0.5)
+            drawn.mul_(1 / math.sqrt(len(drawn)))
 
     def turned(self, bucket: Bucket, us: list[Tensor], vs: list[Tensor]) -> Pair:
         """Coordinates' U and the window's V as the left and the right factor of weights."""

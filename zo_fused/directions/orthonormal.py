@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from zo_fused.directions.products import GRID, gram, product
+
+Matrix = npt.NDArray[np.float64]  # on the host
 
 PASSES = 5  # three do for all that is not refused
 LEAST = 2.0**-30
@@ -85,30 +89,32 @@ def _powers_of_two(q: Tensor) -> Tensor:
 def _factor(square: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     """The Cholesky factor R and R^-1 of a matrix that is off by `shift` / 2 at most; of the matrix
     with `shift` on its diagonal if otherwise a pivot would be as small."""
-    r = _cholesky(square, shift)
+    known = square.numpy()
+    r = _cholesky(known, shift)
     if r is None:
-        r = _cholesky(
-            square + shift * torch.eye(len(square), dtype=torch.float64, device="cpu"), 0.0
-        )
+        r = _cholesky(known + shift * np.eye(len(known)), 0.0)
         assert r is not None  # the shift makes it positive definite
-    return r, _inverse(r)
+    return torch.from_numpy(r), torch.from_numpy(_inverse(r))
 
 
-def _cholesky(square: Tensor, least: float) -> Tensor | None:
-    """R, or None if a pivot is not above `least`. Every element is the result of single operations
-    in a fixed order."""
-    rest, r = square.clone(), torch.zeros_like(square)
+# Single operations of NumPy in a fixed order, each of which IEEE 754 rounds, the square root too:
+# torch's may be MKL's, which is another on other processors.
+
+
+def _cholesky(square: Matrix, least: float) -> Matrix | None:
+    """R, or None if a pivot is not above `least`."""
+    rest, r = square.copy(), np.zeros_like(square)
     for k, pivot in enumerate(rest.diagonal()):  # a view: it changes with the rest
-        if not float(pivot) > least:
+        if not pivot > least:
             return None
-        r[k, k:] = rest[k, k:] / pivot.sqrt()
+        r[k, k:] = rest[k, k:] / np.sqrt(pivot)
         rest[k + 1 :, k + 1 :] -= r[k, k + 1 :, None] * r[k, k + 1 :]
     return r
 
 
-def _inverse(r: Tensor) -> Tensor:
+def _inverse(r: Matrix) -> Matrix:
     """Of an upper triangular matrix, by back substitution."""
-    inverse = torch.eye(len(r), dtype=torch.float64, device="cpu")
+    inverse = np.eye(len(r))
     for k in reversed(range(len(r))):
         inverse[k] /= r[k, k]
         inverse[:k] -= r[:k, k, None] * inverse[k]

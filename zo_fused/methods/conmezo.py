@@ -19,6 +19,7 @@ from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.rule import Rule, Update
 from zo_fused.step.schedule import StepOptions
 from zo_fused.step.vectors import Vector, float32, table, where
+from zo_fused.sweeps.arithmetic import square_root
 
 # A step divides by what is kept of m: less than this is taken for it, so that no rounding of m is
 # multiplied by more than 2^10.
@@ -147,7 +148,7 @@ class ConeMomentum(Rule):
             back = u.back if query == u.displaced else bucket.zeros
             restores.append(gamma * (back - u.lr * grad) - step * gain)
         squares = sum((gain * gain for gain in gains[1:]), gains[0] * gains[0])
-        rms.copy_(u.if_finite(((keep * rms) ** 2 + squares).sqrt(), rms))
+        rms.copy_(u.if_finite(square_root((keep * rms) ** 2 + squares), rms))
         terms = [Term(u.step, bucket.zeros, query=query) for query in range(len(gains))]
         if u.ahead is not None:
             alpha, gamma = direction.parts(rms)

@@ -17,6 +17,7 @@ from zo_fused.step.buckets import Bucket
 from zo_fused.step.optimizer import ZerothOrderOptimizer
 from zo_fused.step.schedule import StepOptions
 from zo_fused.step.vectors import Flag, Vector, all_finite, where
+from zo_fused.sweeps.arithmetic import square_root
 
 
 class _Dense(Dense):
@@ -77,7 +78,7 @@ class MEAZO(ZerothOrderOptimizer):
         self._in_step = True
         if self.weights.log.is_open and all(map(math.isfinite, found := mean.tolist())):
             self.weights.log.probes = found
-        root = (v / (1 - self.beta**t)).sqrt()
+        root = square_root(v / (1 - self.beta**t))
         return grads / (root + self.zeta).repeat_interleave(queries)
 
     def update(self, grads: Vector) -> None:

@@ -12,6 +12,7 @@ from zo_fused.rules.windows import entered, gathered
 from zo_fused.step.direction import Direction, Term
 from zo_fused.step.rule import Rule, Update
 from zo_fused.step.vectors import Vector
+from zo_fused.sweeps.arithmetic import square_root
 
 
 class CoreAdam(Rule):
@@ -48,7 +49,7 @@ class CoreAdam(Rule):
     def apply(self, update: Update, direction: LowRank, state: dict[Any, Any]) -> None:
         u, factors = update, direction.factors(update.bucket)
         (m, _), (v, _), eps, gain = self.averages(u, direction, state)
-        step = m / (v.sqrt() + factors.spread(eps))
+        step = m / (square_root(v) + factors.spread(eps))
         u.write(
             direction,
             Term(u.number, u.back, query=u.displaced),
@@ -78,12 +79,14 @@ class CoreAdam(Rule):
             part = spread(grad) * factors.of(u.seed, u.number, query).flat
             estimate = part if estimate is None else estimate + part
         assert estimate is not None
-        beta1, beta2 = (bucket.constant([g["betas"][i] for g in u.param_groups]) for i in (0, 1))
+        betas = [[g["betas"][i] for g in u.param_groups] for i in (0, 1)]
+        beta1, beta2 = map(bucket.constant, betas)
         for moment, beta, power in ((m, beta1, estimate), (v, beta2, estimate * estimate)):
             moment.mul_(spread(u.if_finite(beta, 1.0)))
             moment.add_(spread(u.if_finite(1 - beta, 0.0)) * power)
         # m' / (sqrt(v') + eps) = (root / (1 - beta1^t)) m / (sqrt(v) + eps root)
-        root = (1 - beta2**t) ** 0.5
+        powers1, powers2 = (bucket.powers(group, t) for group in betas)
+        root = square_root(1 - powers2)
         eps = u.if_finite(bucket.hyper(u.param_groups, "adam_eps") * root, 1.0)
-        gain = u.if_finite(-u.lr * root / (1 - beta1**t), 0.0)
+        gain = u.if_finite(-u.lr * root / (1 - powers1), 0.0)
         return moments[0], moments[1], eps, gain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from zo_fused.directions.dense import Dense
+from zo_fused.step.buckets import Bucket
 from zo_fused.step.direction import Term
 from zo_fused.step.rule import Rule, Update
 from zo_fused.step.vectors import Vector, float32, table, where
+from zo_fused.sweeps.arithmetic import power, square_root, sum_of_columns
 
 
 class AdamOfHistory(Rule):
@@ -73,19 +76,18 @@ class AdamOfHistory(Rule):
         good = past == past  # not NaN
         later = good.sum(1)[:, None] - good.cumsum(1)
         grads = where(good, past, 0.0)
-        beta1, beta2 = (
-            bucket.constant([g["betas"][i] for g in u.param_groups])[:, None] for i in (0, 1)
+        first, second = (
+            where(good, _shares(bucket, [g["betas"][i] for g in u.param_groups], later), 0.0)
+            for i in (0, 1)
         )
-        first = where(good, (1 - beta1) * beta1**later, 0.0)
-        second = where(good, (1 - beta2) * beta2**later, 0.0)
-        root = second.sum(1) ** 0.5
+        root = square_root(sum_of_columns(second))
         columns = (
             bucket.zeros,
             bucket.ones,
             bucket.zeros,
             bucket.zeros,
             u.if_finite(bucket.hyper(u.param_groups, "adam_eps") * root, 1.0),
-            u.if_finite(-u.lr * root / first.sum(1), 0.0),
+            u.if_finite(-u.lr * root / sum_of_columns(first), 0.0),
         )
         window = min(self.history, u.number + 1)
         terms = [Term(u.number - back, bucket.zeros) for back in reversed(range(window))]
@@ -110,3 +112,10 @@ class AdamOfHistory(Rule):
             squares=table(stretched(stretched(squares))),
             **direction.options,
         )
+
+
+def _shares(bucket: Bucket, betas: Sequence[float], later: Tensor) -> Tensor:
+    """``(1 - beta) beta^k``, k the number of good steps after one [rows, history]."""
+    table = [(1 - beta) * power(beta, k) for beta in betas for k in range(later.shape[1])]
+    of_groups = bucket.numbers(table).view(len(betas), -1)
+    return of_groups[bucket.group_index].gather(1, later)

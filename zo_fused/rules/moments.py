@@ -17,6 +17,7 @@ from zo_fused.step.buckets import Bucket
 from zo_fused.step.direction import Term
 from zo_fused.step.rule import Rule, Update, check_state
 from zo_fused.step.vectors import Vector, float32, table
+from zo_fused.sweeps.arithmetic import square_root
 
 STATE_DTYPES = ("float32", "param")
 
@@ -151,9 +152,10 @@ class Adam(Rule):
         t = self._steps(bucket, state)
         t += u.finite
         t = bucket.spread(t)
-        root = (1 - beta2**t) ** 0.5
+        powers1, powers2 = (bucket.powers(group, t) for group in betas)
+        root = square_root(1 - powers2)
         # lr m' / (sqrt(v') + eps) = (lr root / (1 - beta1^t)) m / (sqrt(v) + eps root)
-        step = -u.lr * root / (1 - beta1**t)
+        step = -u.lr * root / (1 - powers1)
         m = kept(bucket, state, "exp_avg", self.state_dtype)
         v = kept(bucket, state, "exp_avg_sq")
         columns = (beta1, gain1, beta2, gain2, eps * root, step)

@@ -15,6 +15,7 @@ from zo_fused.directions.low_rank import LowRank
 from zo_fused.directions.orthonormal import RankDeficient, orthonormal
 from zo_fused.rules.factor_momentum import FactorMomentum
 from zo_fused.step.rule import Update
+from zo_fused.sweeps.arithmetic import square_root
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -100,7 +101,7 @@ def power_sign(m: Tensor, right: Tensor, moving: bool) -> Tensor:
         right.copy_(v)
     u = exact_product(m.T, v, parts=2)
     ones = torch.ones((1, len(u)), dtype=torch.float64, device=u.device)
-    lengths = exact_product(ones, u * u, parts=2).sqrt()
+    lengths = square_root(exact_product(ones, u * u, parts=2))
     u = torch.where(lengths > 0, u / lengths, 0.0)
     return exact_product(v, u.T, parts=2).float()
 
@@ -117,7 +118,7 @@ def inverse_roots(grams: Tensor) -> Tensor:
     diagonal = grams.diagonal(dim1=-2, dim2=-1)
     trace = exact_product(diagonal[..., None, :], torch.ones_like(diagonal)[..., None], parts=2)
     trace = torch.where(trace > 0, trace, 1.0)
-    now, root = grams / trace, one / trace.sqrt()  # T_k A T_k, T_k
+    now, root = grams / trace, one / square_root(trace)  # T_k A T_k, T_k
     for _ in range(ITERATIONS):
         square = exact_product(now, now, parts=2)
         step = a * one + b * now + c * square

@@ -13,11 +13,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from zo_fused.noise.keys import on_host
 from zo_fused.noise.streams import parameter_id
 from zo_fused.recording import capturing
 from zo_fused.step.sharded import Rows
-from zo_fused.step.vectors import Vector, constant, filled
+from zo_fused.step.vectors import Vector, constant, filled, vector
 from zo_fused.sweeps.arguments import not_dense, not_in_memory, overlap
+from zo_fused.sweeps.arithmetic import power, powers, squares
 from zo_fused.sweeps.conversions import int64_tensor
 from zo_fused.sweeps.numbers import WEIGHT_DTYPES
 from zo_fused.sweeps.prepared import Prepared, prepare
@@ -120,7 +122,8 @@ class Bucket:
         if share is not self.ones:
             vectors = [grad * share for grad in vectors]
         if queries > 1:
-            vectors = [grad / queries for grad in vectors]
+            # by a number of the host, a GPU would multiply with its reciprocal
+            vectors = [grad / self.numbers([queries]) for grad in vectors]
         return vectors if scale is None else [grad * scale for grad in vectors]
 
     def decay(self, param_groups: list[dict[str, Any]]) -> Vector:
@@ -189,6 +192,14 @@ class Bucket:
         found = self.rows.row
         rows = self.once("row of", lambda: {o: row for row, o in enumerate(found)})
         return rows.get(owner)
+
+    def powers(self, bases: Sequence[float], exponents: Vector) -> Vector:
+        """``base^exponent`` with a base a group, the same bits on every device."""
+        if on_host(self.device):
+            rows = zip(self.group_of, exponents.tolist(), strict=True)
+            return vector([power(bases[group], int(t)) for group, t in rows], self.device)
+        table = self.numbers([x for base in bases for x in squares(base)])
+        return powers(table.view(len(bases), -1)[self.group_index].T, exponents)
 
     def spread(self, per_owner: Vector) -> Vector:
         """Numbers of the owners as a vector."""

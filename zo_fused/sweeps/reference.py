@@ -17,6 +17,7 @@ from torch import Tensor
 
 from zo_fused.noise.reference import fma, normal, philox, random_bits, rounding_bits, stochastic
 from zo_fused.sweeps import script as scripts
+from zo_fused.sweeps.arithmetic import square_root
 from zo_fused.sweeps.numbers import EXACT
 
 TRANSFORMS = EXACT
@@ -146,7 +147,7 @@ def shaped_(
             weights = flat[here].float()
             acc = weights * decay[i]
             scaled = shape.numel() and shape.dtype == torch.float32
-            root = _sqrt(shape.view(-1)[here]) if scaled else None
+            root = square_root(shape.view(-1)[here]) if scaled else None
             for k, key in enumerate(keys.tolist()):
                 z = normal(size, key, id_, offset + start, param.device, transform)
                 acc = fma(coeffs[i, k], z if root is None else z / root, acc)
@@ -218,7 +219,7 @@ def moments_(
             here = slice(start, start + size)
             acc = flat[here].float() * d
             g, v = torch.zeros_like(acc), torch.zeros_like(acc)
-            root = _sqrt(seconds[i].view(-1)[here]) if rule == "hizoo" else None
+            root = square_root(seconds[i].view(-1)[here]) if rule == "hizoo" else None
             for k, key in enumerate(stream_keys):
                 z = normal(size, key, id_, offset + start, param.device, transform)
                 g = fma(grad[k], z, g)
@@ -229,7 +230,7 @@ def moments_(
             if rule == "hizoo":
                 hessian = seconds[i].view(-1)[here]
                 hessian.copy_(_floored(fma(v, hessian, hessian * beta2), eps))
-                s = m / _sqrt(hessian)
+                s = m / square_root(hessian)
                 _store(flat[here], fma(step, s, acc), rounding, id_, offset + start)
                 continue
             if firsts:
@@ -240,7 +241,7 @@ def moments_(
                 if squares is None:
                     second = seconds[i].view(-1)[here]
                     v = second.copy_(fma(g * gain2, g, second * beta2))
-                s = m / (_sqrt(v) + eps)
+                s = m / (square_root(v) + eps)
             else:
                 s = (m > 0).float() - (m < 0).float() if rule == "sign" else m
             _store(flat[here], fma(step, s, acc), rounding, id_, offset + start)
@@ -249,11 +250,6 @@ def moments_(
 def _floored(x: Tensor, floor: Tensor) -> Tensor:
     """x, or the floor where x is not above it (also where it is no number)."""
     return torch.where(x > floor, x, floor)
-
-
-def _sqrt(x: Tensor) -> Tensor:
-    """The correctly rounded square root of a float32 (torch's may be approximate on a GPU)."""
-    return x.double().sqrt().float()  # 53 bits are enough for 24 (Figueroa 1995)
 
 
 def _as_matrix(param: Tensor) -> Tensor:
