@@ -86,6 +86,7 @@ def test_state_and_what_is_kept_beside_the_weights(kind, dtype, case):
     directions = {"FZOO": 9, "ES": 31}.get(case[0], 0)
     table = 4 * directions * sum(1 for _ in model.parameters())
     few = 128 + 3 * 8 * settings.get("queries", 1)
+    few += 2 * 12 * (settings.get("history") or 0)  # powers of both betas, in both precisions
     assert want.beside == pytest.approx(beside, abs=few + 32 * 8 * rows + table)
 
 
