@@ -54,7 +54,7 @@ test-all: test test-slow
 # wheels, and trackio, which brings a web server.
 test-tasks: $(INSTALLED)
 	$(PIP) install -q -c $(VENV)/constraints.txt lm_eval trackio
-	$(BIN)/pytest -q tests/task/test_lm_tasks.py tests/task/test_evaluating.py
+	$(BIN)/pytest -q -n auto --dist loadfile tests/task/test_lm_tasks.py tests/task/test_evaluating.py tests/task/test_docs.py
 	$(BIN)/pytest -q tests/hf/test_features.py -k trackio
 
 # A cluster of two workers on this machine, with Ray, which `make setup` does not install (0.3 GB).
