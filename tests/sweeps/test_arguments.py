@@ -125,6 +125,8 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("MeZO", {"eps": 1e-39}, ValueError, "underflow in float32 (at least 1.18e-38), got 1e-39"),
     ("MeZO", {"eps": math.inf}, ValueError, "eps must be a finite number > 0"),
     ("MeZO", {"weight_decay": "0"}, TypeError, "weight_decay must be a number"),
+    ("ZOMuon", {"vector_lr": -1}, ValueError, "vector_lr must be a finite number >= 0, got -1"),
+    ("PGAP", {"delta": None, "vector_eps": 0}, ValueError, "vector_eps must be a finite number >"),
     ("MeZO", {"momentum": "0.9"}, TypeError, "momentum must be a number"),
     ("MeZO", {"momentum": math.nan}, ValueError, "momentum must be a number in [0, 1), got nan"),
     ("MeZO", {"dampening": 1}, ValueError, "dampening must be a number in [0, 1)"),

@@ -88,7 +88,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "adam_eps": {"type": float, "help": "added to the root of Adam's second moment"},
     "momentum": {"type": float, "help": "in [0, 1)"},
-    "dampening": {"type": float, "help": "of the momentum, in [0, 1]"},
+    "dampening": {"type": float, "help": "of the momentum, in [0, 1)"},
     "warmup": {
         "metavar": "STEPS",
         "type": int,

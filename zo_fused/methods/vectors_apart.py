@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from zo_fused.step.hyper import hyper
+
 
 def vectors_apart(params: Any, **own: Any) -> Any:
     """Params as groups of matrices and groups of vectors, the latter with what `own` has that is
@@ -14,9 +16,16 @@ def vectors_apart(params: Any, **own: Any) -> Any:
 
     Args:
         params: a module's named_parameters() or parameters(), or param groups.
-        own: such as ``lr=1e-7``.
+        own: such as ``lr=1e-7``, which methods have as ``vector_lr``.
+
+    Raises:
+        TypeError, ValueError: one is not what it should be.
     """
-    own = {name: value for name, value in own.items() if value is not None}
+    own = {
+        name: hyper(name, value, f"vector_{name}")
+        for name, value in own.items()
+        if value is not None
+    }
     if not own:
         return params
     listed = list(params)

@@ -63,13 +63,16 @@ _HYPER: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
-def hyper(name: str, value: Any) -> Any:
+def hyper(name: str, value: Any, said: str | None = None) -> Any:
     """A hyper-parameter as it is kept in groups.
+
+    Args:
+        said: how errors name it, if not by its name.
 
     Raises:
         TypeError, ValueError: it is not what it should be.
     """
-    return _HYPER[name](name, value) if name in _HYPER else value
+    return _HYPER[name](said or name, value) if name in _HYPER else value
 
 
 def names_of(defaults: Collection[str]) -> list[str]:
