@@ -173,7 +173,7 @@ def test_refused_by_name(
     method: str, arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=re.escape(message)):
-        METHODS[method](network(), **arguments)
+        getattr(zo_fused, method)(network(), **arguments)
 
 
 @pytest.mark.parametrize(
