@@ -52,7 +52,7 @@ needs_extension = pytest.mark.skipif(
 def recording(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     """`with recording():` steps are recorded; nothing may be made from the host's numbers."""
     # numbers are tensors then, as they are on GPUs, wherever a module has the name
-    for module in (capture, evaluation, vectors):
+    for module in (buckets, capture, evaluation, vectors):
         monkeypatch.setattr(module, "on_host", lambda device: False)
 
     def no_copies(*args: Any, **kw: Any) -> None:

@@ -15,7 +15,7 @@ from zo_fused.step.buckets import Bucket
 from zo_fused.step.direction import Term
 from zo_fused.step.rule import Rule, Update
 from zo_fused.step.vectors import Vector, float32, table, where
-from zo_fused.sweeps.arithmetic import power, square_root, sum_of_columns
+from zo_fused.sweeps.arithmetic import first_powers, square_root, sum_of_columns
 
 
 class AdamOfHistory(Rule):
@@ -116,6 +116,7 @@ class AdamOfHistory(Rule):
 
 def _shares(bucket: Bucket, betas: Sequence[float], later: Tensor) -> Tensor:
     """``(1 - beta) beta^k``, k the number of good steps after one [rows, history]."""
-    table = [(1 - beta) * power(beta, k) for beta in betas for k in range(later.shape[1])]
+    count = later.shape[1]
+    table = [(1 - beta) * x for beta in betas for x in first_powers(beta, count)]
     of_groups = bucket.numbers(table).view(len(betas), -1)
     return of_groups[bucket.group_index].gather(1, later)

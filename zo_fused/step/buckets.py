@@ -196,8 +196,11 @@ class Bucket:
     def powers(self, bases: Sequence[float], exponents: Vector) -> Vector:
         """``base^exponent`` with a base a group, the same bits on every device."""
         if on_host(self.device):
-            rows = zip(self.group_of, exponents.tolist(), strict=True)
-            return vector([power(bases[group], int(t)) for group, t in rows], self.device)
+            made = exponents
+            for t in exponents.unique().tolist():  # most often one
+                of_groups = vector([power(base, int(t)) for base in bases], self.device)
+                made = torch.where(exponents == t, of_groups[self.group_index], made)
+            return made
         table = self.numbers([x for base in bases for x in squares(base)])
         return powers(table.view(len(bases), -1)[self.group_index].T, exponents)
 

@@ -36,7 +36,6 @@ def squares(base: float) -> list[float]:
     return made
 
 
-@lru_cache(maxsize=4096)
 def power(base: float, exponent: int) -> float:
     """``base^exponent`` by single products in a fixed order, 0 <= exponent < 2^BITS."""
     factors = [x if exponent >> bit & 1 else 1.0 for bit, x in enumerate(squares(base))]
@@ -45,6 +44,12 @@ def power(base: float, exponent: int) -> float:
         pairs = zip(factors[:half], factors[half:], strict=False)
         factors = [left * right for left, right in pairs] + factors[2 * half :]
     return factors[0]
+
+
+@lru_cache
+def first_powers(base: float, count: int) -> tuple[float, ...]:
+    """``base^0 .. base^(count - 1)``."""
+    return tuple(power(base, exponent) for exponent in range(count))
 
 
 def powers(of_bits: Tensor, exponents: Tensor) -> Tensor:
