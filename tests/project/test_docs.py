@@ -8,18 +8,14 @@ import importlib
 import inspect
 import re
 import runpy
-import shlex
 from pathlib import Path
 
 import pytest
+from support.docs import DOCS, PAGES, ROOT, blocks, commands_of
 
 import zo_fused
 from zo_fused.cli.main import main, make_parser
 from zo_fused.methods.table import arguments, methods
-
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 
 
 def test_the_drawing_of_schedules_is_up_to_date() -> None:
@@ -55,13 +51,6 @@ def test_arguments_for_those_who_come_from_other_codes_exist() -> None:
     for name, given in calls:
         for argument in re.findall(r"(\w+)=", given):
             assert argument in arguments(methods()[name]), f"{name}({argument}=)"
-
-
-def blocks(page: Path, *languages: str) -> list[str]:
-    """A page's blocks in some languages. `python` is run as it stands (test_readme.py), `py` needs
-    several processes or what the page leaves to the reader."""
-    found = re.findall(r"^```([^\n]*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    return [text for language, text in found if language in languages]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -104,9 +93,7 @@ def test_fragments_call_what_exists(block: str) -> None:
 
 def commands(page: Path) -> list[list[str]]:
     """The arguments of every `zo-fused` in a page's blocks of commands."""
-    text = "\n".join(blocks(page, "sh", "console"))
-    lines = re.findall(r"^(?:\$ )?zo-fused (.*)", text.replace("\\\n", " "), re.MULTILINE)
-    return [shlex.split(line, comments=True) for line in lines]
+    return [words for block in blocks(page, "sh", "console") for words in commands_of(block)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

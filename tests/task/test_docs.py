@@ -4,8 +4,6 @@ they name, and for a few steps. The commands of a block run one after the other.
 import importlib
 import importlib.util
 import json
-import re
-import shlex
 import shutil
 from pathlib import Path
 
@@ -16,13 +14,14 @@ if importlib.util.find_spec("lm_eval") is None:
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
+from support.docs import DOCS, PAGES, ROOT, blocks, commands_of
+
 from zo_fused.cli.defaults import EMBEDDED_DATA, EMBEDDED_MODEL
 from zo_fused.cli.main import main
 from zo_fused.task.scoring import Scorer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of lm_eval and what it imports
 
-ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "tests" / "data" / "tasks"
 HELLASWAG = {
     "activity_label": "Baking",
@@ -39,20 +38,17 @@ FEW = {  # options after which a command is done in a moment
 }
 
 
-def blocks():
+def of_pages():
     """The commands of every block; those of an earlier one are left out."""
     seen = set()
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
-        found = re.findall(r"^```(sh|console)\n(.*?)^```", page.read_text(), re.DOTALL | re.M)
-        for i, (_, text) in enumerate(found):
-            lines = re.findall(r"^(?:\$ )?zo-fused (.*)", text.replace("\\\n", " "), re.M)
-            commands = [shlex.split(line, comments=True) for line in lines]
-            if new := [words for words in commands if tuple(words) not in seen]:
+    for page in PAGES:
+        for i, block in enumerate(blocks(page, "sh", "console")):
+            if new := [words for words in commands_of(block) if tuple(words) not in seen]:
                 seen |= {tuple(words) for words in new}
                 yield pytest.param(new, id=f"{page.name}-{i}")
 
 
-BLOCKS = list(blocks())
+BLOCKS = list(of_pages())
 
 
 def write(path, records):
@@ -77,7 +73,7 @@ def folder(tmp_path, monkeypatch):
     shutil.copy(EMBEDDED_DATA / "task.json", tmp_path / "mine")
     for name in ("reviews", "reviews-held-out"):
         write(tmp_path / f"{name}.jsonl", stars)
-    [task] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/tasks.md").read_text(), re.DOTALL)
+    [task] = blocks(DOCS / "tasks.md", "yaml")
     Path("mine.yaml").write_text(task)
     return tmp_path
 
