@@ -3,12 +3,16 @@
 Written down before the runs. A method succeeds if, within 1,000 forward passes over batches of 16
 (a backward pass counts as two), its mean accuracy over three seeds on 500 tweets that it has not
 seen is at least 15 points above that of the model before, with the weights of the last step: none
-are picked by their accuracy. The learning rate of each method is the best of three, a factor of 3
-apart, by the dev loss after 300 passes with a seed of its own (100); while the best is the highest
-or the lowest, one more is tried beyond it.
+are picked by their accuracy. Learning rates are tried for 300 passes with a seed of their own (100)
+and stay constant: three of them, a factor of 3 apart, and while the lowest dev loss is that of the
+highest or the lowest, one more beyond it. The long runs take half of the best, falling linearly to
+0: the best constant rate of three times the steps is about 1/sqrt(3) of it.
+
+That is the second plan. By the first, the long runs had taken the best rate itself, constant;
+MeZO and LOZO failed with their first seed, and it was given up ("First plan" on the page).
 
 The runs are those of ``examples/smollm2.py``, two at a time with a thread each. What is in
-``smollm2.json`` beside the page is not run again.
+``smollm2.json`` beside the page is not run again. One that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -46,6 +51,7 @@ class Run(NamedTuple):
     lr: str
     seed: int
     forwards: int
+    schedule: str
 
     @property
     def name(self) -> str:
@@ -63,12 +69,14 @@ class Run(NamedTuple):
         for name, value in {**self._asdict(), "out": out}.items():
             words += [f"--{name}", str(value)]
         out.mkdir(parents=True, exist_ok=True)
-        with (out / "log").open("w") as log:
+        with (out / "log").open("a") as log:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             code = subprocess.run(words, stdout=log, stderr=log, env=environment).returncode
         if code:
             raise RuntimeError(f"a run failed: see {out / 'log'}")
         found: dict[str, Any] = json.loads((out / "result.json").read_text())
+        for checkpoint in out.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
         return found
 
 
@@ -89,6 +97,10 @@ class Results:
                 pass
         return [self._kept[run.name] for run in runs]
 
+    def all(self) -> list[dict[str, Any]]:
+        """Those of every run that was done."""
+        return list(self._kept.values())
+
     def _add(self, run: Run) -> None:
         found = run.go(self._folder)
         print(f"{run.name}: {found['zero_shot']:.3f} -> {found['accuracy']:.3f}", flush=True)
@@ -108,7 +120,7 @@ def tuned(results: Results) -> dict[str, dict[str, float]]:
     rates = {method: list(tried) for method, tried in RATES.items()}
     while True:
         runs = [
-            Run(method, lr, TUNING_SEED, TUNING_FORWARDS)
+            Run(method, lr, TUNING_SEED, TUNING_FORWARDS, "constant")
             for method in RATES
             for lr in rates[method]
         ]
@@ -145,15 +157,19 @@ def row(method: str, results: Sequence[dict[str, Any]]) -> str:
         f"{100 * gain:+.1f}",
         "yes" if gain >= GOAL else "no",
         f"{mean([result['curve'][-1][1] for result in results]):.3f}",
-        f"{mean([result['seconds'] for result in results]):.0f}",
+        f"{mean([result['seconds_a_forward'] for result in results]):.2f}",
         f"{mean([result['peak_memory_bytes'] for result in results]) / 2**20:.0f} MiB",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def page(losses: dict[str, dict[str, float]], results: dict[str, list[dict[str, Any]]]) -> str:
+def page(
+    losses: dict[str, dict[str, float]],
+    results: dict[str, list[dict[str, Any]]],
+    given_up: Sequence[dict[str, Any]],
+) -> str:
     """The page of results."""
-    rule = (__doc__ or "").split("\n\n")[1].replace("\n", " ")
+    rules = [text.replace("\n", " ") for text in (__doc__ or "").split("\n\n")[1:3]]
     head = (
         "method",
         "lr",
@@ -163,32 +179,32 @@ def page(losses: dict[str, dict[str, float]], results: dict[str, list[dict[str, 
         "points",
         "succeeds",
         "dev loss",
-        "seconds",
+        "seconds a pass",
         "peak memory",
     )
     rates = [
         f"| {method} | {', '.join(f'{lr}: {loss:.3f}' for lr, loss in tried.items())} |"
         for method, tried in losses.items()
     ]
+    header = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     lines = [
         "# SmolLM2-135M on tweets",
         "`python -m bench.training.smollm2 DIR` (`python -m bench.training.tweets DIR` before it)",
         "  \n".join(machine.of_cpu()),
-        rule,
+        *rules,
         "A thread a run, two runs at a time, some beside other work: seconds are not to be "
         "compared closely. Seconds hold the evaluations. Peak memory is that of the process, "
         "torch included.",
-        "\n".join(
-            [
-                f"| {' | '.join(head)} |",
-                "|---" * len(head) + "|",
-                *map(row, results, results.values()),
-            ]
-        ),
+        "\n".join([*header, *map(row, results, results.values())]),
         "![dev loss and accuracy over forward passes](smollm2.png)",
         "Learning rates tried (dev loss after 300 passes):",
         "\n".join(["| method | rate: loss |", "|---|---|", *rates]),
     ]
+    if given_up:
+        lines += [
+            "## First plan",
+            "\n".join([*header, *(row(result["method"], [result]) for result in given_up)]),
+        ]
     return "\n\n".join(lines) + "\n"
 
 
@@ -223,7 +239,8 @@ def main() -> int:
     try:
         kept = Results(options.out / "smollm2.json", options.folder)
         losses = tuned(kept)
-        runs = [Run(m, best(losses[m]), seed, FORWARDS) for seed in SEEDS for m in RATES]
+        rates = {method: f"{float(best(tried)) / 2:g}" for method, tried in losses.items()}
+        runs = [Run(m, rates[m], seed, FORWARDS, "linear") for m in RATES for seed in SEEDS]
         found = kept.of(runs)
     except RuntimeError as error:
         print(f"smollm2: {error}", file=sys.stderr)
@@ -232,8 +249,13 @@ def main() -> int:
         method: [result for run, result in zip(runs, found, strict=True) if run.method == method]
         for method in RATES
     }
+    given_up = [
+        result
+        for result in kept.all()
+        if (result["schedule"], result["forwards"]) == ("constant", FORWARDS)
+    ]
     draw(results, options.out / "smollm2.png")
-    (options.out / "smollm2.md").write_text(page(losses, results))
+    (options.out / "smollm2.md").write_text(page(losses, results, given_up))
     print((options.out / "smollm2.md").read_text())
     return 0
 
