@@ -16,7 +16,13 @@ from support import trainers
 from support.trainers import LENGTH, Recording, equal, trainer, weights
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerCallback
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    default_data_collator,
+)
 from transformers.trainer_pt_utils import LabelSmoother
 
 import zo_fused
@@ -250,6 +256,27 @@ class Stream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         while True:
             yield from trainers.data()
+
+
+def test_batches_of_like_length_are_resumed(tmp_path: Path) -> None:
+    def cut(rows: list[dict[str, Tensor]]) -> Any:
+        shortest = min(len(row["input_ids"]) for row in rows)
+        return default_data_collator([{n: c[:shortest] for n, c in row.items()} for row in rows])
+
+    rows = [{n: c[: 9 + i % 4] for n, c in row.items()} for i, row in enumerate(trainers.data(6))]
+    ends = []
+    for name, before in (("whole", None), ("resumed", str(tmp_path / "whole/checkpoint-4"))):
+        made = trainer(
+            tmp_path / name,
+            DEFERRED,
+            train_dataset=rows,
+            data_collator=cut,
+            train_sampling_strategy="group_by_length",
+            **EVERY_TWO,
+        )
+        made.train(resume_from_checkpoint=before)  # after the first batch of the second epoch
+        ends.append(weights(made.model))
+    assert equal(*ends)
 
 
 def test_streams_are_resumed(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from zo_fused.hf.limits import check_optimizer, check_trainer
 from zo_fused.hf.methods import make_optimizer, named
@@ -89,6 +90,16 @@ class ZOMixin(_Trainer):
             raise TypeError(f"a zeroth-order trainer needs an optimizer of zo_fused, not {kind}")
         check_optimizer(self.zeroth_order_optimizer, self.model)
         return self.optimizer
+
+    def _get_train_sampler(self, *args: Any, **others: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **others)
+        if isinstance(sampler, LengthGroupedSampler) and sampler.generator is None:
+            # it would draw from torch's generator, whose state at the epoch's start is not saved
+            generator = sampler.generator = torch.Generator()
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            generator.manual_seed(seed)
+            vars(sampler)["set_epoch"] = lambda epoch: generator.manual_seed(seed + epoch)
+        return sampler
 
     # ---- the step -------------------------------------------------------------------------------
 
