@@ -13,14 +13,8 @@ model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
 reviews = {"a gripping film.": " great", "two dull hours.": " terrible"}  # your data here
 examples = [{"prompt": f"{text} It was", "completion": word} for text, word in reviews.items()] * 8
 
-args = SFTConfig(
-    "run",
-    learning_rate=1e-6,
-    num_train_epochs=5,
-    per_device_train_batch_size=4,
-    logging_steps=4,
-    bf16=torch.cuda.is_available(),
-)
+on_gpu = torch.cuda.is_available()
+args = SFTConfig("run", learning_rate=1e-6, num_train_epochs=5, logging_steps=4, bf16=on_gpu)
 trainer = ZOSFTTrainer(
     model,
     args,

@@ -117,6 +117,8 @@ def test_one_budget_takes_the_place_of_another(config):
         ("batch-size: 2\nbatch_size: 4", "run.yaml: batch-size and batch_size are one option"),
         ("verbalizer: {0: [' bad'], 1: ' good'}", "run.yaml: verbalizer must be a mapping"),
         ("verbalizer: []", "run.yaml: verbalizer must be a mapping"),
+        ("verbalizer: {x=y: ' a', z: ' b'}", "run.yaml: verbalizer has a label with '=', 'x=y'"),
+        ("dev: null", "run.yaml: dev has null as its value; put nothing there instead"),
         ("output: [a, b]", "run.yaml: output must be one value"),
         ("preset: mezo", "run.yaml: argument --preset: invalid choice: 'mezo'"),
     ],

@@ -72,7 +72,9 @@ def test_evaluations_are_those_of_what_is_saved(tmp_path: Path) -> None:
     assert predictions["test_loss"] == evaluations[-1]["eval_loss"]
 
 
-def test_the_best_checkpoint_is_loaded_after_an_early_stop(tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_loaded_after_an_early_stop(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     scores = iter([0.1, 0.5, 0.3, 0.2])
     made = trainer(
         tmp_path,
@@ -87,6 +89,8 @@ def test_the_best_checkpoint_is_loaded_after_an_early_stop(tmp_path: Path) -> No
         **EVERY_TWO,
     )
     made.train()
+    made.zeroth_order_optimizer.eval()  # as the next evaluation does
+    assert "something else than the optimizer" not in caplog.text
     assert made.state.global_step == made.zeroth_order_optimizer.step_count == 8
     kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     assert kept == ["checkpoint-4", "checkpoint-8"]

@@ -105,6 +105,13 @@ def test_a_log_that_is_ahead_of_the_checkpoint_is_kept(
     assert len(list(tmp_path.glob("replay.*.jsonl"))) == 1
 
 
+def test_weights_alone_are_not_resumed(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 3, "save_only_model": True}
+    trainer(tmp_path, "mezo", **options).train()
+    with pytest.raises(ValueError, match="checkpoint-3 has weights and no state of the optimizer"):
+        trainer(tmp_path, "mezo", **options).train(str(tmp_path / "checkpoint-3"))
+
+
 def test_weights_that_are_saved_by_hand_are_at_theta(tmp_path: Path) -> None:
     made = trainer(tmp_path, MODES["deferred"])
     made.train()

@@ -323,6 +323,12 @@ def test_names_and_files_are_told_apart(tmp_path):
     assert not is_lm_task(str(tmp_path / "task"))
 
 
+def test_a_file_without_examples_is_told(tmp_path):
+    (tmp_path / "none.jsonl").touch()
+    with pytest.raises(UserError, match=r"none\.jsonl holds no examples"):
+        LmTask("mezo_sst2", {"train": str(tmp_path / "none.jsonl")})
+
+
 BAD = {
     "task: x\ndoc_to_text: [": "can't read the task file",
     "group: x\ntask: [sst2]": "is of a group of tasks, not of one",

@@ -152,6 +152,8 @@ def _words(path: Path, action: argparse.Action, value: Any) -> list[str]:
     flag = action.option_strings[0]
     if value == "":  # nothing behind the colon
         return []
+    if value in ("null", "~"):
+        raise UserError(f"{path}: {flag[2:]} has {value} as its value; put nothing there instead")
     if action.nargs == 0:
         if value not in ("true", "false"):
             raise UserError(f"{path}: {flag[2:]} must be true or false, not {value!r}")
@@ -161,6 +163,11 @@ def _words(path: Path, action: argparse.Action, value: Any) -> list[str]:
         if not (isinstance(items, list) and items) or not all(isinstance(i, str) for i in items):
             raise UserError(f"{path}: {flag[2:]} must be a mapping, such as `negative: ' bad'`")
         pairs = value.items() if isinstance(value, dict) else ()
+        if split := [label for label, _ in pairs if "=" in label]:
+            raise UserError(
+                f"{path}: {flag[2:]} has a label with '=', {split[0]!r}: put template and "
+                "verbalizer into a JSON file, and that behind task"
+            )
         return [flag, *([f"{label}={answer}" for label, answer in pairs] or items)]
     if (
         action.dest in _LISTS

@@ -156,12 +156,31 @@ class ZOMixin(_Trainer):
             self.accelerator.prepare_model = partial(
                 prepare, self.accelerator, evaluation_mode=True
             )
+        if checkpoint is not None and not any(Path(checkpoint).glob("optimizer*")):
+            raise ValueError(
+                f"{checkpoint} has weights and no state of the optimizer (save_only_model=True): "
+                "resumed, it would draw the noise of the first steps again. Load its weights with "
+                "from_pretrained, and start a run with another seed"
+            )
         prepared = super()._prepare_for_training(max_steps, data, checkpoint)
         groups = self.zeroth_order_optimizer.param_groups
         sharded = any(is_sharded(p) for group in groups for p in group["params"])
         if self.args.should_save or sharded:  # then all make the fingerprint, and the first writes
             self._start_log(None if checkpoint is None else Path(checkpoint, REPLAY_LOG))
         return prepared
+
+    def _load_from_checkpoint(self, *args: Any, **others: Any) -> None:
+        self._end_log()
+        super()._load_from_checkpoint(*args, **others)
+
+    def _load_best_model(self) -> None:
+        self._end_log()
+        super()._load_best_model()
+
+    def _end_log(self) -> None:
+        """Before weights are loaded that no step has led to."""
+        if isinstance(self.zeroth_order_optimizer, ZerothOrderOptimizer):
+            self.zeroth_order_optimizer.close_log()
 
     def _start_log(self, before: Path | None) -> None:
         optimizer, path = self.zeroth_order_optimizer, Path(self.args.output_dir, REPLAY_LOG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,10 +61,7 @@ def read_examples(
         raise UserError(f"the template shows the answer: it uses the label field {label_field!r}")
     labels = _labels(task)
     records = read_records(source, split, label_field)
-    examples = [_example(where, record, task, labels, label_field) for where, record in records]
-    if not examples:
-        raise UserError(f"{_file(source, split) or source} holds no examples")
-    return examples
+    return [_example(where, record, task, labels, label_field) for where, record in records]
 
 
 def read_records(source: str, split: str = "train", label_field: str = "") -> Records:
@@ -78,11 +76,14 @@ def read_records(source: str, split: str = "train", label_field: str = "") -> Re
     """
     path = _file(source, split)
     if path is not None:
-        return read_file(path, label_field)
-    path = Path(source)
-    if path.suffix.lower() in (*SUFFIXES, ".txt") or source.startswith((".", "/", "~")):
+        records = read_file(path, label_field)
+    elif Path(source).suffix.lower() in (*SUFFIXES, ".txt") or source.startswith((".", "/", "~")):
         raise UserError(f"there is no data file {source}")
-    return read_hub(source, _HUB_SPLITS[split], label_field)
+    else:
+        records = read_hub(source, _HUB_SPLITS[split], label_field)
+    for first in records:
+        return itertools.chain([first], records)
+    raise UserError(f"{path or source} holds no examples")
 
 
 def _file(source: str, split: str) -> Path | None:

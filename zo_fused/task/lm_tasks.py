@@ -322,7 +322,7 @@ def _unloadable(name: str, files: Any, source: Any, error: Exception) -> UserErr
     kind = type(error).__name__
     why = f"{kind}: {first_line(error)}" if str(error).strip() else kind
     if files:
-        given = ", ".join(path for _, path in files)
+        given = ", ".join(dict.fromkeys(path for _, path in files))
         return UserError(f"the task {name} can't use {given}: {why}")
     if source is None:
         return UserError(f"can't load the task {name} ({why})")

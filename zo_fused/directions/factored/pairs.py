@@ -12,6 +12,7 @@ from torch._C import _functorch as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+_OF_VMAP = ("vmap", "atching rule", "doesn't have storage", "functorch transform")
 _NEEDS = "paired=True needs a model that torch.vmap can batch"
 
 
@@ -53,7 +54,7 @@ def run_pair(function: Callable[..., Any], stacks: Sequence[Sequence[Tensor]]) -
                 "paired=True needs a closure that returns the loss as a tensor: "
                 f".item() and float() cannot be batched ({reason})"
             ) from error
-        if any(part in reason for part in ("vmap", "atching rule", "doesn't have storage")):
+        if any(part in reason for part in _OF_VMAP):
             experts = "nonzero" in reason or "grouped_mm" in reason
             cure = "experts_implementation='batched_mm', or " if experts else ""
             raise RuntimeError(f"{_NEEDS}: {reason}; use {cure}paired=False") from error
