@@ -415,6 +415,25 @@ def test_misuse_of_members_is_refused() -> None:
         ES(network(), population=2).step(loss_plus=1.0, loss_minus=1.0)
 
 
+def test_a_parameter_that_is_frozen_in_the_middle_ends_the_generation() -> None:
+    model = network()
+    opt = ES(model, 1e-2, 3)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    first, second, third = opt.members()
+    for member in (first, second):
+        with member:
+            member.reward = loss_of(model)()
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="parameters changed in the middle of a generation"):
+        third.__enter__()
+    assert all(torch.allclose(p, before[name], atol=1e-6) for name, p in model.state_dict().items())
+    for member in opt.members():  # of those that still move
+        with member:
+            member.reward = loss_of(model)()
+    opt.step()
+    assert opt.step_count == 1
+
+
 @pytest.mark.parametrize("options", KINDS, ids=str)
 def test_writes_within_a_block_are_noticed(
     options: dict[str, Any], caplog: pytest.LogCaptureFixture

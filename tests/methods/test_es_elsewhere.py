@@ -78,6 +78,13 @@ def test_what_is_no_population_is_refused_and_nothing_moves() -> None:
         opt.tell([1.0, None, None, 2.0])
     with pytest.raises(TypeError, match="scalar"):
         opt.tell([1.0, 2.0, 3.0, "4"])
+    for rewards in ({0: 9.0, 1: 1.0, 2: 5.0, 3: 3.0}, {9.0, 1.0, 5.0, 3.0}, iter([1.0] * 4)):
+        with pytest.raises(TypeError, match="rewards must be a list, with one of each member in"):
+            opt.tell(rewards)
+    alone = zo_fused.ES(model, population=2)
+    with pytest.raises(ValueError, match="one reward has no zscore: two must come"):
+        alone.tell([1.0, None])
+    assert not alone.step_count
     with pytest.raises(ValueError, match="2 projected gradients, not 4"):
         opt.follow([1.0, 2.0, 3.0, 4.0])
     assert same(before, snapshot(model))

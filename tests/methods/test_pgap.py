@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.models import loss_of, network
+from support.models import loss_of, network, same, snapshot
 from support.textbook import EPS, SEED, STEPS, Weights, dense, drawn, follow
 from torch import Tensor, nn
 
@@ -173,6 +173,17 @@ def test_the_covariance_of_z(align: str, delta: float) -> None:
     # the standard error of a product of two normals' mean is at most sqrt(2 / steps) max(1, delta)
     bound = 5 * math.sqrt(2 / steps) * max(1, delta)
     torch.testing.assert_close(flat.T @ flat / steps, wanted, rtol=0, atol=bound)
+
+
+def test_lengths_along_other_eps_are_not_compared() -> None:
+    model = network()
+    ps = list(model.named_parameters())
+    groups = [{"params": ps[:2]}, {"params": ps[2:], "eps": 0.1}]
+    opt = zo_fused.PGAP(groups, lr=1e-3, rank=2, align="joint", delta=(1, 1))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r'align="joint" needs one eps for all matrices, not'):
+        opt.step(loss_of(model))
+    assert same(before, snapshot(model))
 
 
 @pytest.mark.parametrize(("cos", "delta"), [(1.0, 2.0), (1.0, 8.0), (0.3, 8.0), (0.0, 2.0)])

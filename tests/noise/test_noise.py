@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -85,9 +86,13 @@ def test_purposes_are_fixed() -> None:
     }
 
 
-def test_the_key_of_a_right_factor() -> None:
-    """The vector of docs/noise.md."""
-    assert derive_key(42, Purpose.RIGHT, 7, 0) == 0xC62B3114629B7560
+def test_the_keys_that_are_told() -> None:
+    """The vectors of docs/noise.md, all with seed 42."""
+    text = (Path(__file__).parents[2] / "docs" / "noise.md").read_text()
+    told = re.findall(r"derive_key\(42, (\d+), (\d+), 0\)`, .* \| `(\w+) (\w+)` \|", text)
+    assert {int(purpose) for purpose, _, _, _ in told} == {5, 6, 7, 8, 9, 11}
+    for purpose, step, high, low in told:
+        assert derive_key(42, int(purpose), int(step), 0) == int(high + low, 16)
 
 
 def test_parameter_id_is_the_start_of_sha256() -> None:

@@ -31,6 +31,9 @@ class ES(Population):
     with the scores S that `shaping` makes of the rewards. Each member has a z of its own and
     ``s_i = 1``; antithetic ones come in pairs of ``s = 1, -1`` with the same z.
 
+    A group with an eps of its own has its scores times the first group's eps over its own, as an
+    estimate of the gradient has: all groups follow that of one objective.
+
     Shapings: "zscore", ``(R - mean) / (std + 1e-8)``, as es-at-scale; "centered_rank", ranks from
     -1/2 to 1/2, equal rewards sharing theirs; "none", ``R / eps``, so that the sum estimates the
     gradient of the mean reward around theta (antithetic, it is MeZO's with N/2 queries). If all
@@ -132,6 +135,8 @@ class ES(Population):
         Args:
             minus: rewards at the other sign; none if not antithetic.
         """
+        if self.shaping != "none" and len(plus) + len(minus) == 1:
+            raise ValueError(f"one reward has no {self.shaping}: two must come")
         scores = SHAPINGS[self.shaping](_as_vector([*plus, *minus], grads.device))
         if self.shaping == "none":
             scores = scores / self.param_groups[0]["eps"]

@@ -100,7 +100,7 @@ class PGAP(ZerothOrderOptimizer):
             total_steps = whole("total_steps", total_steps, 1)
         ends = _delta(delta, total_steps)
         scale = switch("scale", scale)
-        choice("align", align, ALIGNMENTS)
+        self.align = choice("align", align, ALIGNMENTS)
         mode = mode_of(mode, rank, params, module, {})
         evaluated = evaluated_module("PGAP", params, module, mode, False, {})
         direction = Aligned(ends, total_steps, align, scale)
@@ -162,7 +162,22 @@ class PGAP(ZerothOrderOptimizer):
         interval = self.param_groups[0]["interval"]
         if learnt is not None and learnt["step"] // interval == self.step_count // interval:
             return []
+        if self.align == "joint":
+            self._check_eps()
         return self._of_window
+
+    def _check_eps(self) -> None:
+        """Lengths of different matrices are compared, which estimates along another eps don't
+        have."""
+        groups = self.param_groups
+        of_matrices = {
+            float(group["eps"]) for group in groups if any(p.dim() >= 2 for p in group["params"])
+        }
+        if len(of_matrices) > 1:
+            raise ValueError(
+                f'align="joint" needs one eps for all matrices, not {sorted(of_matrices)}; use '
+                'align="matrix"'
+            )
 
 
 def _delta(delta: Sequence[float] | None, total_steps: int | None) -> tuple[float, float] | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,6 +135,14 @@ class Generation:
                     f"{member} is of a generation that is over: members() makes the next one"
                 )
             self._check_eps()
+            weights = self._weights
+            if any(m.entered for m in self.members) and weights.parameters.changed(
+                weights.direction
+            ):
+                raise RuntimeError(
+                    "parameters changed in the middle of a generation, so its rewards are not of "
+                    "one population: take all members anew"
+                )
             self._weights.look_again()
             torch.clear_autocast_cache()
             with self._timer("perturb"):
@@ -213,12 +222,16 @@ class Population(ZerothOrderOptimizer):
         `skipped_steps`; give a member that failed a low reward instead.
 
         Raises:
-            RuntimeError: in ``with member``: another's block is open, or a step or another
-                `members` has ended this generation; at its end: the weights were moved within.
-                At once: ranks share the members of a step, which takes a closure.
+            RuntimeError: in ``with member``: another's block is open, a step or another `members`
+                has ended this generation, or a parameter was frozen or replaced in the middle of
+                it; at its end: the weights were moved within. At once: ranks share the members of a
+                step, which takes a closure.
             TypeError, ValueError: in `step`: a reward is no number, or is missing.
         """
         self.ranks.refuse_shared_queries("members()", "step(closure)")
+        return self._members()
+
+    def _members(self) -> Iterator[Member]:
         generation = self._begin()
         try:
             yield from generation.members
@@ -240,8 +253,14 @@ class Population(ZerothOrderOptimizer):
             Their mean reward, float32 tensor [].
 
         Raises:
-            TypeError, ValueError: it is not one number a member, or of no member (pair) it is one.
+            TypeError, ValueError: it is no sequence with one number a member, or of no member
+                (pair) it is one.
         """
+        if not isinstance(rewards, (Sequence, Tensor, np.ndarray)) or isinstance(rewards, str):
+            raise TypeError(
+                "rewards must be a list, with one of each member in the order of positions(), not "
+                f"{type(rewards).__name__}"
+            )
         with self._access.a_step():
             self._access.drop_pending()
             self.weights.look()
