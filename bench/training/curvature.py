@@ -4,8 +4,8 @@
 To second order, a step along z ~ N(0, I) with a batch B, g = z . grad(B) and learning rate lr,
 changes the loss by -lr |grad|^2 + lr^2 |grad(B)|^2 tr(H) / 2 on average (Malladi et al. 2023,
 section 4, with the trace of the Hessian for their effective rank). Best is
-lr = |grad|^2 / (|grad(B)|^2 tr(H)); with twice that nothing is gained. The gradients are those of
-the first weights; z' H z comes from second differences, and has tr(H) as its mean.
+lr = |grad|^2 / (|grad(B)|^2 tr(H)); with twice that nothing is gained. z' H z comes from second
+differences, and has tr(H) as its mean. All of it at the first weights, and after steps of MeZO.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import zo_fused
 from bench import machine
 
-BATCH, BATCHES, DIRECTIONS, EPS = 16, 16, 8, 1e-3
+BATCH, BATCHES, DIRECTIONS, EPS = 16, 16, 16, 1e-3
+LR, STEPS = 3e-5, (0, 50, 150)
 
 
 def batches(folder: Path) -> list[dict[str, Tensor]]:
@@ -33,7 +36,7 @@ def batches(folder: Path) -> list[dict[str, Tensor]]:
     answers = list(task["verbalizer"])
     rows = [json.loads(line) for line in (folder / "data" / "train.jsonl").read_text().splitlines()]
     made = []
-    for start in range(0, BATCH * BATCHES, BATCH):
+    for start in range(0, BATCH * (len(rows) // BATCH), BATCH):
         part = rows[start : start + BATCH]
         texts = [task["template"].format(text=row["text"]) for row in part]
         made.append(
@@ -58,47 +61,81 @@ def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(logits[:, -1, batch["words"]], batch["labels"])
 
 
-def main() -> None:
-    """Prints the quantities."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
-    parser.add_argument("folder", type=Path, help="what bench.training.tweets has written")
-    folder = parser.parse_args().folder
-    data = batches(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    params = list(model.parameters())
+class Found(NamedTuple):
+    """At some weights."""
 
-    of_batches = []
+    loss: float
+    grad: float  # |grad|^2 of the mean loss
+    of_batch: float  # |grad(B)|^2, mean over batches
+    trace: float  # of the Hessian
+    error: float  # standard error of the trace
+
+    def line(self, step: int) -> str:
+        """A row of the table."""
+        best = self.grad / (self.of_batch * self.trace)
+        gain = self.grad**2 / (2 * self.of_batch * self.trace)
+        return (
+            f"| {step} | {self.loss:.3f} | {self.grad:.3g} | {self.of_batch:.3g} "
+            f"| {self.trace:.3g} ({self.error:.2g}) | {best:.2g} | {gain:.2g} |"
+        )
+
+
+def measured(model: Any, data: list[dict[str, Tensor]]) -> Found:
+    """With some of the directions on every pair of batches."""
+    params = list(model.parameters())
+    losses, of_batches = [], []
     summed = [torch.zeros_like(p) for p in params]
     for batch in data:
-        grads = torch.autograd.grad(loss(model, batch), params)
+        value = loss(model, batch)
+        grads = torch.autograd.grad(value, params)
+        losses.append(float(value))
         of_batches.append(sum(float(g.double().square().sum()) for g in grads))
         torch._foreach_add_(summed, grads)
     of_batch = statistics.mean(of_batches)
     # |mean of n|^2 is |grad|^2 and an n-th of the batches' variance.
-    of_mean = sum(float(s.double().square().sum()) for s in summed) / BATCHES**2
-    of_all = (BATCHES * of_mean - of_batch) / (BATCHES - 1)
-    del summed
+    of_mean = sum(float(s.double().square().sum()) for s in summed) / len(data) ** 2
+    del summed, grads, value
 
     curvatures = []
     with torch.no_grad():
         for number in range(DIRECTIONS):
-            part = data[2 * number % BATCHES : 2 * number % BATCHES + 2]
-            found = []
+            part = [data[(2 * number + i) % len(data)] for i in (0, 1)]
+            found: list[float] = []
             for scale in (0.0, EPS, -2 * EPS, EPS):
                 generator = torch.Generator().manual_seed(number)
                 for p in params:
-                    p.add_(torch.randn(p.shape, generator=generator), alpha=scale)
-                found.append(sum(float(loss(model, batch)) for batch in part) / len(part))
-            middle, plus, minus, _ = found
+                    if scale:
+                        p.add_(torch.randn(p.shape, generator=generator), alpha=scale)
+                if len(found) < 3:
+                    found.append(statistics.mean(float(loss(model, batch)) for batch in part))
+            middle, plus, minus = found
             curvatures.append((plus + minus - 2 * middle) / EPS**2)
-    trace = statistics.mean(curvatures)
-    spread = statistics.stdev(curvatures) / DIRECTIONS**0.5
-    best = of_all / (of_batch * trace)
-    gain = of_all**2 / (2 * of_batch * trace)
+    return Found(
+        statistics.mean(losses),
+        (len(data) * of_mean - of_batch) / (len(data) - 1),
+        of_batch,
+        statistics.mean(curvatures),
+        statistics.stdev(curvatures) / DIRECTIONS**0.5,
+    )
+
+
+def main() -> None:
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
+    parser.add_argument("folder", type=Path, help="what bench.training.tweets has written")
+    folder = parser.parse_args().folder
+    data = batches(folder)
+    held, trained = data[:BATCHES], data[BATCHES:]
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    opt = zo_fused.MeZO(model, lr=LR, eps=EPS)
     print("  \n".join(machine.of_cpu()))
-    print(f"|grad|^2 {of_all:.3g}, |grad(B)|^2 {of_batch:.3g} (batches of {BATCH})")
-    print(f"tr(H) {trace:.3g}, standard error {spread:.2g}")
-    print(f"best lr {best:.2g}; a step of it gains {gain:.2g}")
+    print("| step | loss | grad^2 | grad(B)^2 | tr(H) (error) | best lr | gain a step |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for steps in STEPS:
+        while opt.step_count < steps:
+            batch = trained[opt.step_count % len(trained)]
+            opt.step(partial(loss, model, batch))
+        print(measured(model, held).line(steps), flush=True)
 
 
 if __name__ == "__main__":
