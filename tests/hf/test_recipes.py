@@ -53,3 +53,11 @@ def test_recipe_is_short(recipe: Path) -> None:
 def test_there_are_recipes() -> None:
     names = ["accelerate_loop", "lightning_manual", "plain_loop", "sft", "trainer"]
     assert [path.stem for path in RECIPES] == names
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_as_short_as_the_readme_says(recipe: Path) -> None:
+    """Lines of code: without the docstring, comments and blank lines."""
+    text = recipe.read_text()
+    lines = text.splitlines()[ast.parse(text).body[0].end_lineno :]
+    assert len([line for line in lines if line.strip() and not line.startswith("#")]) < 25

@@ -135,10 +135,8 @@ class Generation:
                     f"{member} is of a generation that is over: members() makes the next one"
                 )
             self._check_eps()
-            weights = self._weights
-            if any(m.entered for m in self.members) and weights.parameters.changed(
-                weights.direction
-            ):
+            changed = self._weights.parameters.changed(self._weights.direction)
+            if changed and any(m.entered for m in self.members):
                 raise RuntimeError(
                     "parameters changed in the middle of a generation, so its rewards are not of "
                     "one population: take all members anew"
