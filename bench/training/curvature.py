@@ -88,7 +88,7 @@ def measured(model: Any, data: list[dict[str, Tensor]]) -> Found:
     for batch in data:
         value = loss(model, batch)
         grads = torch.autograd.grad(value, params)
-        losses.append(float(value))
+        losses.append(float(value.detach()))
         of_batches.append(sum(float(g.double().square().sum()) for g in grads))
         torch._foreach_add_(summed, grads)
     of_batch = statistics.mean(of_batches)
