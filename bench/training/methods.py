@@ -8,8 +8,8 @@ each; what is finished in ``--runs`` is not done again. After every method ``met
 named again, so a page can be made in several sittings.
 
 The tasks "sentiment" (the embedded one) and "opinions" (`examples/embedded/make_data.py`) take the
-embedded model, "tweets" and "tweets-lora" a real one (`bench.training.tweets`, whose packages must
-be installed).
+embedded model, "tweets", "tweets-wide" and "tweets-lora" a real one (`bench.training.tweets`, whose
+packages must be installed).
 """
 
 from __future__ import annotations
