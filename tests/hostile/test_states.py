@@ -77,6 +77,7 @@ def test_damaged_states(method: str, amount: int) -> None:
         (lambda state: state["state"].update({0: 3}), "state of parameter 0 is no dictionary"),
         (lambda state: state["state"][1]["exp_avg"].fill_(math.nan), "has exp_avg that is not"),
         (lambda state: state["state"][1].update(step=torch.tensor(-1.0)), r"step must be in \[0"),
+        (lambda state: state["state"][1].update(step=2**30), r"step must be in \[0, 2\*\*30\)"),
         (lambda state: state["state"][1].update(step=torch.ones(2)), "step must be one number"),
     ],
 )

@@ -540,6 +540,18 @@ def test_states_from_before_blocks_still_load() -> None:
     opt.step(loss_of(model))
 
 
+def test_a_state_of_other_blocks_is_refused() -> None:
+    """It would put all groups in its own, and they would no longer move in turn."""
+    model = network()
+    groups = [{"params": group["params"]} for group in blocks(model)]
+    state = zo_fused.MeZO(groups).state_dict()
+    opt = zo_fused.MeZO(blocks(model), block_order="sequential")
+    with pytest.raises(ValueError, match=r"in the blocks \[0, 0\], here they are in \[0, 1\]"):
+        opt.load_state_dict(state)
+    assert [group["block"] for group in opt.param_groups] == [0, 1]
+    opt.load_state_dict(zo_fused.MeZO(blocks(model)).state_dict())  # another schedule
+
+
 def test_groups_are_fixed_while_a_log_is_open(tmp_path: Path) -> None:
     opt = zo_fused.MeZO(network())
     opt.start_log(tmp_path / "log.jsonl")

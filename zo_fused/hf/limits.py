@@ -71,7 +71,7 @@ def _check_fsdp(args: Any, plugin: Any) -> None:
         raise ValueError(
             "torch can't load the full state of an optimizer that keeps no tensors, so checkpoints "
             'must be sharded: fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"}, or '
-            'save_only_model=True, or save_strategy="no"'
+            'save_only_model=True (which can\'t be resumed), or save_strategy="no"'
         )
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,11 @@ from zo_fused.sweeps.arithmetic import square_root
 # A step divides by what is kept of m: less than this is taken for it, so that no rounding of m is
 # multiplied by more than 2^10.
 LEAST_KEPT = 2.0**-10
+
+
+def _portable(x: float) -> float:
+    """To float32: the last bit of a double from the host's mathematics is not that of others."""
+    return float(np.float32(x))
 
 
 class Cone(Dense):
@@ -58,8 +64,9 @@ class Cone(Dense):
     def parts(self, rms: Vector) -> tuple[Vector, Vector]:
         """What z has of m and of u."""
         known = rms > 0
-        alpha = where(known, math.cos(self.theta) / rms, 0.0)
-        return alpha, where(known, torch.full_like(rms, math.sin(self.theta)), 1.0)
+        alpha = where(known, _portable(math.cos(self.theta)) / rms, 0.0)
+        sine = torch.full_like(rms, _portable(math.sin(self.theta)))
+        return alpha, where(known, sine, 1.0)
 
     def sweep(self, sweep: Sweep) -> None:
         bucket, terms = sweep.bucket, sweep.terms
@@ -120,7 +127,7 @@ class ConeMomentum(Rule):
         if step <= start:
             return 0.1
         part = ((step - start) / (self.warmup - start)) ** 1.8
-        return beta - (beta - 0.1) / (1 + 8 * part) ** 3
+        return _portable(beta - (beta - 0.1) / (1 + 8 * part) ** 3)
 
     def prepare(self, update: Update, direction: Cone, state: dict[Any, Any]) -> None:
         direction.momentum(update.bucket)

@@ -24,7 +24,13 @@ from zo_fused.step.evaluation import Evaluation
 from zo_fused.step.groups import COUNTERS, Groups, described
 from zo_fused.step.guard import Guard
 from zo_fused.step.hyper import check_group, hyper, names_of
-from zo_fused.step.optimizer_state import check_complete, check_form, check_saved, in_order
+from zo_fused.step.optimizer_state import (
+    check_blocks,
+    check_complete,
+    check_form,
+    check_saved,
+    in_order,
+)
 from zo_fused.step.parameters import Chooses, Parameters
 from zo_fused.step.report import Report
 from zo_fused.step.rule import Rule
@@ -251,8 +257,8 @@ class Base(Chooses, torch.optim.Optimizer):
 
         Raises:
             ValueError: this is no state, or a damaged one; it is of another method or of other
-                options of it, of other parameters, or was written under another version of the
-                noise contract.
+                options of it, of other parameters or blocks, or was written under another version
+                of the noise contract.
         """
         self.flush()
         self._access.pending = None
@@ -262,6 +268,8 @@ class Base(Chooses, torch.optim.Optimizer):
             check_saved(group, **kind)
         together = (self.rule.together, self.direction.together)
         check_complete(state_dict, names_of(self.defaults), together)
+        if self.schedule.block_order is not None:
+            check_blocks(state_dict["param_groups"], self.param_groups)
         loaded: dict[str, Any] = {}
         # Registered last, so it sees what the user's own hooks made of the state.
         hook = self.register_load_state_dict_pre_hook(lambda _, state: loaded.update(state))

@@ -52,7 +52,8 @@ def _check_values(what: str, values: Any) -> None:
             if not (here.is_meta or bool(here.isfinite().all())):
                 raise ValueError(f"{what} has {name} that is not finite")
     try:
-        bounded("step", values.get("step", 0), "in [0, 2**63)", lambda t: 0 <= t < 2**63)
+        # Adam takes powers with exponents below 2^31
+        bounded("step", values.get("step", 0), "in [0, 2**30)", lambda t: 0 <= t < 2**30)
     except (TypeError, ValueError) as error:
         raise ValueError(f"in {what}, {error}") from None
 
@@ -108,6 +109,20 @@ def check_complete(state: Any, hyper: Sequence[str], together: Sequence[Sequence
                     raise ValueError(
                         f"the state of parameter {index} has {has[0]} and no {missing[0]}"
                     )
+
+
+def check_blocks(saved: Sequence[Group], groups: Sequence[Group]) -> None:
+    """Groups that move in turn must be the same: a loaded state says of each in which block it is.
+
+    Raises:
+        ValueError: they are in other blocks.
+    """
+    theirs, mine = ([group.get("block", 0) for group in own] for own in (saved, groups))
+    if theirs != mine:
+        raise ValueError(
+            f"the state is of a run whose param groups were in the blocks {theirs}, here they are "
+            f"in {mine}: make the optimizer with the blocks of that run, or without block_order"
+        )
 
 
 def in_order(saved: list[Group], groups: list[Group]) -> list[Group]:
