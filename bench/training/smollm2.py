@@ -9,7 +9,9 @@ highest or the lowest, one more beyond it. The long runs take half of the best, 
 0: the best constant rate of three times the steps is about 1/sqrt(3) of it.
 
 That is the second plan. By the first, the long runs had taken the best rate itself, constant;
-MeZO and LOZO failed with their first seed, and it was given up ("First plan" on the page).
+MeZO and LOZO failed with their first seed, and it was given up ("First plan" on the page). Those
+runs, and the kept ones that tried rates, had batches at random, the long runs have batches of
+tweets of like length.
 
 The runs are those of ``examples/smollm2.py``, two at a time with a thread each. What is in
 ``smollm2.json`` beside the page is not run again. One that was stopped goes on.
