@@ -39,12 +39,14 @@ test: $(INSTALLED)
 
 # What is marked `slow`: planted faults, machine code, long matrices, killed runs. All of it takes
 # half an hour on two cores; PART=parity, or another of PARTS, is what CI does in turn.
-PARTS := parity benches compiled steps runs
+PARTS := parity benches compiled steps replays runs trainers
 parity := tests/sweeps/test_parity.py tests/noise tests/directions tests/methods
 benches := tests/project tests/bench
 compiled := tests/ptx tests/sweeps --deselect tests/sweeps/test_parity.py
-steps := --dist worksteal tests/step tests/replaying tests/task tests/fuzzing tests/integrations
-runs := tests/command_line tests/hostile tests/hf tests/parallel
+steps := --dist worksteal tests/step tests/fuzzing
+replays := --dist worksteal tests/replaying tests/task tests/integrations
+runs := tests/command_line tests/hostile
+trainers := tests/hf tests/parallel
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -q -n auto --dist loadfile -m slow $(if $(PART),$($(PART)))
 
