@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from bench import machine
 from zo_fused.methods.table import recipes
 from zo_fused.task.comparison import Curve, mean, speed, spread
-from zo_fused.task.optimizers import make_optimizer
+from zo_fused.task.optimizers import make_optimizer, steps_within
 
 ROOT = Path(__file__).resolve().parents[2]
 FORWARDS, POINTS, BATCH, EXAMPLES = 3000, 30, 16, 512
@@ -188,12 +188,11 @@ def _problem(name: str) -> Problem:
 
 
 def optimizer_of(method: str, model: nn.Module, lr: float, seed: int) -> Any:
-    """The optimizer of a label, with as many steps before it as 3,000 forward passes are."""
+    """The optimizer of a label, for a run of as many steps as 3,000 forward passes allow."""
     name, options = METHODS[method]
     hyper = {**recipes()[name][1].options, **options, "eps": 1e-3, "lr": lr, "schedule": "plain"}
     make = partial(make_optimizer, name, hyper, model, seed)
-    probe = make(steps=FORWARDS)
-    return make(steps=max(1, int(FORWARDS * FORWARDS / probe.forwards_of(FORWARDS))))
+    return make(steps_within(FORWARDS, make(FORWARDS)))
 
 
 def run(problem: str, method: str, lr: float, seed: int) -> list[float]:

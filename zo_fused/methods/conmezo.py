@@ -42,7 +42,7 @@ class Cone(Dense):
 
     def __init__(self, theta: float, state_dtype: str, distribution: str) -> None:
         super().__init__(distribution)
-        self.theta = theta
+        self._cosine, self._sine = _portable(math.cos(theta)), _portable(math.sin(theta))
         self.state_dtype = state_dtype
 
     def momentum(self, bucket: Bucket) -> list[Tensor]:
@@ -64,9 +64,8 @@ class Cone(Dense):
     def parts(self, rms: Vector) -> tuple[Vector, Vector]:
         """What z has of m and of u."""
         known = rms > 0
-        alpha = where(known, _portable(math.cos(self.theta)) / rms, 0.0)
-        sine = torch.full_like(rms, _portable(math.sin(self.theta)))
-        return alpha, where(known, sine, 1.0)
+        alpha = where(known, self._cosine / rms, 0.0)
+        return alpha, where(known, torch.full_like(rms, self._sine), 1.0)
 
     def sweep(self, sweep: Sweep) -> None:
         bucket, terms = sweep.bucket, sweep.terms

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zo_fused.checks import bounded, whole
 from zo_fused.noise.streams import CONTRACT_VERSION, plain_name
+from zo_fused.sweeps.arithmetic import BITS
 from zo_fused.sweeps.shards import local
 
 Group = dict[str, Any]
@@ -52,8 +53,9 @@ def _check_values(what: str, values: Any) -> None:
             if not (here.is_meta or bool(here.isfinite().all())):
                 raise ValueError(f"{what} has {name} that is not finite")
     try:
-        # Adam takes powers with exponents below 2^31
-        bounded("step", values.get("step", 0), "in [0, 2**30)", lambda t: 0 <= t < 2**30)
+        # Adam takes powers with it, and it grows
+        wanted = f"in [0, 2**{BITS - 1})"
+        bounded("step", values.get("step", 0), wanted, lambda t: 0 <= t < 2 ** (BITS - 1))
     except (TypeError, ValueError) as error:
         raise ValueError(f"in {what}, {error}") from None
 

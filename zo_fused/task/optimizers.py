@@ -80,6 +80,12 @@ def _rows_of_head(model: Any, tokens: Iterable[Sequence[int]]) -> dict[str, list
     }
 
 
+def steps_within(budget: int, optimizer: Any) -> int:
+    """How many steps a budget of forward passes allows."""
+    # not more than a pass a step
+    return bisect_right(range(budget + 1), budget, key=optimizer.forwards_of) - 1
+
+
 def within_budget(plan: Plan, budget: int | None, optimizer: Any) -> Plan:
     """The plan, with as many steps as a budget of forward passes allows, if there is one.
 
@@ -90,8 +96,7 @@ def within_budget(plan: Plan, budget: int | None, optimizer: Any) -> Plan:
     """
     if budget is None:
         return plan
-    # not more than a pass a step
-    steps = bisect_right(range(budget + 1), budget, key=optimizer.forwards_of) - 1
+    steps = steps_within(budget, optimizer)
     if steps < 1:
         raise UserError(
             f"the budget of {budget} forward passes is too small for a step, "
